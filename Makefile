@@ -1,0 +1,82 @@
+# Two commands do everything on a machine with Python and make: `make demo` and `make test`. `make help` lists the rest.
+#
+# The environment lies in .venv and is brought up to date only when pyproject.toml or constraints.txt change. PyTorch is
+# installed first and on its own, at the version that constraints.txt pins, so that nothing after it can swap the build
+# that pip found (CPU or CUDA) for another; to choose one, point pip at it with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+LOGDIR ?= lightning_logs
+# Passed on: `make demo DEMO_ARGS="--weighting MGDA"`, `make test TEST_ARGS="-k MGDA"`.
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# $(call install,EXTRA): the package, editable, with one of its extras.
+install = $(PIP) install --quiet --constraint constraints.txt --editable ".[$(1)]"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test check lint doctest fmt bench env hooks clean distclean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.examples ## Train the quickstart on its embedded data; says how to open TensorBoard.
+	$(BIN)/python examples/quickstart.py $(DEMO_ARGS)
+	@printf '\nTo see the curves, the weight of each task among them, run\n\n  %s --logdir %s\n\n%s\n' \
+		'$(BIN)/tensorboard' '$(LOGDIR)' 'and open the address that it prints in a browser.'
+
+# One thread a process: the tests' models are too small to share, and WORKERS processes run side by side.
+test doctest: export OMP_NUM_THREADS = 1
+
+test: $(VENV)/.dev ## Run the whole test suite; warnings are errors.
+	$(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+
+check: lint doctest test ## What a reviewer runs: format, lint, types, import layers, doctests, tests.
+
+lint: $(VENV)/.dev ## Format, lint, types and import layers; changes nothing.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+doctest: $(VENV)/.dev ## Run the examples in the docstrings.
+	$(BIN)/python -m pytest --doctest-modules lightning_mtl
+
+fmt: $(VENV)/.dev ## Format the code and mend what the linter can.
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev ## Measure the cost of a step against plain Lightning.
+	$(BIN)/python benchmarks/step_time.py $(BENCH_ARGS)
+
+env: $(VENV)/.dev ## Make the environment with the tools for developers.
+
+hooks: $(VENV)/.dev ## Have git run the quick checks before each commit.
+	$(BIN)/pre-commit install
+
+clean: ## Remove caches and built files; keeps the environment and the logs.
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	find . -path './$(VENV)' -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+distclean: clean ## Remove the environment, too.
+	rm -rf $(VENV)
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch
+	@touch $@
+
+$(VENV)/.examples: $(VENV)/.torch pyproject.toml
+	$(call install,examples)
+	@touch $@
+
+# `dev` contains `examples`.
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(call install,dev)
+	@touch $(VENV)/.examples $@

@@ -1,0 +1,12 @@
+"""Multi-task learning for PyTorch Lightning: a shared trunk, a dict of heads, and the tasks balanced by a callback."""
+
+from importlib.metadata import version
+
+from lightning_mtl.callbacks import Aggregator, Monitor, Weighting
+from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.signals import Signals
+from lightning_mtl.task import Task, TaskOutput
+
+__version__ = version("lightning-mtl")
+
+__all__ = ["Aggregator", "Monitor", "MultiTaskModule", "Signals", "Task", "TaskOutput", "Weighting", "__version__"]

@@ -1,0 +1,93 @@
+"""The forms a batch may have, and the outputs a step may return."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_mtl.task import TaskOutput
+
+
+def call_trunk_with(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401 - whatever the trunk takes
+    """Turn a batch's inputs into call arguments: a mapping becomes keywords, a tuple or list becomes positions.
+
+    Example:
+        >>> call_trunk_with({"ids": 1})
+        ((), {'ids': 1})
+        >>> call_trunk_with((1, 2))
+        ((1, 2), {})
+    """
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def is_joint(batch: Any, tasks: Collection[str]) -> bool:  # noqa: ANN401 - anything a loader may yield
+    """Whether a batch is ``(inputs, {task: target})``."""
+    return (
+        isinstance(batch, tuple | list)
+        and len(batch) == 2
+        and isinstance(batch[1], Mapping)
+        and batch[1].keys() <= set(tasks)
+    )
+
+
+def is_per_task(batch: Any, tasks: Collection[str]) -> bool:  # noqa: ANN401
+    """Whether a batch is ``{task: (inputs, target)}``; None stands for a task without a batch."""
+    return (
+        isinstance(batch, Mapping)
+        and len(batch) > 0
+        and batch.keys() <= set(tasks)
+        and all(value is None or (isinstance(value, tuple | list) and len(value) == 2) for value in batch.values())
+    )
+
+
+def refuse_batch(batch: Any, tasks: Collection[str]) -> ValueError:  # noqa: ANN401
+    """The error for a batch of any other form."""
+    found = type(batch).__name__
+    if isinstance(batch, Mapping):
+        found = f"a mapping with the keys {sorted(map(str, batch))}"
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        kinds = [
+            f"a mapping with the keys {sorted(map(str, x))}" if isinstance(x, Mapping) else type(x).__name__
+            for x in batch
+        ]
+        found = f"a {type(batch).__name__} of {', '.join(kinds)}"
+    return ValueError(
+        f"A batch must be (inputs, {{task: target}}) or {{task: (inputs, target)}} with tasks among {list(tasks)}; "
+        f"found {found}. Change what the dataset yields, or override task_losses(batch) to read it."
+    )
+
+
+def present_outputs(returned: Mapping[str, Tensor | TaskOutput | None], tasks: Sequence[str]) -> dict[str, TaskOutput]:
+    """Check what ``task_losses`` returned and bring it into the tasks' order; None drops a task.
+
+    Raises:
+        TypeError: If it is no mapping of tensors or task outputs.
+        ValueError: If a task is unknown or a loss is no scalar.
+    """
+    if not isinstance(returned, Mapping):
+        raise TypeError(f"task_losses must return {{task: loss}}, found {type(returned).__name__}.")
+    if unknown := [task for task in returned if task not in tasks]:
+        raise ValueError(f"task_losses returned the tasks {unknown}, but the module has {list(tasks)}.")
+    outputs: dict[str, TaskOutput] = {}
+    for task in tasks:
+        value = returned.get(task)
+        if value is None:
+            continue
+        output = value if isinstance(value, TaskOutput) else TaskOutput(value)
+        if not isinstance(output.loss, Tensor):
+            raise TypeError(f"The loss of task {task!r} must be a tensor, found {type(output.loss).__name__}.")
+        if output.loss.ndim > 0:
+            if output.loss.numel() != 1:
+                raise ValueError(
+                    f"The loss of task {task!r} must be a scalar, found shape {list(output.loss.shape)}; "
+                    "reduce it, by its mean over the labelled samples for instance."
+                )
+            output = TaskOutput(output.loss.reshape(()), output.prediction, output.target, output.num_samples)
+        outputs[task] = output
+    return outputs

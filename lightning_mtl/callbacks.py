@@ -1,0 +1,218 @@
+"""The bases of everything that plugs into a Trainer: weightings, aggregators and monitors."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lightning_mtl.signals import Signals
+from lightning_mtl.task_state import TaskState
+
+Measure = Literal["losses", "norms", "gramian", "rows"]
+
+
+class Weighting(TaskState, ABC):
+    """Turns what one step measured into one weight a task; the base of every balancing method.
+
+    A subclass says what it ``measures`` and implements :meth:`weigh`. What it remembers between steps it declares with
+    :meth:`add_state` and changes in :meth:`update`. The :class:`~lightning_mtl.MultiTaskModule` measures, calls,
+    applies and logs; a weighting never touches a gradient, an optimizer, a device or a process group.
+
+    Args:
+        importance: ``{task: factor}``, multiplied into the weights; tasks not named keep 1.
+        start_step: Optimizer steps with equal weights before the method begins.
+        at: Where gradients are measured, for methods that measure any: ``"trunk"`` (all shared parameters),
+            ``"features"`` (the trunk's output), ``"last_layer"`` (the trunk module with weights that ran last), or
+            names of modules as in ``module.named_modules()``.
+        every_n_steps: Measure in one step of n and keep the weights in between.
+
+    Raises:
+        ValueError: If an argument is out of its range, or at setup if ``importance`` names an unknown task.
+
+    Example:
+        >>> class Softmax(Weighting):
+        ...     def weigh(self, signals):
+        ...         return signals.num_tasks * signals.losses.softmax(0)
+        >>> Softmax().weigh(Signals(("a", "b"), torch.tensor([1.0, 1.0]), step=0, epoch=0))
+        tensor([1., 1.])
+    """
+
+    measures: ClassVar[Measure] = "losses"
+    """What :meth:`weigh` needs: losses alone, gradient norms, their Gramian, or the gradients themselves."""
+    weighs_heads: ClassVar[bool] = True
+    """Whether a task's weight also scales the gradients of its own head, not those of the shared parameters alone."""
+    step_metric: str | None = None
+    """The metric whose value on each training batch :attr:`Signals.scores` must hold."""
+
+    def __init__(
+        self,
+        *,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        at: str | Sequence[str] = "trunk",
+        every_n_steps: int = 1,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        for task, factor in (importance or {}).items():
+            if not (math.isfinite(factor) and factor >= 0):
+                raise ValueError(
+                    f"{name}(importance=...) gives task {task!r} the factor {factor}; use a finite number >= 0."
+                )
+        if start_step < 0:
+            raise ValueError(f"{name}(start_step={start_step}) must be at least 0.")
+        if every_n_steps < 1:
+            raise ValueError(f"{name}(every_n_steps={every_n_steps}) must be at least 1.")
+        if not at:
+            raise ValueError(f"{name}(at={at!r}) must be 'trunk', 'features', 'last_layer' or names of modules.")
+        self.importance = dict(importance or {})
+        self.start_step = start_step
+        self.at = at if isinstance(at, str) else tuple(at)
+        self.every_n_steps = every_n_steps
+        self.held_weights: Tensor
+        if every_n_steps > 1:
+            self.add_state("held_weights", torch.tensor(math.nan))
+
+    @abstractmethod
+    def weigh(self, signals: Signals) -> Tensor:
+        """Compute one weight for each present task, ``[K]``; called once an optimizer step, before the gradients."""
+
+    def update(self, signals: Signals) -> None:
+        """Take over what the step has shown into the state; called once an optimizer step, after :meth:`weigh`.
+
+        With gradient accumulation the losses are means over the whole window.
+        """
+
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Refuse, at setup, a module that the method cannot work with."""
+
+    # What the module calls, in this order: once at setup, then once an optimizer step.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Meet the module's tasks; refuse what cannot work."""
+        others = [callback for callback in trainer.callbacks if isinstance(callback, Weighting)]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            names = " and ".join(type(callback).__name__ for callback in others)
+            raise ValueError(f"The Trainer holds {len(others)} weightings, {names}; keep one of them.")
+        tasks = getattr(pl_module, "tasks", None)
+        if not isinstance(tasks, Mapping):
+            raise TypeError(
+                f"{type(self).__name__} balances the tasks of a lightning_mtl.MultiTaskModule, found "
+                f"{type(pl_module).__name__}; subclass MultiTaskModule."
+            )
+        if unknown := self.importance.keys() - tasks.keys():
+            raise ValueError(
+                f"{type(self).__name__}(importance=...) names {sorted(unknown)}, but the tasks are {list(tasks)}."
+            )
+        self.check(pl_module)
+        if trainer.global_step == 0 or self.tasks != tuple(tasks):
+            self.reset(list(tasks))
+
+    def measures_in(self, step: int) -> bool:
+        """Whether the method looks at optimizer step ``step``, or lets the last weights serve."""
+        return step >= self.start_step and (step - self.start_step) % self.every_n_steps == 0
+
+    def current_weights(self, signals: Signals, present: Sequence[int], *, measured: bool) -> Tensor:
+        """The weights to apply in this step, ``[K]`` on the device of the losses, importance included.
+
+        Args:
+            signals: The step's measurements.
+            present: The present tasks as indices into :attr:`tasks`.
+            measured: Whether the step measured what the method needs.
+        """
+        like = signals.losses
+        if signals.step < self.start_step:
+            return self.with_importance(torch.ones_like(like), signals)
+        if not measured:
+            held = self.held_weights[list(present)].to(like)
+            return self.with_importance(torch.where(held.isnan(), torch.ones_like(held), held), signals)
+        with self.only(present):
+            weights = self.weigh(signals)
+        if weights.shape != like.shape:
+            raise ValueError(
+                f"{type(self).__name__}.weigh returned shape {list(weights.shape)}; "
+                f"{signals.num_tasks} tasks are present, so it must be [{signals.num_tasks}]."
+            )
+        weights = weights.detach().to(like)
+        if self.every_n_steps > 1:
+            self.held_weights[list(present)] = weights.to(self.held_weights)
+        return self.with_importance(weights, signals)
+
+    def observe(self, signals: Signals, present: Sequence[int]) -> None:
+        """Let the method update its state for the present tasks."""
+        if type(self).update is not Weighting.update and signals.step >= self.start_step:
+            with self.only(present):
+                self.update(signals)
+
+    def with_importance(self, weights: Tensor, signals: Signals) -> Tensor:
+        """Multiply the weights of the present tasks by their importance."""
+        if not self.importance:
+            return weights
+        return weights * weights.new_tensor([self.importance.get(task, 1.0) for task in signals.tasks])
+
+
+class Aggregator(Weighting):
+    """Combines the tasks' gradients into a direction that no weights describe, element by element for instance.
+
+    A subclass implements :meth:`combine` in place of :meth:`weigh`; heads get their own tasks' gradients, unweighted.
+    ``at`` may be ``"trunk"`` or ``"features"``; no weights exist to keep or to log.
+
+    Example:
+        >>> class Median(Aggregator):
+        ...     def combine(self, signals, rows):
+        ...         return rows.median(dim=0).values
+        >>> rows = torch.tensor([[1.0], [5.0], [2.0]])
+        >>> Median().combine(Signals(("a", "b", "c"), torch.ones(3), step=0, epoch=0), rows)
+        tensor([2.])
+    """
+
+    measures: ClassVar[Measure] = "rows"
+    weighs_heads: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        at: Literal["trunk", "features"] = "trunk",
+    ) -> None:
+        if at not in ("trunk", "features"):
+            raise ValueError(f"{type(self).__name__}(at={at!r}) must be 'trunk' or 'features'.")
+        super().__init__(importance=importance, start_step=start_step, at=at)
+
+    @abstractmethod
+    def combine(self, signals: Signals, rows: Tensor) -> Tensor:
+        """Combine ``rows``, ``[K, n]``, into one direction, ``[n]``."""
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Say that there are no weights."""
+        raise TypeError(f"{type(self).__name__} is no weighted sum of gradients; call combine(signals, rows).")
+
+    def direction(self, signals: Signals, present: Sequence[int], rows: Tensor) -> Tensor:
+        """The direction for the present tasks, importance multiplied into their rows."""
+        if self.importance:
+            rows = rows * self.with_importance(rows.new_ones(rows.shape[0]), signals)[:, None]
+        with self.only(present):
+            return self.combine(signals, rows).detach()
+
+
+class Monitor(Callback):
+    """Looks at every optimizer step's measurements and changes nothing.
+
+    Example:
+        >>> class Largest(Monitor):
+        ...     def observe(self, trainer, pl_module, signals, weights):
+        ...         print(signals.tasks[int(signals.losses.argmax())])
+    """
+
+    def observe(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, signals: Signals, weights: Tensor | None
+    ) -> None:
+        """Called once an optimizer step with the window's measurements and the weights that were applied."""

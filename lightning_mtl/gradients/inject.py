@@ -1,0 +1,45 @@
+"""Gradients that are already known, handed to autograd as if it had computed them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KnownGradients = Callable[[Tensor], Sequence[Tensor]]
+
+
+class _Inject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: KnownGradients, *inputs: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.gradients = gradients
+        return value.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        gradients, ctx.gradients = ctx.gradients, None  # a second reference would make autograd copy them
+        return (None, None, *gradients(outer[0]))
+
+
+def inject(value: Tensor, inputs: Sequence[Tensor], gradients: KnownGradients) -> Tensor:
+    """Build a scalar that equals ``value`` and whose gradient with respect to ``inputs`` is already known.
+
+    One ordinary backward pass through the result does the whole update: hooks fire once, a gradient scaler's factor
+    arrives as the argument of ``gradients``, and what lies behind ``inputs`` is differentiated as usual.
+
+    Args:
+        value: The scalar to report, its graph ignored.
+        inputs: Tensors that need gradients, ``n`` of them.
+        gradients: Called once in the backward pass with the incoming scalar gradient; returns the ``n`` gradients,
+            already multiplied by it.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> inject(torch.tensor(5.0), [x], lambda outer: [outer * torch.tensor([1.0, 3.0])]).backward()
+        >>> x.grad
+        tensor([1., 3.])
+    """
+    result: Tensor = _Inject.apply(value, gradients, *inputs)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,270 @@
+"""The Lightning module that holds a shared trunk and one head a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import LRSchedulerConfig, LRSchedulerPLType
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from lightning_mtl.batches import call_trunk_with, is_joint, is_per_task, present_outputs, refuse_batch
+from lightning_mtl.callbacks import Weighting
+from lightning_mtl.gradients.cut import FeatureCut
+from lightning_mtl.optimization import Optimization
+from lightning_mtl.overrides import keeping_schedules, with_recorder
+from lightning_mtl.recorder import Recorder, sample_counts
+from lightning_mtl.setup_checks import check_arguments
+from lightning_mtl.task import Task, TaskOutput
+
+OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
+LRSchedulerCallable = Callable[[torch.optim.Optimizer], LRSchedulerPLType]
+
+
+class MultiTaskModule(pl.LightningModule):
+    r"""A LightningModule with a shared trunk, one head a task, and the tasks balanced by a callback.
+
+    .. math:: z = \mathrm{trunk}(x), \qquad \hat y_k = \mathrm{head}_k(z), \qquad \min_\theta \sum_k w_k L_k
+
+    The weights :math:`w_k` come from the :class:`~lightning_mtl.Weighting` among the Trainer's callbacks; without one
+    all are 1. It is used as it is, or subclassed: :meth:`task_losses` is the one method usually overridden.
+
+    Args:
+        trunk: The shared part. It takes the batch's inputs: a tensor, a tuple or list as positional arguments, a dict
+            as keyword arguments. It returns a tensor or any nested structure of tensors, given to every head; a dict
+            with an entry for every task gives each head its own.
+        heads: ``{task: module}``, each called with the trunk's output.
+        tasks: ``{task: Task}`` with the same names.
+        accumulate_grad_batches: Micro-batches an optimizer step; what the Trainer's argument of this name does in
+            automatic optimization.
+        gradient_clip_val: Clip gradients to this norm, or value, before each optimizer step.
+        gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+        optimizer: Called with the parameters, returns the optimizer; unused where ``configure_optimizers`` is
+            overridden.
+        lr_scheduler: Called with the optimizer, returns a scheduler stepped once an epoch. For another interval, or a
+            monitored metric, override ``configure_optimizers`` and return Lightning's usual dictionary.
+
+    Raises:
+        ValueError: If the names of heads and tasks differ or cannot name a module, or a number is out of its range.
+        TypeError: If an argument is of the wrong kind.
+
+    Example:
+        >>> from torch.nn.functional import cross_entropy, l1_loss
+        >>> model = MultiTaskModule(
+        ...     trunk=nn.Sequential(nn.Linear(64, 128), nn.ReLU()),
+        ...     heads={"age": nn.Linear(128, 1), "smile": nn.Linear(128, 2)},
+        ...     tasks={"age": Task(loss=l1_loss), "smile": Task(loss=cross_entropy)},
+        ... )
+        >>> {task: list(prediction.shape) for task, prediction in model(torch.zeros(3, 64)).items()}
+        {'age': [3, 1], 'smile': [3, 2]}
+    """
+
+    trunk: nn.Module
+    heads: nn.ModuleDict
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        heads: Mapping[str, nn.Module],
+        tasks: Mapping[str, Task],
+        *,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        check_arguments(trunk, heads, tasks, accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
+        self.automatic_optimization = False
+        self.trunk = trunk
+        self.heads = nn.ModuleDict({task: heads[task] for task in tasks})
+        self.tasks = dict(tasks)
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_clip_val = gradient_clip_val
+        self.gradient_clip_algorithm = gradient_clip_algorithm
+        self.recorder = Recorder(self.tasks)
+        self.schedules: list[LRSchedulerConfig] = []
+        self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
+        self._optimization = Optimization()
+        self._cut: FeatureCut | None = None
+        # A loss with buffers or parameters of its own moves with the module and is saved with it.
+        self.loss_modules = nn.ModuleDict(
+            {k: task.loss for k, task in tasks.items() if isinstance(task.loss, nn.Module)}
+        )
+        for stage in ("train", "val", "test"):
+            metrics = {k: task.metric_collection() for k, task in tasks.items() if task.metrics is not None}
+            setattr(self, f"{stage}_metrics", nn.ModuleDict(metrics))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init_subclass__(**kwargs)
+        # Lightning drops what schedulers follow in manual optimization, and a hook that a subclass overrides without
+        # calling super() would lose the logging: both are put back around whatever the subclass defines.
+        cls.configure_optimizers = keeping_schedules(cls.configure_optimizers)  # type: ignore[method-assign]
+        cls.configure_callbacks = with_recorder(cls.configure_callbacks)  # type: ignore[method-assign]
+
+    # The model
+
+    def forward(self, inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401 - whatever the trunk takes
+        """Predict every task: ``{task: head(trunk(inputs))}``."""
+        return self._predict(inputs, self.tasks)
+
+    def _predict(self, inputs: Any, tasks: Iterable[str]) -> dict[str, Tensor]:  # noqa: ANN401
+        positional, named = call_trunk_with(inputs)
+        features = self.trunk(*positional, **named)
+        split = isinstance(features, Mapping) and features.keys() >= self.heads.keys()
+        predictions = {}
+        for task in tasks:
+            own = features[task] if split else features
+            predictions[task] = self.heads[task](own if self._cut is None else self._cut.own_view(own))
+        return predictions
+
+    def task_losses(self, batch: Any) -> Mapping[str, Tensor | TaskOutput]:  # noqa: ANN401 - whatever the loader yields
+        """Compute the loss of each task that the batch has labels for; override it for batches of another form.
+
+        Call ``self(inputs)``, or ``self.trunk`` and ``self.heads``, and return ``{task: loss}``, each loss a scalar
+        tensor, or a :class:`~lightning_mtl.TaskOutput` to have metrics and exact means, too. A task without a label in
+        the batch is left out.
+
+        Args:
+            batch: ``(inputs, {task: target})``, or ``{task: (inputs, target)}`` when tasks have loaders of their own;
+                a target or an entry of None stands for no label.
+        """
+        if is_joint(batch, self.tasks):
+            inputs, targets = batch
+            predictions = self(inputs)
+            return {k: self._output(k, predictions[k], target) for k, target in targets.items() if target is not None}
+        if not is_per_task(batch, self.tasks):
+            raise refuse_batch(batch, self.tasks)
+        found = {task: pair for task, pair in batch.items() if pair is not None}
+        return {task: self._output(task, self._predict_one(task, x), y) for task, (x, y) in found.items()}
+
+    def _predict_one(self, task: str, inputs: Any) -> Tensor:  # noqa: ANN401
+        overridden = type(self).forward is not MultiTaskModule.forward
+        return self(inputs)[task] if overridden else self._predict(inputs, [task])[task]
+
+    def _output(self, task: str, prediction: Tensor, target: Tensor) -> TaskOutput:
+        return TaskOutput(self.tasks[task].loss(prediction, target), prediction, target)
+
+    def penalties(self) -> dict[str, Tensor]:
+        """Scalars added to the objective with weight 1, logged as ``penalty/<name>``; they are no tasks to balance."""
+        return {}
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """The parameters that tasks share, whose gradients the methods balance: by default all of the trunk's."""
+        return list(self.trunk.parameters())
+
+    # Lightning's steps
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
+        """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
+        return self._optimization.run(self, batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
+        """Count the batch into ``val/loss/<task>`` and ``val/<metric>/<task>``."""
+        self._evaluate("val", batch, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
+        """Count the batch into ``test/loss/<task>`` and ``test/<metric>/<task>``."""
+        self._evaluate("test", batch, dataloader_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:  # noqa: ANN401
+        """Predict every task of a batch of inputs, with or without targets beside them."""
+        if is_joint(batch, self.tasks):
+            return self.forward(batch[0])
+        if is_per_task(batch, self.tasks):
+            return {task: self._predict_one(task, pair[0]) for task, pair in batch.items() if pair is not None}
+        return self.forward(batch)
+
+    def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
+        if dataloader_idx > 0:
+            raise ValueError(
+                "Several evaluation loaders would be averaged into one figure. Give each task its loader in one "
+                'CombinedLoader({task: loader, ...}, "max_size"), or evaluate the loaders one at a time.'
+            )
+        outputs = self.present_outputs(batch)
+        if not outputs:
+            return
+        self.update_metrics(stage, outputs)
+        losses = torch.stack([output.loss.detach() for output in outputs.values()])
+        positions = [list(self.tasks).index(task) for task in outputs]
+        self.recorder.losses[stage].add(losses, sample_counts(list(outputs.values())), positions)
+
+    @keeping_schedules
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - any of the forms that Lightning takes
+        """Build the optimizer and scheduler given as arguments; override it as in any LightningModule."""
+        optimizer = self._make_optimizer(self.parameters())
+        if self._make_scheduler is None:
+            return optimizer
+        scheduler = self._make_scheduler(optimizer)
+        monitor = getattr(scheduler, "monitor", None)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+
+    @with_recorder
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Bring the callback along that logs; a subclass that overrides this need not call ``super()``."""
+        return []
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep accumulated gradients over a validation in the middle of a window."""
+        if self._optimization.window is None:
+            super().on_validation_model_zero_grad()
+
+    # What the step asks of the module
+
+    @property
+    def micro_batches_a_step(self) -> int:
+        """How many micro-batches an optimizer step takes, whoever accumulates them."""
+        return self.trainer.accumulate_grad_batches if self.automatic_optimization else self.accumulate_grad_batches
+
+    def weighting(self) -> Weighting | None:
+        """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, Weighting)), None)
+
+    def single_optimizer(self) -> LightningOptimizer:
+        """The one optimizer."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)  # noqa: S101 - for mypy: several were refused at setup
+        return optimizer
+
+    def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
+        """The checked outputs of the tasks that a batch has labels for, in order."""
+        return present_outputs(self.task_losses(batch), list(self.tasks))
+
+    def stage_metrics(self, stage: str) -> dict[str, MetricCollection]:
+        """The metrics of each task that has some, for ``"train"``, ``"val"`` or ``"test"``."""
+        return dict(getattr(self, f"{stage}_metrics").items())
+
+    def update_metrics(
+        self,
+        stage: str,
+        outputs: Mapping[str, TaskOutput],
+        scores: dict[str, Tensor] | None = None,
+        step_metric: str | None = None,
+    ) -> None:
+        """Count a batch into the stage's metrics; put the batch's own value of ``step_metric`` into ``scores``."""
+        collections = self.stage_metrics(stage)
+        for task, output in outputs.items():
+            if task not in collections or output.prediction is None or output.target is None:
+                continue
+            prediction = output.prediction.detach()
+            if step_metric is not None and scores is not None:
+                scores[task] = collections[task](prediction, output.target)[step_metric].detach()
+            else:
+                collections[task].update(prediction, output.target)
+
+    @contextmanager
+    def cutting(self, cut: FeatureCut) -> Iterator[None]:
+        """Cut the graph where the trunk ends, for the forward pass inside the block."""
+        with cut.applied_to(self.trunk):
+            self._cut = cut
+            try:
+                yield
+            finally:
+                self._cut = None

@@ -1,0 +1,47 @@
+"""What stays in force around hooks that users override."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import lightning.pytorch as pl
+
+from lightning_mtl.schedules import for_manual_optimization, parse_optimizer_config
+
+if TYPE_CHECKING:
+    from lightning_mtl.module import MultiTaskModule
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def keeping_schedules(configure: Hook) -> Hook:
+    """Let ``configure_optimizers`` also remember what schedulers follow; Lightning drops it in manual optimization."""
+
+    @functools.wraps(configure)
+    def configure_optimizers(self: MultiTaskModule) -> Any:  # noqa: ANN401 - any of the forms that Lightning takes
+        depth = self.__dict__.setdefault("_configuring", 0)
+        self.__dict__["_configuring"] = depth + 1
+        try:
+            returned = configure(self)
+        finally:
+            self.__dict__["_configuring"] = depth
+        if depth or self._trainer is None:  # a call of super(), or by hand
+            return returned
+        optimizer, self.schedules = parse_optimizer_config(returned)
+        return returned if self.automatic_optimization else for_manual_optimization(optimizer, self.schedules)
+
+    return cast("Hook", configure_optimizers)
+
+
+def with_recorder(configure: Hook) -> Hook:
+    """Let ``configure_callbacks`` also bring the recorder along, once."""
+
+    @functools.wraps(configure)
+    def configure_callbacks(self: MultiTaskModule) -> list[pl.Callback]:
+        brought = configure(self)
+        callbacks = [brought] if isinstance(brought, pl.Callback) else list(brought)
+        return callbacks if self.recorder in callbacks else [*callbacks, self.recorder]
+
+    return cast("Hook", configure_callbacks)

@@ -1,0 +1,232 @@
+"""What a module logs: per task, vectorised, under fixed names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from lightning_mtl.metrics import delta_m
+from lightning_mtl.schedules import plateau_metrics, step_schedulers
+from lightning_mtl.setup_checks import check_trainer
+from lightning_mtl.task import Task, TaskOutput
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_mtl.module import MultiTaskModule
+
+
+class LossMeans:
+    """Mean losses of the tasks over a stage, as two ``[K]`` sums on the device: no transfer, no call a task."""
+
+    def __init__(self, num_tasks: int) -> None:
+        self.sums = torch.zeros(2, num_tasks, dtype=torch.float64)
+
+    def add(self, losses: Tensor, samples: Tensor | float, present: Sequence[int]) -> None:
+        """Count the losses of the present tasks, ``[K']``, as means over so many samples each."""
+        if self.sums.device != losses.device:
+            # MPS has no float64; the sums of an epoch fit float32 there.
+            dtype = torch.float32 if losses.device.type == "mps" else torch.float64
+            self.sums = self.sums.to(losses.device, dtype)
+        if len(present) == self.sums.shape[1]:
+            self.sums[0] += losses * samples
+            self.sums[1] += samples
+        else:
+            index = torch.tensor(present, device=losses.device)
+            self.sums[0].index_add_(0, index, (losses * samples).to(self.sums))
+            self.sums[1].index_add_(0, index, torch.ones_like(losses).mul(samples).to(self.sums))
+
+    def means(self, module: pl.LightningModule) -> list[float]:
+        """The mean losses over all ranks, nan for a task without a sample, and begin anew."""
+        sums: Tensor = module.trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
+        self.sums.zero_()
+        return [total / count if count else math.nan for total, count in sums.T.tolist()]
+
+
+def sample_counts(outputs: Sequence[TaskOutput]) -> Tensor | float:
+    """How many samples each task's loss is a mean over, for the means of an epoch: one number if all agree."""
+    counts = [_count(output) for output in outputs]
+    if any(isinstance(count, Tensor) for count in counts):
+        device = next(output.loss.device for output in outputs)
+        return torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])
+    if len(set(counts)) == 1:
+        return float(counts[0])
+    return torch.tensor(counts, dtype=torch.float32, device=outputs[0].loss.device)
+
+
+def _count(output: TaskOutput) -> Tensor | float:
+    if output.num_samples is not None:
+        return output.num_samples if isinstance(output.num_samples, Tensor) else float(output.num_samples)
+    return float(output.target.shape[0]) if isinstance(output.target, Tensor) and output.target.ndim else 1.0
+
+
+class Recorder(Callback):
+    """Logs what every :class:`~lightning_mtl.MultiTaskModule` reports; the module brings it along, once a Trainer.
+
+    It also keeps what only a callback can: the epoch's running means over an interruption, and the schedulers that wait
+    for a validation.
+    """
+
+    def __init__(self, tasks: Mapping[str, Task]) -> None:
+        self.tasks = dict(tasks)
+        self.losses = {stage: LossMeans(len(tasks)) for stage in ("train", "val", "test")}
+        self._vectors: Mapping[str, tuple[Sequence[str], Tensor]] = {}
+        self._single: Mapping[str, Tensor] = {}
+        self._unlogged = False
+        self._plateau_due = False
+        self._known_metrics: dict[str, Tensor] = {}
+
+    # Steps
+
+    def record_step(self, vectors: Mapping[str, tuple[Sequence[str], Tensor]], single: Mapping[str, Tensor]) -> None:
+        """Keep a step's vectors, ``{"loss": (tasks, [K]), ...}``, and single values, until they are due."""
+        self._vectors, self._single = vectors, single
+        self._unlogged = True
+
+    def log_step(self, module: pl.LightningModule) -> None:
+        """Log the newest vectors as scalars where the Trainer writes to its loggers."""
+        # The question that Lightning's own callbacks ask before they compute something to log.
+        if self._unlogged and module.trainer._logger_connector.should_update_logs:
+            self._log_latest(module, on_step=True)
+
+    def _log_latest(self, module: pl.LightningModule, *, on_step: bool) -> None:
+        scalars = {
+            f"{name}/{task}": value
+            for name, (tasks, vector) in self._vectors.items()
+            for task, value in zip(tasks, vector.detach().float().cpu(), strict=True)
+        }
+        scalars.update((name, value.float().cpu()) for name, value in self._single.items())
+        module.log_dict(scalars, on_step=on_step, on_epoch=not on_step, batch_size=1)
+        total = sum(scalars[f"loss/{task}"] * scalars.get(f"weight/{task}", 1.0) for task in self._vectors["loss"][0])
+        module.log("loss", total, on_step=on_step, on_epoch=not on_step, prog_bar=True, batch_size=1)
+        self._unlogged = False
+
+    # Stages
+
+    def setup(self, trainer: pl.Trainer, pl_module: MultiTaskModule, stage: str) -> None:  # type: ignore[override]
+        """Refuse, before training begins, what cannot work."""
+        if stage == "fit":
+            check_trainer(pl_module, trainer)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lay out TensorBoard's custom scalars: all tasks' weights on one chart, all losses on another."""
+        for logger in trainer.loggers:
+            if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(self.tensorboard_layout())
+
+    def tensorboard_layout(self) -> dict[str, dict[str, list[str | list[str]]]]:
+        """Charts with one line a task, for TensorBoard's custom-scalars tab."""
+        charts = {
+            "weights": "weight",
+            "losses": "loss",
+            "gradient norms": "grad_norm",
+            "epoch losses": "loss_epoch",
+            "validation losses": "val/loss",
+        }
+        return {
+            "tasks": {
+                title: ["Multiline", [f"^{re.escape(f'{prefix}/{task}')}$" for task in self.tasks]]
+                for title, prefix in charts.items()
+            }
+        }
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: MultiTaskModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+        """Step the schedulers that waited for the validation after the last batch."""
+        self._step_plateau(pl_module)
+
+    def plateau_due(self) -> None:
+        """Remember that schedulers which follow a metric each few steps are due once this batch's validation ran."""
+        self._plateau_due = True
+
+    def _step_plateau(self, module: MultiTaskModule) -> None:
+        if self._plateau_due:
+            self._plateau_due = False
+            step_schedulers(module, module.schedules, "step", plateau=True, known=self._known_metrics)
+            self._known_metrics = {}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
+        """Log the epoch's means and the last step's values, and step the schedulers that follow an epoch's metric."""
+        if self._unlogged:
+            self._log_latest(pl_module, on_step=False)
+        self._log_stage(pl_module, "train", "loss_epoch")
+        self._step_plateau(pl_module)
+        step_schedulers(pl_module, pl_module.schedules, "epoch", plateau=True)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
+        """Log the validation's losses, metrics and delta_m."""
+        self._log_stage(pl_module, "val", "val/loss")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
+        """Log the test's losses, metrics and delta_m."""
+        self._log_stage(pl_module, "test", "test/loss")
+
+    def _log_stage(self, module: MultiTaskModule, stage: str, loss_name: str) -> None:
+        means = self.losses[stage].means(module)
+        scores = {task: {"loss": mean} for task, mean in zip(self.tasks, means, strict=True) if not math.isnan(mean)}
+        values: dict[str, float | Tensor] = {f"{loss_name}/{task}": score["loss"] for task, score in scores.items()}
+        if scores and stage != "train":
+            values[f"{stage}/loss"] = sum(score["loss"] for score in scores.values())
+        for task, metrics in module.stage_metrics(stage).items():
+            for name, value in _compute(task, metrics).items():
+                values[f"{stage}/{name}/{task}"] = value
+                scores.setdefault(task, {})[name] = float(value)
+        if stage != "train" and (compared := self._delta_m(scores)) is not None:
+            values[f"{stage}/delta_m"] = compared
+        module.log_dict(
+            {name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()}, batch_size=1
+        )
+
+    def _delta_m(self, scores: Mapping[str, Mapping[str, float]]) -> float | None:
+        compared = [
+            (scores[name][metric], baseline, task.higher_is_better(metric))
+            for name, task in self.tasks.items()
+            for metric, baseline in (task.baseline or {}).items()
+            if metric in scores.get(name, {})
+        ]
+        return delta_m(*zip(*compared, strict=True)) if compared else None
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running means of the epoch, and what a waiting scheduler will need."""
+        return {"loss_sums": self.losses["train"].sums.clone(), "plateau_due": self._plateau_due}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the means of the interrupted epoch."""
+        self.losses["train"].sums = state_dict["loss_sums"]
+        self._plateau_due = state_dict["plateau_due"]
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: MultiTaskModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        """Keep the metrics that a waiting scheduler follows; Lightning does not."""
+        if self._plateau_due:
+            checkpoint["lightning_mtl_plateau_metrics"] = plateau_metrics(pl_module, pl_module.schedules)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take the metrics of a waiting scheduler back."""
+        self._known_metrics = checkpoint.get("lightning_mtl_plateau_metrics", {})
+
+
+def _compute(task: str, metrics: MetricCollection) -> dict[str, Tensor]:
+    """Compute and reset a task's metrics; none of them if the task was absent all along."""
+    if not any(metric.update_called for metric in metrics.values()):
+        return {}
+    values: dict[str, Tensor] = metrics.compute()
+    metrics.reset()
+    for name, value in values.items():
+        if value.numel() != 1:
+            shape = list(value.shape)
+            raise ValueError(
+                f"Metric {name!r} of task {task!r} computes shape {shape}, which cannot be logged as one number; wrap "
+                "it (torchmetrics.ClasswiseWrapper for one value a class), or log it from a callback of your own."
+            )
+    return values

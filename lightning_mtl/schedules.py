@@ -1,0 +1,90 @@
+"""Learning-rate schedulers in manual optimization, stepped as automatic optimization steps them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+def parse_optimizer_config(returned: Any) -> tuple[torch.optim.Optimizer, list[LRSchedulerConfig]]:  # noqa: ANN401
+    """Read what ``configure_optimizers`` returned, in any form that Lightning takes.
+
+    Raises:
+        ValueError: If there is not exactly one optimizer, or it needs a closure.
+    """
+    # Lightning's own reading, private as it is, accepts and refuses just what automatic optimization does.
+    optimizers, schedulers, monitor = _configure_optimizers(returned)
+    if len(optimizers) != 1:
+        raise ValueError(
+            f"configure_optimizers returned {len(optimizers)} optimizers, a MultiTaskModule takes one; give it a named "
+            "parameter group for each part instead: "
+            'Adam([{"params": trunk, "name": "trunk"}, {"params": heads, "name": "heads", "lr": 1e-4}]).'
+        )
+    if isinstance(optimizers[0], torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS evaluates the loss several times a step, which no weighting of one step's gradients can follow; "
+            "use a first-order optimizer such as SGD or Adam."
+        )
+    return optimizers[0], _configure_schedulers_automatic_opt(schedulers, monitor)
+
+
+def for_manual_optimization(
+    optimizer: torch.optim.Optimizer, configs: list[LRSchedulerConfig]
+) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
+    """The same configuration without the keys that Lightning drops, with a warning, in manual optimization."""
+    kept = ("scheduler", "interval", "frequency", "name")
+    return [optimizer], [{key: getattr(config, key) for key in kept} for config in configs]
+
+
+def step_schedulers(
+    module: pl.LightningModule,
+    configured: list[LRSchedulerConfig],
+    interval: str,
+    *,
+    plateau: bool,
+    known: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Step the schedulers that are due, as Lightning's automatic loop does after a batch or an epoch.
+
+    Args:
+        module: Its trainer holds the schedulers.
+        configured: What the user asked for; Lightning's copies have lost what manual optimization does not support.
+        interval: ``"step"`` or ``"epoch"``.
+        plateau: Step those that follow a metric, or the others.
+        known: Metrics restored from a checkpoint, for a scheduler that was due when it was written.
+    """
+    trainer = module.trainer
+    index = trainer.fit_loop.epoch_loop.batch_idx if interval == "step" else trainer.current_epoch
+    for active in trainer.lr_scheduler_configs:
+        # The learning-rate finder puts a scheduler of its own in place of the user's.
+        config = next((asked for asked in configured if asked.scheduler is active.scheduler), active)
+        if config.reduce_on_plateau != plateau or config.interval != interval or (index + 1) % config.frequency:
+            continue
+        value = None
+        if plateau:
+            value = {**trainer.callback_metrics, **(known or {})}.get(config.monitor or "")
+            if value is None:
+                if config.strict:
+                    raise MisconfigurationException(
+                        f"ReduceLROnPlateau follows {config.monitor!r}, which has not been logged; there are "
+                        f"{sorted(trainer.callback_metrics)}. Log it in the training or validation step, choose one of "
+                        "these as `monitor`, or set `strict` to False to skip the update."
+                    )
+                rank_zero_warn(f"ReduceLROnPlateau follows {config.monitor!r}, which has not been logged; skipped.")
+                continue
+        module.lr_scheduler_step(config.scheduler, value)
+
+
+def plateau_metrics(module: pl.LightningModule, configured: list[LRSchedulerConfig]) -> dict[str, torch.Tensor]:
+    """The present values of the metrics that schedulers follow."""
+    metrics = module.trainer.callback_metrics
+    names = {config.monitor for config in configured if config.reduce_on_plateau}
+    return {name: metrics[name].detach().clone() for name in names if name in metrics}

@@ -1,0 +1,42 @@
+"""What one optimisation step measured, as the weighting methods see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Signals:
+    """The measurements of one step: detached, float32 or wider, the same on every rank.
+
+    K is the number of tasks present in the step, in the module's task order.
+
+    Attributes:
+        tasks: The K present tasks.
+        losses: ``[K]``, the task losses L_k.
+        step: Optimizer steps taken before this one.
+        epoch: The epoch, from 0.
+        norms: ``[K]``, ‖g_k‖, for methods that measure ``"norms"`` or more.
+        gramian: ``[K, K]``, the inner products g_i · g_j, float64 on the CPU, for methods that measure ``"gramian"``.
+        scores: ``[K]``, this batch's value of the metric that a method asked for through ``step_metric``.
+
+    Example:
+        >>> import torch
+        >>> Signals(tasks=("a", "b"), losses=torch.tensor([1.0, 2.0]), step=0, epoch=0).num_tasks
+        2
+    """
+
+    tasks: tuple[str, ...]
+    losses: Tensor
+    step: int
+    epoch: int
+    norms: Tensor | None = None
+    gramian: Tensor | None = None
+    scores: Tensor | None = None
+
+    @property
+    def num_tasks(self) -> int:
+        """K, the number of present tasks."""
+        return len(self.tasks)

@@ -1,0 +1,123 @@
+"""Weights from how badly each task still performs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Weighting
+from lightning_mtl.signals import Signals
+
+
+def dtp_weights(performance: Tensor, gamma: float, eps: float = 1e-6) -> Tensor:
+    r"""Compute :math:`-(1 - \kappa)^\gamma \log \kappa`, κ clamped to [ε, 1]; 1 where κ is nan.
+
+    Example:
+        >>> dtp_weights(torch.tensor([0.5, 1.0, torch.nan]), gamma=1.0)
+        tensor([0.3466, 0.0000, 1.0000])
+    """
+    clamped = performance.clamp(eps, 1.0)
+    weights = -((1 - clamped) ** gamma) * torch.log(clamped)
+    return torch.where(performance.isnan(), torch.ones_like(weights), weights.abs())
+
+
+class DTP(Weighting):
+    r"""Give difficult tasks priority, by a performance metric between 0 and 1: dynamic task prioritization.
+
+    .. math:: w_k = -(1 - \bar\kappa_k)^\gamma \log \bar\kappa_k, \qquad
+        \bar\kappa_k \leftarrow \alpha \kappa_k + (1 - \alpha) \bar\kappa_k
+
+    κ is the task's metric, 1 being perfect. A task without a value yet has weight 1.
+
+    Args:
+        metric: The metric's name in every task's collection; it must lie in [0, 1] and be better when higher.
+        gamma: How much more the difficult tasks count, as in the focal loss; 0 leaves -log κ.
+        alpha: The weight of the newest κ.
+        stage: ``"val"`` takes κ at the end of each validation, ``"train"`` the metric of each training batch, as the
+            paper does; the batch values cost a metric computation a step.
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+
+    Raises:
+        ValueError: If an argument is out of its range, or at setup if a task lacks the metric or it is unbounded.
+
+    Source: Guo et al., Dynamic Task Prioritization for Multitask Learning, ECCV 2018.
+
+    Deviations: the paper moves κ each iteration of training; a validation's value is the less noisy choice and the
+    default here. κ is clamped to [1e-6, 1], so that a metric of 0 gives a large weight and no infinite one.
+
+    Example:
+        >>> DTP("accuracy", gamma=2.0, alpha=0.5).metric
+        'accuracy'
+    """
+
+    def __init__(
+        self,
+        metric: str,
+        *,
+        gamma: float = 1.0,
+        alpha: float = 0.5,
+        stage: Literal["val", "train"] = "val",
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step)
+        if gamma < 0:
+            raise ValueError(f"DTP(gamma={gamma}) must be at least 0.")
+        if not 0 < alpha <= 1:
+            raise ValueError(f"DTP(alpha={alpha}) must be above 0 and at most 1.")
+        if stage not in ("val", "train"):
+            raise ValueError(f"DTP(stage={stage!r}) must be 'val' or 'train'.")
+        self.metric, self.gamma, self.alpha, self.stage = metric, gamma, alpha, stage
+        self.step_metric = metric if stage == "train" else None
+        self.add_state("performance", torch.tensor(torch.nan))
+        self.performance: Tensor
+
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Refuse tasks without the metric, and metrics that are no performance between 0 and 1."""
+        for name, task in pl_module.tasks.items():  # type: ignore[operator,union-attr]  # setup has seen a mapping
+            metrics = task.metric_collection()
+            if self.metric not in metrics:
+                raise ValueError(
+                    f"DTP(metric={self.metric!r}) is not among the metrics of task {name!r}, {list(metrics)}; name one "
+                    "that every task has, for instance by MetricCollection({'accuracy': ...})."
+                )
+            found = metrics[self.metric]
+            if (found.plot_lower_bound, found.plot_upper_bound, found.higher_is_better) != (0.0, 1.0, True):
+                raise ValueError(
+                    f"DTP(metric={self.metric!r}) is {type(found).__name__} for task {name!r}, which is no performance "
+                    "between 0 and 1 that is better when higher; take accuracy, AUROC, IoU or the like."
+                )
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Weigh by the performance so far."""
+        return dtp_weights(self.performance, self.gamma)
+
+    def update(self, signals: Signals) -> None:
+        """Take in the batch's performance, where training is watched."""
+        if signals.scores is not None:
+            self.performance = self._moved(self.performance, signals.scores.to(self.performance))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take in the validation's performance."""
+        if self.stage == "train" or trainer.sanity_checking or not self.tasks:
+            return
+        values = [trainer.callback_metrics.get(f"val/{self.metric}/{task}") for task in self.tasks]
+        newest = self.performance.new_tensor([torch.nan if value is None else float(value) for value in values])
+        self.performance = self._moved(self.performance, newest)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a Trainer that never validates, where κ comes from validation."""
+        super().on_fit_start(trainer, pl_module)
+        if self.stage == "val" and not trainer.enable_validation:
+            raise ValueError(
+                "DTP(stage='val') needs a validation loader, and the Trainer has none; pass one, or use stage='train'."
+            )
+
+    def _moved(self, before: Tensor, newest: Tensor) -> Tensor:
+        mixed = self.alpha * newest + (1 - self.alpha) * before
+        return torch.where(newest.isnan(), before, torch.where(before.isnan(), newest, mixed))

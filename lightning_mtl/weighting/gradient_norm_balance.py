@@ -1,0 +1,73 @@
+"""Weights inverse to the tasks' gradient norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.signals import Signals
+
+
+def inverse_norm_weights(norms: Tensor, importance: Tensor, eps: float) -> Tensor:
+    r"""Compute :math:`w_k \propto \iota_k / (n_k + \epsilon \bar n)` with Σ w = K; all ``[K]``.
+
+    Example:
+        >>> inverse_norm_weights(torch.tensor([1.0, 3.0]), torch.ones(2), eps=0.0)
+        tensor([1.5000, 0.5000])
+    """
+    mean = norms.mean()
+    inverse = importance / torch.where(mean > 0, norms + eps * mean, torch.ones_like(norms))
+    return norms.numel() * inverse / inverse.sum()
+
+
+class GradientNormBalance(Weighting):
+    r"""Weigh each task by the inverse of its gradient norm, so that large gradients take small steps.
+
+    .. math:: w_k = \frac{K v_k}{\sum_j v_j}, \qquad v_k = \frac{\iota_k}{\lVert g_k \rVert + \epsilon \bar n}
+
+    with :math:`\bar n` the mean norm and :math:`\iota_k` the importance. The weighted gradients then have norms in the
+    ratio of the importances. A task whose gradient vanishes gets at most 1/ε times an average task's weight.
+
+    Args:
+        eps: ε, relative to the mean norm.
+        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`. ``"last_layer"`` is the cheap choice.
+        every_n_steps: Measure in one step of n and keep the weights in between.
+        importance: ``{task: ι}``; tasks not named keep 1.
+        start_step: Optimizer steps with equal weights before.
+
+    Source: gradient-norm balancing without GradNorm's training rates; no paper of its own.
+
+    Example:
+        >>> GradientNormBalance(at="last_layer").eps
+        0.001
+    """
+
+    measures: ClassVar[Measure] = "norms"
+
+    def __init__(
+        self,
+        *,
+        eps: float = 1e-3,
+        at: str | Sequence[str] = "trunk",
+        every_n_steps: int = 1,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step, at=at, every_n_steps=every_n_steps)
+        if not eps > 0:
+            raise ValueError(f"GradientNormBalance(eps={eps}) must be above 0.")
+        self.eps = eps
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Weigh by the inverse norms of this step."""
+        assert signals.norms is not None  # noqa: S101 - for mypy: what the class measures
+        return inverse_norm_weights(signals.norms, torch.ones_like(signals.norms), self.eps)
+
+    def with_importance(self, weights: Tensor, signals: Signals) -> Tensor:
+        """Multiply by the importance and keep the sum K."""
+        scaled = super().with_importance(weights, signals)
+        return scaled * (weights.sum() / scaled.sum()) if self.importance else weights

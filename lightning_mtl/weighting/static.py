@@ -1,0 +1,47 @@
+"""Fixed weights, set by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_mtl.callbacks import Weighting
+from lightning_mtl.signals import Signals
+
+
+class StaticWeights(Weighting):
+    r"""Weigh the tasks by fixed numbers: importance by hand.
+
+    .. math:: \min_\theta \sum_k w_k L_k
+
+    Args:
+        weights: ``{task: w_k}``; tasks not named keep 1, so that no argument at all means equal weights.
+        start_step: Optimizer steps with equal weights before.
+
+    Raises:
+        ValueError: If a weight is negative or not finite, or at setup if a task is unknown.
+
+    Example:
+        >>> StaticWeights({"depth": 2.0, "normals": 0.5}).weights
+        {'depth': 2.0, 'normals': 0.5}
+    """
+
+    def __init__(self, weights: Mapping[str, float] | None = None, *, start_step: int = 0) -> None:
+        super().__init__(start_step=start_step)
+        for task, weight in (weights or {}).items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"StaticWeights gives task {task!r} the weight {weight}; use a finite number >= 0.")
+        self.weights = dict(weights or {})
+
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Refuse weights of unknown tasks."""
+        known = list(pl_module.tasks)  # type: ignore[arg-type]  # setup has seen that it is a mapping
+        if unknown := [task for task in self.weights if task not in known]:
+            raise ValueError(f"StaticWeights names the tasks {unknown}, but the module has {known}.")
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Look the present tasks' weights up."""
+        return signals.losses.new_tensor([self.weights.get(task, 1.0) for task in signals.tasks])

@@ -1,0 +1,118 @@
+"""Weights from each task's learned noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Weighting
+from lightning_mtl.signals import Signals
+from lightning_mtl.solvers.adam import AdamState, adam_step
+
+Kind = Literal["regression", "classification"]
+Regularizer = Literal["log", "log1p"]
+FACTORS: Mapping[str, float] = {"regression": 0.5, "classification": 1.0}
+
+
+def uncertainty_weights(log_variances: Tensor, factors: Tensor) -> Tensor:
+    """Compute ``w_k = c_k exp(-s_k)``; arguments and result ``[K]``.
+
+    Example:
+        >>> uncertainty_weights(torch.zeros(2), torch.tensor([0.5, 1.0]))
+        tensor([0.5000, 1.0000])
+    """
+    return factors * torch.exp(-log_variances)
+
+
+def uncertainty_gradient(
+    log_variances: Tensor, losses: Tensor, factors: Tensor, regularizer: Regularizer = "log"
+) -> Tensor:
+    """Compute the objective's derivative by each s_k: ``-c_k exp(-s_k) L_k`` plus the regularizer's; ``[K]``.
+
+    Example:
+        >>> uncertainty_gradient(torch.zeros(2), torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.5]))
+        tensor([ 0., -1.])
+    """
+    pull = torch.full_like(log_variances, 0.5) if regularizer == "log" else torch.sigmoid(log_variances)
+    return pull - uncertainty_weights(log_variances, factors) * losses
+
+
+class UncertaintyWeighting(Weighting):
+    r"""Weigh tasks by the inverse of a learned noise variance.
+
+    .. math:: \min_{\theta, s} \sum_k c_k e^{-s_k} L_k + \tfrac{1}{2} s_k, \qquad s_k = \log \sigma_k^2
+
+    so that :math:`w_k = c_k e^{-s_k}`, with c = 1/2 for regression (a Gaussian likelihood, L the squared error) and
+    c = 1 for classification (a softmax scaled by 1/σ²).
+
+    Args:
+        kinds: ``{task: "regression" or "classification"}``; tasks not named are regressions.
+        lr: Step size of the Adam that learns s.
+        regularizer: ``"log"`` is the paper's :math:`\log \sigma = s / 2`; ``"log1p"`` is :math:`\log(1 + \sigma^2)`,
+            which keeps the weights from falling without end.
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+
+    Source: Kendall, Gal and Cipolla, Multi-Task Learning Using Uncertainty to Weigh Losses, 2018, arXiv:1705.07115,
+    section 3; the second regularizer: Liebel and Körner, Auxiliary Tasks in Multi-task Learning, 2018,
+    arXiv:1805.06334.
+
+    Deviations: the papers learn s with the network's optimizer, here it has an Adam of its own, so that a weight decay
+    or a schedule of the network leaves it alone. The step uses s before its own update, as one joint step would.
+
+    Example:
+        >>> UncertaintyWeighting({"depth": "regression", "segmentation": "classification"}).kinds["depth"]
+        'regression'
+    """
+
+    def __init__(
+        self,
+        kinds: Mapping[str, Kind] | None = None,
+        *,
+        lr: float = 0.01,
+        regularizer: Regularizer = "log",
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step)
+        for task, kind in (kinds or {}).items():
+            if kind not in FACTORS:
+                raise ValueError(f"UncertaintyWeighting calls task {task!r} a {kind!r}; use one of {sorted(FACTORS)}.")
+        if not lr > 0:
+            raise ValueError(f"UncertaintyWeighting(lr={lr}) must be above 0.")
+        if regularizer not in ("log", "log1p"):
+            raise ValueError(f"UncertaintyWeighting(regularizer={regularizer!r}) must be 'log' or 'log1p'.")
+        self.kinds, self.lr, self.regularizer = dict(kinds or {}), lr, regularizer
+        for name in ("log_variances", "mean", "square", "steps"):
+            self.add_state(name, torch.tensor(0.0))
+        self.log_variances: Tensor
+        self.mean: Tensor
+        self.square: Tensor
+        self.steps: Tensor
+
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Refuse kinds of unknown tasks."""
+        known = list(pl_module.tasks)  # type: ignore[arg-type]  # setup has seen that it is a mapping
+        if unknown := [task for task in self.kinds if task not in known]:
+            raise ValueError(f"UncertaintyWeighting(kinds=...) names {unknown}, but the module has {known}.")
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Weigh by the variances learned so far."""
+        return uncertainty_weights(self.log_variances, self._factors(signals))
+
+    def update(self, signals: Signals) -> None:
+        """Take one Adam step on the log-variances."""
+        gradient = uncertainty_gradient(
+            self.log_variances, signals.losses.to(self.log_variances), self._factors(signals), self.regularizer
+        )
+        state = AdamState(self.mean, self.square, self.steps)
+        self.log_variances, (self.mean, self.square, self.steps) = adam_step(
+            self.log_variances, gradient, state, lr=self.lr
+        )
+
+    def _factors(self, signals: Signals) -> Tensor:
+        return self.log_variances.new_tensor([FACTORS[self.kinds.get(task, "regression")] for task in signals.tasks])

@@ -1,0 +1,169 @@
+"""What one optimizer step gathers from its micro-batches, and what its weighting made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Aggregator, Weighting
+from lightning_mtl.gradients.feature_update import Wanted
+from lightning_mtl.gradients.micro_batch import Decision, Measured
+from lightning_mtl.gradients.row_update import RowUpdate
+from lightning_mtl.signals import Signals
+
+Way = Literal["losses", "features", "rows"]
+"""How weights reach the gradients: in a weighted sum of losses, at the trunk's output, or in a sum of rows."""
+
+
+class Window:
+    """The state of one optimizer step: losses seen, gradients measured, weights chosen.
+
+    Args:
+        tasks: All tasks of the module, in order.
+        weighting: The Trainer's weighting; None weighs all tasks equally.
+        step: Optimizer steps taken before.
+        epoch: The present epoch.
+        size: Micro-batches in a full window.
+    """
+
+    def __init__(self, tasks: Sequence[str], weighting: Weighting | None, step: int, epoch: int, size: int) -> None:
+        self.weighting = weighting
+        self.step, self.epoch, self.size = step, epoch, size
+        self.measures = weighting is not None and weighting.measures_in(step)
+        self.way = _way(weighting, step, measures=self.measures)
+        self.rows: RowUpdate | None = None
+        self.micro_batches = 0
+        self.penalties: dict[str, Tensor] = {}
+        self.scores: dict[str, Tensor] = {}
+        self.signals: Signals | None = None
+        self.weights: Tensor | None = None
+        self._tasks = tuple(tasks)
+        self._position = {task: position for position, task in enumerate(tasks)}
+        self._noted: list[tuple[list[int], Tensor, Tensor | None]] = []
+        self._weighed: set[str] = set()
+
+    @property
+    def wanted(self) -> Wanted:
+        """What to measure before the weighting is asked."""
+        if self.weighting is None or not self.measures or self.weighting.measures == "losses":
+            return "nothing"
+        return self.weighting.measures
+
+    @property
+    def weighs_heads(self) -> bool:
+        """Whether a task's weight scales the gradients of its head."""
+        return self.weighting is None or self.weighting.weighs_heads
+
+    def positions(self, names: Sequence[str]) -> list[int]:
+        """Where these tasks stand among all."""
+        return [self._position[name] for name in names]
+
+    @property
+    def present(self) -> list[str]:
+        """The tasks seen so far, in the module's order."""
+        seen = {position for positions, _, _ in self._noted for position in positions}
+        return [self._tasks[position] for position in sorted(seen)]
+
+    def note(self, names: Sequence[str], losses: Tensor, counts: Tensor | None) -> None:
+        """Remember a micro-batch's losses, ``[K']``, as means over ``counts`` samples each (None: equal ones)."""
+        self._noted.append((self.positions(names), losses, counts))
+
+    def newest_counts(self) -> list[float]:
+        """How many samples stand behind each loss of the newest micro-batch."""
+        positions, _, counts = self._noted[-1]
+        return [1.0] * len(positions) if counts is None else counts.tolist()
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """For all tasks, ``[K]``: the losses times their counts, and the counts."""
+        like = self._noted[0][1]
+        total, count = like.new_zeros(len(self._tasks)), like.new_zeros(len(self._tasks))
+        for positions, losses, counts in self._noted:
+            index = torch.tensor(positions, device=like.device)
+            weight = torch.ones_like(losses) if counts is None else counts
+            total.index_add_(0, index, losses * weight)
+            count.index_add_(0, index, weight)
+        return total, count
+
+    def mean_losses(self, names: Sequence[str]) -> Tensor:
+        """The mean loss over the window of tasks that were present in it."""
+        if len(self._noted) == 1 and self._noted[0][0] == self.positions(names):
+            return self._noted[0][1]
+        total, count = self.sums()
+        index = torch.tensor(self.positions(names), device=total.device)
+        return total[index] / count[index]
+
+    def describe(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Signals:
+        """Put what is known of these tasks in the form that methods read."""
+        scores = [self.scores[name] for name in names if name in self.scores]
+        self.signals = Signals(
+            tuple(names),
+            losses.to(torch.promote_types(losses.dtype, torch.float32)),
+            self.step,
+            self.epoch,
+            norms=measured.norms,
+            gramian=measured.gramian,
+            scores=torch.stack(scores) if scores and len(scores) == len(names) else None,
+        )
+        return self.signals
+
+    def decide(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Decision:
+        """Ask the weighting, or let the weights serve that it gave to the window's earlier micro-batches."""
+        if self.weights is not None and self._weighed.issuperset(names):
+            return Decision(self.weights[self.positions(names)])
+        signals = self.describe(names, losses, measured)
+        if self.weighting is None:
+            return Decision(self._keep(names, torch.ones_like(signals.losses)))
+        positions = self.positions(names)
+        if isinstance(self.weighting, Aggregator) and measured.rows:
+            directions = _aggregate(self.weighting, signals, positions, measured.rows)
+            return Decision(torch.ones_like(signals.losses), directions)
+        return Decision(self._keep(names, self.weighting.current_weights(signals, positions, measured=self.measures)))
+
+    def summary(self) -> Signals | None:
+        """The window as a whole: what was measured, with the losses averaged over all micro-batches."""
+        if self.signals is None or self.micro_batches == 1:
+            return self.signals
+        return replace(self.signals, losses=self.mean_losses(self.signals.tasks).to(self.signals.losses))
+
+    def asks(self, names: Sequence[str]) -> bool:
+        """Whether the weighting has yet to be asked about one of these tasks."""
+        return not self._weighed.issuperset(names)
+
+    def _keep(self, names: Sequence[str], weights: Tensor) -> Tensor:
+        self._weighed.update(names)
+        if len(names) == len(self._tasks):
+            self.weights = weights
+            return weights
+        if self.weights is None:
+            self.weights = weights.new_full((len(self._tasks),), torch.nan)
+        self.weights[self.positions(names)] = weights
+        return weights
+
+
+def _way(weighting: Weighting | None, step: int, *, measures: bool) -> Way:
+    """The cheapest way that does what the weighting says in this step."""
+    if weighting is None:
+        return "losses"
+    if measures and weighting.measures != "losses":
+        return "rows" if weighting.at == "trunk" else "features"
+    if weighting.weighs_heads or (step < weighting.start_step and not weighting.importance):
+        return "losses"
+    return "features"
+
+
+def _aggregate(
+    weighting: Aggregator, signals: Signals, positions: Sequence[int], rows: Sequence[Tensor]
+) -> list[Tensor]:
+    """Combine gradients that lie in several matrices as if they were one."""
+    if len(rows) == 1:
+        return [weighting.direction(signals, positions, rows[0])]
+    widest = rows[0].dtype
+    for block in rows[1:]:
+        widest = torch.promote_types(widest, block.dtype)
+    whole = weighting.direction(signals, positions, torch.cat([block.to(widest) for block in rows], dim=1))
+    parts = whole.split([block.shape[1] for block in rows])
+    return [part.to(block.dtype) for part, block in zip(parts, rows, strict=True)]
