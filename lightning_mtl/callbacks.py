@@ -76,6 +76,7 @@ class Weighting(TaskState, ABC):
         self.start_step = start_step
         self.at = at if isinstance(at, str) else tuple(at)
         self.every_n_steps = every_n_steps
+        self._newest: tuple[list[int], Tensor] | None = None
         self.held_weights: Tensor
         if every_n_steps > 1:
             self.add_state("held_weights", torch.tensor(math.nan))
@@ -141,12 +142,15 @@ class Weighting(TaskState, ABC):
                 f"{signals.num_tasks} tasks are present, so it must be [{signals.num_tasks}]."
             )
         weights = weights.detach().to(like)
-        if self.every_n_steps > 1:
-            self.held_weights[list(present)] = weights.to(self.held_weights)
+        self._newest = (list(present), weights)
         return self.with_importance(weights, signals)
 
     def observe(self, signals: Signals, present: Sequence[int]) -> None:
-        """Let the method update its state for the present tasks."""
+        """Let the method update its state for the present tasks, after a step that was not skipped."""
+        if self.every_n_steps > 1 and self._newest is not None:
+            positions, weights = self._newest
+            self.held_weights[positions] = weights.to(self.held_weights)
+        self._newest = None
         if type(self).update is not Weighting.update and signals.step >= self.start_step:
             with self.only(present):
                 self.update(signals)

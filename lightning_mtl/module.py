@@ -44,6 +44,8 @@ class MultiTaskModule(pl.LightningModule):
             automatic optimization.
         gradient_clip_val: Clip gradients to this norm, or value, before each optimizer step.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+        max_skipped_steps: A step with a loss or gradient that is not finite is skipped; more of them in a row than this
+            end the training with an error.
         optimizer: Called with the parameters, returns the optimizer; unused where ``configure_optimizers`` is
             overridden.
         lr_scheduler: Called with the optimizer, returns a scheduler stepped once an epoch. For another interval, or a
@@ -76,6 +78,7 @@ class MultiTaskModule(pl.LightningModule):
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        max_skipped_steps: int = 100,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -88,6 +91,7 @@ class MultiTaskModule(pl.LightningModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
+        self.max_skipped_steps = max_skipped_steps
         self.recorder = Recorder(self.tasks)
         self.schedules: list[LRSchedulerConfig] = []
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler

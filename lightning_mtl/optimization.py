@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_mtl.agreement import Agreement, agree, ghost_loss, stack_losses
 from lightning_mtl.callbacks import Monitor
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.gradients.feature_update import feature_objective
-from lightning_mtl.gradients.layers import last_layer, named_parameters_at
-from lightning_mtl.gradients.micro_batch import Decision, Measured, MicroBatch
+from lightning_mtl.gradients.micro_batch import Measured, MicroBatch
+from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.row_update import RowUpdate
 from lightning_mtl.gradients.rows import Rows
 from lightning_mtl.recorder import sample_counts
 from lightning_mtl.schedules import step_schedulers
+from lightning_mtl.step_guards import SkippedSteps, check_cut, clipping, forget_absent_heads, synchronising
 from lightning_mtl.task import TaskOutput
 from lightning_mtl.window import Window
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
+
+ALONE = Ranks.alone()
 
 
 class Optimization:
@@ -32,6 +34,7 @@ class Optimization:
 
     def __init__(self) -> None:
         self.window: Window | None = None
+        self.skipped = SkippedSteps()
         self._matrix: Rows | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimization:
@@ -55,28 +58,23 @@ class Optimization:
             penalties = module.penalties()
         step_metric = None if window.weighting is None else window.weighting.step_metric
         module.update_metrics("train", outputs, window.scores, step_metric)
-        self._note(module, window, outputs, penalties)
-        penalty = torch.stack(list(penalties.values())).sum() if penalties else None
-        objective: Tensor | None = penalty
-        if outputs:
-            losses = [output.loss for output in outputs.values()]
-            objective = self._objective(module, window, MicroBatch(list(outputs), losses, penalty, cut))
-        if window.rows is not None:
-            objective = self._row_objective(window, penalty) if closes else None
-        elif objective is not None and not module.automatic_optimization and size > 1:
-            objective = objective / size
-        if objective is not None and not module.automatic_optimization:
-            module.manual_backward(objective)
-            objective = objective.detach()
+        # Gradients are taken as automatic optimization takes them: outside autocast.
+        with torch.autocast(module.device.type, enabled=False):
+            objective = self._objective(module, window, outputs, penalties, cut, closes=closes)
+            if objective is not None and not module.automatic_optimization:
+                with synchronising(module, window, closes=closes):
+                    module.manual_backward(objective)
+                objective = objective.detach()
         if closes:
-            self._step(module)
+            self.window = None
             self._close(module, window)
         module.recorder.log_step(module)
         return objective
 
     def _open(self, module: MultiTaskModule, size: int) -> Window:
         trainer, weighting = module.trainer, module.weighting()
-        window = Window(tuple(module.tasks), weighting, trainer.global_step, trainer.current_epoch, size)
+        ranks = Ranks() if trainer.world_size > 1 else ALONE
+        window = Window(tuple(module.tasks), weighting, trainer.global_step, trainer.current_epoch, size, ranks)
         if not module.automatic_optimization:
             module.single_optimizer().zero_grad()
         if window.way == "rows":
@@ -86,88 +84,124 @@ class Optimization:
                     f"{type(weighting).__name__}(at='trunk') measures gradients of the shared parameters, but none of "
                     "them can be trained; unfreeze some, override shared_parameters(), or weigh by the losses alone."
                 )
-            window.rows = RowUpdate(shared, tuple(module.tasks), self._matrix)
+            others = []
+            if ranks.size > 1:
+                others = [p for p in module.parameters() if p.requires_grad and p not in set(shared)]
+            window.rows = RowUpdate(shared, others, tuple(module.tasks), self._matrix)
             self._matrix = window.rows.rows
         return window
 
-    def _note(
-        self, module: MultiTaskModule, window: Window, outputs: dict[str, TaskOutput], penalties: dict[str, Tensor]
-    ) -> None:
-        window.micro_batches += 1
-        window.penalties = {name: value.detach() for name, value in penalties.items()}
-        if not outputs:
-            return
-        found = list(outputs.values())
-        losses = MicroBatch(list(outputs), [output.loss for output in found], None, FeatureCut()).stacked().detach()
-        given = [output.num_samples for output in found]
-        counts = None
-        if any(count is not None for count in given):
-            counts = torch.stack(
-                [torch.as_tensor(1 if count is None else count, device=losses.device).to(losses) for count in given]
-            )
-        window.note(list(outputs), losses, counts)
-        module.recorder.losses["train"].add(losses, sample_counts(found), window.positions(list(outputs)))
-
-    def _objective(self, module: MultiTaskModule, window: Window, batch: MicroBatch) -> Tensor | None:
-        """The scalar whose backward pass applies the weights to this micro-batch; none while rows are collected."""
-        if window.way == "losses":
-            stacked = batch.stacked()
-            weighted = (stacked * window.decide(batch.names, stacked.detach(), Measured()).weights).sum()
-            return weighted if batch.penalty is None else weighted + batch.penalty
-        _check_cut(module, batch.cut, window)
+    def _objective(
+        self,
+        module: MultiTaskModule,
+        window: Window,
+        outputs: dict[str, TaskOutput],
+        penalties: dict[str, Tensor],
+        cut: FeatureCut,
+        *,
+        closes: bool,
+    ) -> Tensor | None:
+        """The scalar whose backward pass is this micro-batch's part of the step; none while rows are collected."""
+        agreed = agree(outputs, tuple(module.tasks), window.ranks, module.device)
+        window.note(agreed, penalties)
+        if outputs:
+            local = stack_losses([output.loss.detach() for output in outputs.values()], module.device)
+            counts = sample_counts(list(outputs.values()))
+            module.recorder.losses["train"].add(local, counts, window.positions(list(outputs)))
+        batch = self._micro_batch(module, window, agreed, outputs, penalties, cut)
         if window.rows is not None:
-            factors = window.newest_counts() if window.size > 1 else [1.0] * len(batch.names)
-            window.rows.add(batch, factors, 1.0 / window.size)
-            return None
+            return self._row_objective(module, window, batch, closes=closes)
+        if not batch.names:
+            objective = batch.penalty
+        elif window.way == "losses":
+            weights = window.decide(batch.names, agreed.losses, Measured()).weights
+            weights = weights if batch.seeds is None else weights * batch.seeds
+            objective = (stack_losses(batch.losses, module.device) * weights).sum()
+            objective = objective if batch.penalty is None else objective + batch.penalty
+        else:
+            objective = self._feature_objective(module, window, batch, agreed.losses)
+        divides = objective is not None and window.size > 1 and not module.automatic_optimization
+        return objective / window.size if objective is not None and divides else objective
+
+    def _micro_batch(
+        self,
+        module: MultiTaskModule,
+        window: Window,
+        agreed: Agreement,
+        outputs: dict[str, TaskOutput],
+        penalties: dict[str, Tensor],
+        cut: FeatureCut,
+    ) -> MicroBatch:
+        ranks = window.ranks
+        penalty = torch.stack(list(penalties.values())).sum() if penalties else None
+        absent = [name for name in agreed.names if name not in outputs]
+        like = agreed.losses.new_zeros(())
+        losses = [outputs[k].loss if k in outputs else ghost_loss(module.heads[k], like) for k in agreed.names]
+        if ranks.size > 1 and window.rows is None:
+            # DistributedDataParallel expects every parameter in the graph, on every rank and in every step.
+            missing: list[nn.Module] = [module.heads[k] for k in module.tasks if k not in agreed.names]
+            missing += [] if outputs else [module.trunk]
+            ghosts = [ghost_loss(part, like) for part in missing]
+            if ghosts:
+                penalty = torch.stack([*ghosts, *([] if penalty is None else [penalty])]).sum()
+        seeds = agreed.own_counts if window.rows is not None and window.size > 1 else agreed.shares()
+        if ranks.size == 1 and window.size == 1:
+            seeds = None
+        elif seeds is not None and window.rows is None:
+            seeds = seeds * ranks.size  # what the reducer divides by
+        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+        scale = None if scaler is None or window.way == "losses" else scaler.scale(torch.ones((), device=module.device))
+        return MicroBatch(agreed.names, losses, penalty, cut, absent, seeds, scale, ranks)
+
+    def _feature_objective(self, module: MultiTaskModule, window: Window, batch: MicroBatch, losses: Tensor) -> Tensor:
+        check_cut(module, batch, window)
         wanted = window.wanted if window.asks(batch.names) else "nothing"
-        at = window.weighting.at if window.weighting is not None else "features"
-        layer = None
-        if wanted != "nothing" and at == "last_layer":
-            layer = last_layer(module.trunk, batch.cut)
-        elif wanted != "nothing" and at != "features":
-            layer = named_parameters_at(module, [at] if isinstance(at, str) else at)
+        return feature_objective(
+            batch,
+            losses,
+            lambda measured: window.decide(batch.names, losses, measured),
+            wanted=wanted,
+            layer=None if wanted == "nothing" else window.layer(module, batch.cut),
+            weighs_heads=window.weighs_heads,
+        )
 
-        def decide(measured: Measured) -> Decision:
-            return window.decide(batch.names, batch.stacked().detach(), measured)
-
-        return feature_objective(batch, decide, wanted=wanted, layer=layer, weighs_heads=window.weighs_heads)
-
-    def _row_objective(self, window: Window, penalty: Tensor | None) -> Tensor | None:
-        """The scalar whose backward pass writes the direction that the window's rows combine to."""
+    def _row_objective(
+        self, module: MultiTaskModule, window: Window, batch: MicroBatch, *, closes: bool
+    ) -> Tensor | None:
+        """Collect the micro-batch's rows; at the window's end, the scalar that writes what they combine to."""
         rows = window.rows
         assert rows is not None  # noqa: S101 - for mypy: asked for by this way alone
+        if batch.names:
+            check_cut(module, batch, window)
+        if batch.names or batch.penalty is not None or closes:
+            rows.add(batch, 1.0 / (window.size * window.ranks.size), last=closes)
+        if not closes:
+            return None
         names = rows.present
         if not names:
-            return None if penalty is None else penalty / window.size
+            return None if batch.penalty is None else batch.penalty / window.size
         if window.size > 1:
-            _, counts = window.sums()
+            counts = window.sums()[1]
             for name, count in zip(names, counts[window.positions(names)].tolist(), strict=True):
                 rows.scale(name, window.micro_batches / window.size / count)
         losses = window.mean_losses(names)
-        value = losses.sum() if penalty is None else losses.sum() + penalty.detach()
         return rows.objective(
-            value,
+            batch,
+            losses,
             lambda measured: window.decide(names, losses, measured),
             wanted=window.wanted,
             weighs_heads=window.weighs_heads,
         )
 
-    def _step(self, module: MultiTaskModule) -> None:
-        if module.automatic_optimization:
-            return
-        optimizer = module.single_optimizer()
-        with _clipping(module, optimizer):
-            optimizer.step()
-        step_schedulers(module, module.schedules, "step", plateau=False)
-        if module.trainer.is_last_batch:
-            step_schedulers(module, module.schedules, "epoch", plateau=False)
-        module.recorder.plateau_due()
-
     def _close(self, module: MultiTaskModule, window: Window) -> None:
-        """Tell weighting, monitors and loggers what the step has shown."""
-        self.window = None
+        """Step the optimizer, unless something is not finite, and tell weighting, monitors and loggers."""
+        if not module.automatic_optimization:
+            forget_absent_heads(module, window)
         signals = window.summary()
-        if signals is None:
+        finite = self.skipped.check(module, signals)
+        if not module.automatic_optimization:
+            self._step(module, finite=finite)
+        if not finite or signals is None:
             return
         if window.weighting is not None:
             window.weighting.observe(signals, window.positions(signals.tasks))
@@ -181,35 +215,15 @@ class Optimization:
             vectors["weight"] = (signals.tasks, window.weights[window.positions(signals.tasks)])
         module.recorder.record_step(vectors, {f"penalty/{name}": value for name, value in window.penalties.items()})
 
-
-@contextmanager
-def _clipping(module: MultiTaskModule, optimizer: LightningOptimizer) -> Iterator[None]:
-    """Clip inside ``optimizer.step``, after all hooks and after a scaler's factor is gone, as Lightning clips."""
-    if module.gradient_clip_val is None:
-        yield
-        return
-
-    def clip(stepping: torch.optim.Optimizer, *_: Any) -> None:  # noqa: ANN401
-        module.trainer.precision_plugin.clip_gradients(
-            stepping, module.gradient_clip_val or 0.0, GradClipAlgorithmType(module.gradient_clip_algorithm)
-        )
-
-    handle = optimizer.optimizer.register_step_pre_hook(clip)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _check_cut(module: MultiTaskModule, cut: FeatureCut, window: Window) -> None:
-    name, at = type(window.weighting).__name__, getattr(window.weighting, "at", None)
-    if not cut.calls:
-        raise ValueError(
-            f"{name}(at={at!r}) measures gradients at the trunk, but the trunk was not called in this step; call "
-            "self(inputs) or self.trunk(inputs) in task_losses, not one of the trunk's parts."
-        )
-    if not cut.outputs:
-        raise ValueError(
-            f"{name}(at={at!r}) measures gradients at the trunk, but nothing the trunk returned requires a gradient; "
-            "unfreeze some of it, or weigh by the losses alone."
-        )
+    def _step(self, module: MultiTaskModule, *, finite: bool) -> None:
+        optimizer = module.single_optimizer()
+        if finite or getattr(module.trainer.precision_plugin, "scaler", None) is not None:
+            # A scaler has to see gradients that are not finite: it skips the step, and lowers its factor.
+            with clipping(module, optimizer):
+                optimizer.step()
+        else:
+            optimizer.zero_grad()
+        step_schedulers(module, module.schedules, "step", plateau=False)
+        if module.trainer.is_last_batch:
+            step_schedulers(module, module.schedules, "epoch", plateau=False)
+        module.recorder.plateau_due()

@@ -36,13 +36,12 @@ class LossMeans:
             # MPS has no float64; the sums of an epoch fit float32 there.
             dtype = torch.float32 if losses.device.type == "mps" else torch.float64
             self.sums = self.sums.to(losses.device, dtype)
+        counted = torch.isfinite(losses) * samples  # a loss that is not finite is in no mean
+        table = torch.stack([losses.nan_to_num(0.0, 0.0, 0.0) * counted, counted]).to(self.sums)
         if len(present) == self.sums.shape[1]:
-            self.sums[0] += losses * samples
-            self.sums[1] += samples
+            self.sums += table
         else:
-            index = torch.tensor(present, device=losses.device)
-            self.sums[0].index_add_(0, index, (losses * samples).to(self.sums))
-            self.sums[1].index_add_(0, index, torch.ones_like(losses).mul(samples).to(self.sums))
+            self.sums.index_add_(1, torch.tensor(present, device=losses.device), table)
 
     def means(self, module: pl.LightningModule) -> list[float]:
         """The mean losses over all ranks, nan for a task without a sample, and begin anew."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from lightning_mtl.task import Task
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_mtl.module import MultiTaskModule
+
+REFUSED_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 
 
 def check_arguments(
@@ -82,12 +85,8 @@ def check_trainer(module: MultiTaskModule, trainer: pl.Trainer) -> None:
                 f"{type(weighting).__name__}(at='trunk') writes gradients itself, which automatic optimization rules "
                 "out; leave automatic_optimization False, or measure at 'features' or 'last_layer'."
             )
-    if trainer.world_size > 1:
+    if isinstance(trainer.strategy, REFUSED_STRATEGIES):
         raise ValueError(
-            f"Training on {trainer.world_size} devices is not supported yet: each rank would weigh the tasks by "
-            "its own gradients. Use Trainer(devices=1)."
-        )
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise ValueError(
-            "Training with a gradient scaler (precision='16-mixed') is not supported yet; use 'bf16-mixed' or '32'."
+            f"{type(trainer.strategy).__name__} keeps gradients where no weighting can reach them; use strategy='ddp', "
+            "or FSDP2: ModelParallelStrategy() with fully_shard(...) in configure_model."
         )

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_mtl.agreement import Agreement
 from lightning_mtl.callbacks import Aggregator, Weighting
+from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.gradients.feature_update import Wanted
+from lightning_mtl.gradients.layers import last_layer, named_parameters_at
 from lightning_mtl.gradients.micro_batch import Decision, Measured
+from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.row_update import RowUpdate
 from lightning_mtl.signals import Signals
+
+if TYPE_CHECKING:
+    from lightning_mtl.module import MultiTaskModule
 
 Way = Literal["losses", "features", "rows"]
 """How weights reach the gradients: in a weighted sum of losses, at the trunk's output, or in a sum of rows."""
@@ -28,11 +35,14 @@ class Window:
         step: Optimizer steps taken before.
         epoch: The present epoch.
         size: Micro-batches in a full window.
+        ranks: The processes that train together.
     """
 
-    def __init__(self, tasks: Sequence[str], weighting: Weighting | None, step: int, epoch: int, size: int) -> None:
+    def __init__(
+        self, tasks: Sequence[str], weighting: Weighting | None, step: int, epoch: int, size: int, ranks: Ranks
+    ) -> None:
         self.weighting = weighting
-        self.step, self.epoch, self.size = step, epoch, size
+        self.step, self.epoch, self.size, self.ranks = step, epoch, size, ranks
         self.measures = weighting is not None and weighting.measures_in(step)
         self.way = _way(weighting, step, measures=self.measures)
         self.rows: RowUpdate | None = None
@@ -68,14 +78,12 @@ class Window:
         seen = {position for positions, _, _ in self._noted for position in positions}
         return [self._tasks[position] for position in sorted(seen)]
 
-    def note(self, names: Sequence[str], losses: Tensor, counts: Tensor | None) -> None:
-        """Remember a micro-batch's losses, ``[K']``, as means over ``counts`` samples each (None: equal ones)."""
-        self._noted.append((self.positions(names), losses, counts))
-
-    def newest_counts(self) -> list[float]:
-        """How many samples stand behind each loss of the newest micro-batch."""
-        positions, _, counts = self._noted[-1]
-        return [1.0] * len(positions) if counts is None else counts.tolist()
+    def note(self, agreed: Agreement, penalties: Mapping[str, Tensor]) -> None:
+        """Remember what a micro-batch said."""
+        self.micro_batches += 1
+        self.penalties = {name: value.detach() for name, value in penalties.items()}
+        if agreed.names:
+            self._noted.append((self.positions(agreed.names), agreed.losses, agreed.counts))
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """For all tasks, ``[K]``: the losses times their counts, and the counts."""
@@ -95,6 +103,15 @@ class Window:
         total, count = self.sums()
         index = torch.tensor(self.positions(names), device=total.device)
         return total[index] / count[index]
+
+    def layer(self, module: MultiTaskModule, cut: FeatureCut) -> list[Tensor] | None:
+        """The parameters that gradients are measured at, None for the trunk's output itself."""
+        at = "features" if self.weighting is None else self.weighting.at
+        if at == "features":
+            return None
+        if at == "last_layer":
+            return last_layer(module.trunk, cut)
+        return named_parameters_at(module, [at] if isinstance(at, str) else at)
 
     def describe(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Signals:
         """Put what is known of these tasks in the form that methods read."""
@@ -117,6 +134,9 @@ class Window:
         signals = self.describe(names, losses, measured)
         if self.weighting is None:
             return Decision(self._keep(names, torch.ones_like(signals.losses)))
+        if measured.gramian is not None and not bool(torch.isfinite(measured.gramian).all()):
+            # No solver sees this; the gradients are as broken as their Gramian, and the step will be skipped.
+            return Decision(torch.ones_like(signals.losses))
         positions = self.positions(names)
         if isinstance(self.weighting, Aggregator) and measured.rows:
             directions = _aggregate(self.weighting, signals, positions, measured.rows)

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_mtl.gradients.heads import check_reaches_trunk, differentiate_heads
+from lightning_mtl.gradients.heads import differentiate_heads
 from lightning_mtl.gradients.inject import inject
 from lightning_mtl.gradients.inner_products import gramian, row_norms
-from lightning_mtl.gradients.micro_batch import Decide, Measured, MicroBatch, weighted_head_gradients
+from lightning_mtl.gradients.micro_batch import (
+    Decide,
+    Measured,
+    MicroBatch,
+    add_gradients,
+    measured_gramian,
+    measured_norms,
+    weighted_head_gradients,
+)
 from lightning_mtl.gradients.rows import Rows
 
 Wanted = Literal["nothing", "norms", "gramian", "rows"]
 
 
 def feature_objective(
-    batch: MicroBatch, decide: Decide, *, wanted: Wanted, layer: Sequence[Tensor] | None, weighs_heads: bool
+    batch: MicroBatch,
+    losses: Tensor,
+    decide: Decide,
+    *,
+    wanted: Wanted,
+    layer: Sequence[Tensor] | None,
+    weighs_heads: bool,
 ) -> Tensor:
     r"""Build the scalar whose one backward pass applies the weights at the trunk's output z.
 
@@ -27,6 +41,7 @@ def feature_objective(
 
     Args:
         batch: The losses and the cut.
+        losses: ``[K]``, the losses over all ranks, to report.
         decide: Turns the measurements into weights or a direction.
         wanted: What to measure.
         layer: The parameters to measure at; None measures c_k itself.
@@ -35,18 +50,23 @@ def feature_objective(
     Returns:
         The weighted sum of the losses plus the penalty, with that backward pass.
     """
-    num_tasks, penalties = len(batch.losses), [] if batch.penalty is None else [batch.penalty]
-    every_head = differentiate_heads([*batch.losses, *penalties], batch.cut)
-    check_reaches_trunk(batch.names, every_head)
+    num_tasks = len(batch.losses)
+    every_head = differentiate_heads(batch)
     heads, penalty_heads = every_head[:num_tasks], every_head[num_tasks:]
-    used = [i for i in range(len(batch.cut.outputs)) if any(head.cotangents[i] is not None for head in every_head)]
+    used = [
+        i
+        for i in range(len(batch.cut.outputs))
+        # A graph that is the same on all ranks has every output in it.
+        if batch.ranks.size > 1 or any(head.cotangents[i] is not None for head in every_head)
+    ]
     outputs = [batch.cut.outputs[i] for i in used]
     cotangents = [[head.cotangents[i] for i in used] for head in heads]
-    measured = _measure(cotangents, outputs, layer, wanted)
+    measured = _measure(batch, cotangents, outputs, layer, wanted)
     decision = decide(measured)
     parameters = list(dict.fromkeys(p for head in every_head for p in head.parameters))
 
-    def gradients(outer: Tensor) -> list[Tensor]:
+    def gradients(scaled: Tensor) -> list[Tensor]:
+        outer = batch.unscaled(scaled)
         if decision.directions is not None:
             down = [direction * outer for direction in decision.directions]
         else:
@@ -58,15 +78,22 @@ def feature_objective(
             for direction, i in zip(down, used, strict=True):
                 if (cotangent := penalty.cotangents[i]) is not None:
                     direction.add_((cotangent * outer).reshape(direction.shape))
-            for parameter, gradient in weighted_head_gradients([penalty.parameters], None, outer).items():
-                above[parameter] = above[parameter] + gradient if parameter in above else gradient
+            add_gradients(above, penalty.parameters, [outer * gradient for gradient in penalty.parameters.values()])
         return [
             *(direction.view(z.shape) for direction, z in zip(down, outputs, strict=True)),
             *(above[parameter] for parameter in parameters),
         ]
 
-    value = (batch.stacked().detach() * decision.weights).sum() + sum(penalty.detach() for penalty in penalties)
-    return inject(value, [*outputs, *parameters], gradients)
+    value = (losses * decision.weights).sum()
+    if batch.penalty is not None:
+        value = value + batch.penalty.detach()
+    return inject(value, [*outputs, *parameters], lambda outer: in_full_precision(gradients, outer))
+
+
+def in_full_precision(gradients: Callable[[Tensor], list[Tensor]], outer: Tensor) -> list[Tensor]:
+    """Compute gradients outside autocast, whichever thread autograd calls from."""
+    with torch.autocast(outer.device.type, enabled=False):
+        return gradients(outer)
 
 
 def _combine(
@@ -92,6 +119,7 @@ def _combine(
 
 
 def _measure(
+    batch: MicroBatch,
     cotangents: Sequence[Sequence[Tensor | None]],
     outputs: Sequence[Tensor],
     layer: Sequence[Tensor] | None,
@@ -100,33 +128,38 @@ def _measure(
     if wanted == "nothing":
         return Measured()
     if layer is not None:
-        return _measure_layer(cotangents, outputs, layer, wanted)
+        return _measure_layer(batch, cotangents, outputs, layer, wanted)
+    if not outputs:  # a rank whose batch is empty
+        outputs, cotangents = [torch.zeros(1, device=batch.losses[0].device)], [[None]] * len(cotangents)
     rows = [
         torch.stack([(z.new_zeros(z.shape) if head[i] is None else head[i]).reshape(-1) for head in cotangents])  # type: ignore[union-attr]
         for i, z in enumerate(outputs)
     ]
     if wanted == "gramian":
-        products = gramian(rows)
-        return Measured(gramian=products, norms=products.diagonal().sqrt(), rows=rows)
-    return Measured(norms=row_norms(rows), rows=rows)
+        return measured_gramian(gramian(rows, batch.ranks), batch.scale, rows)
+    return measured_norms(row_norms(rows, batch.ranks), batch.scale, rows)
 
 
 def _measure_layer(
-    cotangents: Sequence[Sequence[Tensor | None]], outputs: Sequence[Tensor], layer: Sequence[Tensor], wanted: Wanted
+    batch: MicroBatch,
+    cotangents: Sequence[Sequence[Tensor | None]],
+    outputs: Sequence[Tensor],
+    layer: Sequence[Tensor],
+    wanted: Wanted,
 ) -> Measured:
-    jacobian = Rows(layer, len(cotangents)) if wanted == "gramian" else None
-    norms = []
+    if wanted == "norms" and batch.ranks.size == 1:
+        norms = []
+        for head in cotangents:
+            found = [gradient for gradient in gradients_from_cut(outputs, head, layer) if gradient is not None]
+            norms.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found))))
+        return measured_norms(torch.stack(norms), batch.scale)
+    rows = Rows(layer, len(cotangents))
     for task, head in enumerate(cotangents):
-        gradients = gradients_from_cut(outputs, head, layer)
-        if jacobian is not None:
-            jacobian.add(task, gradients)
-        else:
-            parts = torch._foreach_norm([gradient for gradient in gradients if gradient is not None])
-            norms.append(torch.linalg.vector_norm(torch.stack(parts)) if parts else outputs[0].new_zeros(()))
-    if jacobian is not None:
-        products = jacobian.gramian()
-        return Measured(gramian=products, norms=products.diagonal().sqrt())
-    return Measured(norms=torch.stack(norms))
+        rows.add(task, gradients_from_cut(outputs, head, layer))
+    rows.average_over(batch.ranks)
+    if wanted == "norms":
+        return measured_norms(rows.norms(), batch.scale)
+    return measured_gramian(rows.gramian(), batch.scale)
 
 
 def gradients_from_cut(
@@ -138,6 +171,8 @@ def gradients_from_cut(
 ) -> Sequence[Tensor | None]:
     """Carry one task's cotangents through the trunk, down to ``parameters``; None where they do not reach."""
     pairs = [(z, c) for z, c in zip(outputs, cotangents, strict=True) if c is not None]
+    if not pairs:
+        return [None] * len(parameters)
     return torch.autograd.grad(
         [z for z, _ in pairs], parameters, [c for _, c in pairs], retain_graph=retain_graph, allow_unused=True
     )

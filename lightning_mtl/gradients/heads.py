@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.gradients.graph import reached_leaves
+from lightning_mtl.gradients.micro_batch import MicroBatch
 
 
 @dataclass
@@ -25,42 +26,59 @@ class HeadGradients:
     parameters: dict[Tensor, Tensor]
 
 
-def differentiate_heads(losses: Sequence[Tensor], cut: FeatureCut) -> list[HeadGradients]:
+def differentiate_heads(batch: MicroBatch) -> list[HeadGradients]:
     """Differentiate every loss down to the cut.
 
     Losses that share nothing above the cut are done in a single pass; otherwise each takes a pass of its own, through
     what it depends on and no more.
 
     Args:
-        losses: Scalars with their graphs; a loss without one has no gradients.
-        cut: Where the trunk ends.
+        batch: The losses, the penalty and the cut; a loss without a graph has no gradients.
 
     Returns:
-        One :class:`HeadGradients` a loss.
+        One :class:`HeadGradients` a loss, and a last one for the penalty, if there is one.
+
+    Raises:
+        ValueError: If a loss does not depend on the trunk's output, naming the task.
     """
+    losses = [*batch.losses] if batch.penalty is None else [*batch.losses, batch.penalty]
+    seeds = _seeds(batch, losses)
     reached = [list(reached_leaves([loss])) for loss in losses]
     everything = [leaf for leaves in reached for leaf in leaves]
     if len(set(everything)) == len(everything):
-        with_graph = [loss for loss, leaves in zip(losses, reached, strict=True) if leaves]
-        pooled = torch.autograd.grad(with_graph, everything) if everything else ()
+        with_graph = [index for index, leaves in enumerate(reached) if leaves]
+        pooled = (
+            torch.autograd.grad([losses[i] for i in with_graph], everything, [seeds[i] for i in with_graph])
+            if everything
+            else ()
+        )
         remaining = iter(pooled)
         found = [[next(remaining) for _ in leaves] for leaves in reached]
     else:
         found = [
-            list(torch.autograd.grad(loss, leaves, retain_graph=index < len(losses) - 1)) if leaves else []
+            list(torch.autograd.grad(loss, leaves, seeds[index], retain_graph=index < len(losses) - 1))
+            if leaves
+            else []
             for index, (loss, leaves) in enumerate(zip(losses, reached, strict=True))
         ]
-    return [_sort(leaves, gradients, cut) for leaves, gradients in zip(reached, found, strict=True)]
+    heads = [_sort(leaves, gradients, batch.cut) for leaves, gradients in zip(reached, found, strict=True)]
+    _check_reaches_trunk(batch, heads)
+    return heads
 
 
-def check_reaches_trunk(names: Sequence[str], heads: Sequence[HeadGradients]) -> None:
-    """Refuse a task whose loss does not depend on the trunk's output; further heads, of penalties, may do as they like.
+def _seeds(batch: MicroBatch, losses: Sequence[Tensor]) -> list[Tensor | None]:
+    """What each loss's backward pass begins with; None stands for 1."""
+    if batch.seeds is None and batch.scale is None:
+        return [None] * len(losses)
+    shares = torch.ones(len(batch.losses), device=losses[0].device) if batch.seeds is None else batch.seeds
+    shares = torch.cat([shares, shares.new_ones(len(losses) - len(shares))])
+    factors = shares if batch.scale is None else shares * batch.scale
+    return [factor.to(loss.dtype) for factor, loss in zip(factors.unbind(), losses, strict=True)]
 
-    Raises:
-        ValueError: Naming the task.
-    """
-    for name, head in zip(names, heads, strict=False):
-        if all(cotangent is None for cotangent in head.cotangents):
+
+def _check_reaches_trunk(batch: MicroBatch, heads: Sequence[HeadGradients]) -> None:
+    for name, head in zip(batch.names, heads, strict=False):
+        if name not in batch.absent and all(cotangent is None for cotangent in head.cotangents):
             raise ValueError(
                 f"The loss of task {name!r} does not depend on the trunk's output, so its shared gradient cannot be "
                 "measured. Compute it from what self.trunk(...) or self(...) returned in this step, undetached; or "

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from lightning_mtl.gradients.ranks import Ranks
 
 # Measured on one core: a chunk of this width stays in cache, and short sums keep float32 products accurate.
 _CHUNK = 16_384
@@ -13,7 +17,7 @@ _SPAN = 64 * _CHUNK
 _SMALLEST_SQUARE = 1e-30
 
 
-def gramian(rows: list[Tensor]) -> Tensor:
+def gramian(rows: Sequence[Tensor], ranks: Ranks | None = None) -> Tensor:
     r"""Compute the Gramian of K gradients.
 
     .. math:: G_{ij} = \langle g_i, g_j \rangle
@@ -23,6 +27,8 @@ def gramian(rows: list[Tensor]) -> Tensor:
 
     Args:
         rows: ``[K, n_b]`` matrices; together their columns make up the gradients.
+        ranks: Where each rank holds the columns of its own samples, so that the products add up; each rank's loss being
+            a mean, those of the global mean are the sum over R². None where the columns are complete.
 
     Returns:
         ``[K, K]``, float64, on the CPU.
@@ -32,14 +38,14 @@ def gramian(rows: list[Tensor]) -> Tensor:
         [[6.0, 4.0], [4.0, 10.0]]
     """
     with torch.autocast(rows[0].device.type, enabled=False):
-        products = _sum_of_products(rows, torch.float32).cpu()
+        products = _sum_of_products(rows, torch.float32, ranks).cpu()
         squares = products.diagonal()
         if not bool(torch.isfinite(squares).all()) or float(squares.min()) < _SMALLEST_SQUARE:
-            products = _sum_of_products(rows, torch.float64).cpu()
+            products = _sum_of_products(rows, torch.float64, ranks).cpu()
     return products
 
 
-def _sum_of_products(rows: list[Tensor], at_least: torch.dtype) -> Tensor:
+def _sum_of_products(rows: Sequence[Tensor], at_least: torch.dtype, ranks: Ranks | None) -> Tensor:
     num_rows = rows[0].shape[0]
     total = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=rows[0].device)
     for block in rows:
@@ -51,10 +57,10 @@ def _sum_of_products(rows: list[Tensor], at_least: torch.dtype) -> Tensor:
                 chunks = wide[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1)
                 total += torch.bmm(chunks, chunks.mT).sum(0, dtype=torch.float64)
             total += wide[:, whole:] @ wide[:, whole:].mT
-    return total
+    return total if ranks is None or ranks.size == 1 else ranks.sum(total) / ranks.size**2
 
 
-def row_norms(rows: list[Tensor]) -> Tensor:
+def row_norms(rows: Sequence[Tensor], ranks: Ranks | None = None) -> Tensor:
     """Compute the Euclidean norm of K gradients, ``[K]``, on their device; arguments as in :func:`gramian`.
 
     Example:
@@ -65,4 +71,4 @@ def row_norms(rows: list[Tensor]) -> Tensor:
         torch.linalg.vector_norm(block, dim=1, dtype=torch.promote_types(block.dtype, torch.float32)) for block in rows
     ]
     norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0) if len(parts) > 1 else parts[0]
-    return norms
+    return norms if ranks is None or ranks.size == 1 else ranks.sum(norms.square()).sqrt() / ranks.size

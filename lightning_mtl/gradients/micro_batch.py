@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_mtl.gradients.cut import FeatureCut
+from lightning_mtl.gradients.ranks import Ranks
 
 
 @dataclass
@@ -16,31 +17,33 @@ class MicroBatch:
     """One forward pass, before any gradient.
 
     Attributes:
-        names: The K present tasks.
-        losses: Their losses, with graphs; each a scalar.
+        names: The K tasks present on some rank.
+        losses: This rank's losses of them, with graphs; each a scalar, a mere 0 for a task that the rank lacks.
+        absent: The tasks that this rank lacks.
         penalty: The sum of the penalties, weight 1, no task; None if there are none.
         cut: Where the trunk ends, if the update needs to know.
+        seeds: ``[K]``, what each loss's gradient is multiplied by: the rank's share; None for all ones.
+        scale: A gradient scaler's factor, put on while gradients are taken and off again before anyone sees them.
+        ranks: The processes that train together.
     """
 
     names: Sequence[str]
     losses: list[Tensor]
     penalty: Tensor | None
     cut: FeatureCut
+    absent: Sequence[str] = ()
+    seeds: Tensor | None = None
+    scale: Tensor | None = None
+    ranks: Ranks = field(default_factory=Ranks.alone)
 
-    def stacked(self) -> Tensor:
-        """The losses as one ``[K]`` tensor with its graph, in the widest of their dtypes."""
-        dtypes = {loss.dtype for loss in self.losses}
-        if len(dtypes) == 1:
-            return torch.stack(self.losses)
-        widest = dtypes.pop()
-        for dtype in dtypes:
-            widest = torch.promote_types(widest, dtype)
-        return torch.stack([loss.to(widest) for loss in self.losses])
+    def unscaled(self, outer: Tensor) -> Tensor:
+        """The incoming gradient without the scaler's factor, which the measured gradients already have."""
+        return outer if self.scale is None else outer / self.scale
 
 
 @dataclass
 class Measured:
-    """What was learned about the tasks' gradients.
+    """What was learned about the tasks' gradients, over all ranks.
 
     Attributes:
         gramian: ``[K, K]``, float64, on the CPU.
@@ -64,16 +67,33 @@ class Decision:
 Decide = Callable[[Measured], Decision]
 
 
+def measured_gramian(products: Tensor, scale: Tensor | None, rows: Sequence[Tensor] = ()) -> Measured:
+    """A Gramian and the norms on its diagonal, a scaler's factor taken off."""
+    if scale is not None:
+        products = products / scale.detach().cpu().double().square()
+    return Measured(gramian=products, norms=products.diagonal().sqrt(), rows=rows)
+
+
+def measured_norms(norms: Tensor, scale: Tensor | None, rows: Sequence[Tensor] = ()) -> Measured:
+    """Norms alone, a scaler's factor taken off."""
+    return Measured(norms=norms if scale is None else norms / scale, rows=rows)
+
+
 def weighted_head_gradients(
     per_task: Sequence[dict[Tensor, Tensor]], weights: Tensor | None, outer: Tensor
 ) -> dict[Tensor, Tensor]:
     """Sum the tasks' gradients of the parameters above the cut, each times its weight (None: 1) and ``outer``."""
     total: dict[Tensor, Tensor] = {}
     for task, gradients in enumerate(per_task):
-        if not gradients:
-            continue
-        factor = outer if weights is None else outer * weights[task]
-        scaled = torch._foreach_mul(list(gradients.values()), factor)
-        for parameter, gradient in zip(gradients, scaled, strict=True):
-            total[parameter] = total[parameter] + gradient if parameter in total else gradient
+        if gradients:
+            factor = outer if weights is None else outer * weights[task]
+            add_gradients(total, gradients, torch._foreach_mul(list(gradients.values()), factor))
     return total
+
+
+def add_gradients(
+    total: dict[Tensor, Tensor], parameters: Sequence[Tensor] | dict[Tensor, Tensor], gradients: Sequence[Tensor]
+) -> None:
+    """Add gradients, one a parameter, to what each parameter has."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        total[parameter] = total[parameter] + gradient if parameter in total else gradient

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from lightning_mtl.gradients.inner_products import gramian, row_norms
+from lightning_mtl.gradients.ranks import Ranks
 
 
 class Rows:
@@ -65,9 +66,10 @@ class Rows:
         """Forget what was written."""
         self._filled: set[int] = set()
         self._used: set[int] = set()
+        self._travelling: list[Callable[[], object]] = []
 
-    def add(self, row: int, gradients: Sequence[Tensor | None], factor: float = 1.0) -> None:
-        """Add ``factor`` times a gradient to a row; None stands for a parameter that the task does not use.
+    def add(self, row: int, gradients: Sequence[Tensor | None]) -> None:
+        """Add a gradient to a row; None stands for a parameter that the task does not use.
 
         Rows are begun in order: 0, 1, 2, ...
         """
@@ -79,11 +81,9 @@ class Rows:
                 for gradient in (gradients[i],)
             ]
             if row in self._filled:
-                matrix[row].add_(torch.cat(pieces), alpha=factor)
+                matrix[row].add_(torch.cat(pieces))
             else:
                 torch.cat(pieces, out=matrix[row])
-                if factor != 1.0:
-                    matrix[row].mul_(factor)
         self._filled.add(row)
 
     def scale(self, row: int, factor: Tensor | float) -> None:
@@ -99,6 +99,31 @@ class Rows:
     def matrices(self) -> list[Tensor]:
         """The rows written since :meth:`begin`, from the first on: a ``[K, n]`` matrix for each dtype and device."""
         return [matrix[: len(self._filled)] for matrix in self._matrices]
+
+    def begin_sum(self, row: int, ranks: Ranks) -> None:
+        """Begin to sum a row over the ranks while others are computed; a row that was not written counts as zero."""
+        if row not in self._filled:
+            for matrix in self._matrices:
+                matrix[row].zero_()
+            self._filled.add(row)
+        self._travelling += [ranks.begin_sum(matrix[row]) for matrix in self._matrices]
+
+    def end_sums(self, ranks: Ranks) -> None:
+        """Wait for the rows under way, and learn which parameters any rank's tasks use."""
+        for arrive in self._travelling:
+            arrive()
+        self._travelling.clear()
+        used = torch.zeros(len(self.parameters))
+        used[self.used] = 1
+        used = ranks.sum(used.to(self._matrices[0].device))
+        self._used = set(used.nonzero().flatten().tolist())
+
+    def average_over(self, ranks: Ranks) -> None:
+        """Average all rows over the ranks."""
+        if ranks.size == 1:
+            return
+        for matrix in self.matrices():
+            ranks.sum(matrix).div_(ranks.size)
 
     def gramian(self) -> Tensor:
         """The inner products of the rows, ``[K, K]``, float64 on the CPU."""

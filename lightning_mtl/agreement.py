@@ -1,0 +1,85 @@
+"""What all ranks together say about the tasks' losses in one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mtl.gradients.ranks import Ranks
+from lightning_mtl.task import TaskOutput
+
+
+@dataclass
+class Agreement:
+    """The losses of the K tasks that some rank has samples of.
+
+    Attributes:
+        names: These tasks, in the module's order, the same on every rank.
+        losses: ``[K]``, detached: the mean over all ranks' samples, or over the ranks that have the task.
+        counts: ``[K]``, the samples of all ranks, None where every task counts the same.
+        own_counts: ``[K]``, this rank's samples, 0 for a task that it lacks; None where all are 1.
+    """
+
+    names: list[str]
+    losses: Tensor
+    counts: Tensor | None
+    own_counts: Tensor | None
+
+    def shares(self) -> Tensor | None:
+        """This rank's share of each task's mean, ``[K]``; None means all of it."""
+        if self.own_counts is None or self.counts is None:
+            return None
+        return self.own_counts / self.counts
+
+
+def agree(outputs: Mapping[str, TaskOutput], tasks: Sequence[str], ranks: Ranks, device: torch.device) -> Agreement:
+    """Average the losses over the ranks, by their sample counts where these are given, in one collective.
+
+    Args:
+        outputs: What this rank's batch says about the tasks that it has.
+        tasks: All tasks of the module.
+        ranks: Who takes part.
+        device: Where the sums are made.
+    """
+    names = [task for task in tasks if task in outputs]
+    losses = stack_losses([outputs[task].loss.detach() for task in names], device)
+    given = [outputs[task].num_samples for task in names]
+    counts = None
+    if any(count is not None for count in given):
+        counts = torch.stack([torch.as_tensor(1 if c is None else c, device=device).to(losses) for c in given])
+    if ranks.size == 1:
+        return Agreement(names, losses, counts, counts)
+    samples = torch.ones_like(losses) if counts is None else counts
+    table = losses.new_zeros(2, len(tasks))
+    position = {task: index for index, task in enumerate(tasks)}
+    own = torch.tensor([position[task] for task in names], dtype=torch.long, device=device)
+    table[0, own] = losses * samples
+    table[1, own] = samples
+    own_counts = table[1].clone()
+    ranks.sum(table)
+    if len(names) < len(tasks):  # only a rank that lacks a task has to wait for what the others have
+        names = [task for task, count in zip(tasks, table[1].tolist(), strict=True) if count > 0]
+        index = torch.tensor([position[task] for task in names], dtype=torch.long, device=device)
+        table, own_counts = table[:, index], own_counts[index]
+    return Agreement(names, table[0] / table[1], table[1], own_counts)
+
+
+def stack_losses(losses: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The losses as one vector, ``[K]``, of the widest of their dtypes."""
+    if not losses:
+        return torch.zeros(0, dtype=torch.float32, device=device)
+    dtype = losses[0].dtype
+    for loss in losses[1:]:
+        dtype = torch.promote_types(dtype, loss.dtype)
+    return torch.stack([loss if loss.dtype == dtype else loss.to(dtype) for loss in losses])
+
+
+def ghost_loss(module: nn.Module, like: Tensor) -> Tensor:
+    """A loss of 0 that depends on all of a module's parameters: ranks without samples have its graph, too."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not parameters:
+        return like.new_zeros(())
+    return torch.stack([(parameter * 0).sum().to(like.dtype) for parameter in parameters]).sum()

@@ -1,0 +1,119 @@
+"""What surrounds an optimizer step: synchronisation, clipping, and the refusal of what cannot be right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_mtl.gradients.micro_batch import MicroBatch
+from lightning_mtl.signals import Signals
+from lightning_mtl.window import Window
+
+if TYPE_CHECKING:
+    from lightning_mtl.module import MultiTaskModule
+
+
+class SkippedSteps:
+    """Counts the steps that were skipped because a loss or a gradient was not finite."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.in_a_row = 0
+
+    def check(self, module: MultiTaskModule, signals: Signals | None) -> bool:
+        """Whether the step may be taken; losses, Gramian and gradients are judged with one look.
+
+        Raises:
+            RuntimeError: If too many steps were skipped in a row.
+        """
+        doubtful = [] if signals is None else [signals.losses.sum()]
+        if signals is not None and signals.norms is not None:
+            doubtful.append(signals.norms.sum().to(doubtful[0]))
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if gradients and not module.automatic_optimization:
+            doubtful.append(torch.nn.utils.get_total_norm(gradients).to(module.device))
+        if not doubtful or bool(torch.isfinite(torch.stack([value.double() for value in doubtful])).all()):
+            self.in_a_row = 0
+            return True
+        self.total += 1
+        self.in_a_row += 1
+        culprits = "the gradients"
+        if signals is not None:
+            broken = torch.isfinite(signals.losses).logical_not().tolist()
+            named = [repr(task) for task, is_broken in zip(signals.tasks, broken, strict=True) if is_broken]
+            culprits = f"the loss of {', '.join(named)}" if named else culprits
+        step = module.trainer.global_step
+        if self.total == 1:
+            rank_zero_warn(f"Step {step} is skipped: {culprits} is not finite. Later skips are counted, not reported.")
+        if self.in_a_row > module.max_skipped_steps:
+            raise RuntimeError(
+                f"{self.in_a_row} steps in a row were skipped, the last at step {step}: {culprits} is not finite. "
+                "Lower the learning rate, mend the loss, or raise max_skipped_steps."
+            )
+        return False
+
+
+def synchronising(module: MultiTaskModule, window: Window, *, closes: bool) -> AbstractContextManager[None]:
+    """Let the ranks' gradients be averaged in a window's last backward pass; rows have been by then."""
+    strategy = module.trainer.strategy
+    if isinstance(strategy, DDPStrategy) and (window.rows is not None or not closes):
+        return strategy.block_backward_sync()
+    return nullcontext()
+
+
+def forget_absent_heads(module: MultiTaskModule, window: Window) -> None:
+    """Leave the heads of tasks that no rank had without gradients, so that no optimizer moves them."""
+    if window.ranks.size == 1:
+        return
+    present = set(window.present)
+    if len(present) == len(module.tasks):
+        return
+    used = {p for task in present for p in module.heads[task].parameters()}
+    for task in module.tasks:
+        for parameter in module.heads[task].parameters():
+            if task not in present and parameter not in used:
+                parameter.grad = None
+
+
+@contextmanager
+def clipping(module: MultiTaskModule, optimizer: LightningOptimizer) -> Iterator[None]:
+    """Clip inside ``optimizer.step``, after all hooks and after a scaler's factor is gone, as Lightning clips."""
+    if module.gradient_clip_val is None:
+        yield
+        return
+
+    def clip(stepping: torch.optim.Optimizer, *_: Any) -> None:  # noqa: ANN401
+        module.trainer.precision_plugin.clip_gradients(
+            stepping, module.gradient_clip_val or 0.0, GradClipAlgorithmType(module.gradient_clip_algorithm)
+        )
+
+    handle = optimizer.optimizer.register_step_pre_hook(clip)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_cut(module: MultiTaskModule, batch: MicroBatch, window: Window) -> None:
+    """Refuse a step whose trunk left no trace to measure gradients at."""
+    cut = batch.cut
+    if len(batch.absent) == len(batch.names):
+        return
+    name, at = type(window.weighting).__name__, getattr(window.weighting, "at", None)
+    if not cut.calls:
+        raise ValueError(
+            f"{name}(at={at!r}) measures gradients at the trunk, but the trunk was not called in this step; call "
+            "self(inputs) or self.trunk(inputs) in task_losses, not one of the trunk's parts."
+        )
+    if not cut.outputs:
+        raise ValueError(
+            f"{name}(at={at!r}) measures gradients at the trunk, but nothing the trunk returned requires a gradient; "
+            "unfreeze some of it, or weigh by the losses alone."
+        )
