@@ -21,12 +21,14 @@ class Agreement:
         losses: ``[K]``, detached: the mean over all ranks' samples, or over the ranks that have the task.
         counts: ``[K]``, the samples of all ranks, None where every task counts the same.
         own_counts: ``[K]``, this rank's samples, 0 for a task that it lacks; None where all are 1.
+        scores: ``[K]``, the batch's metric values, averaged like the losses; None if there are none.
     """
 
     names: list[str]
     losses: Tensor
     counts: Tensor | None
     own_counts: Tensor | None
+    scores: Tensor | None = None
 
     def shares(self) -> Tensor | None:
         """This rank's share of each task's mean, ``[K]``; None means all of it."""
@@ -35,7 +37,13 @@ class Agreement:
         return self.own_counts / self.counts
 
 
-def agree(outputs: Mapping[str, TaskOutput], tasks: Sequence[str], ranks: Ranks, device: torch.device) -> Agreement:
+def agree(
+    outputs: Mapping[str, TaskOutput],
+    tasks: Sequence[str],
+    ranks: Ranks,
+    device: torch.device,
+    scores: Mapping[str, Tensor] | None = None,
+) -> Agreement:
     """Average the losses over the ranks, by their sample counts where these are given, in one collective.
 
     Args:
@@ -43,6 +51,7 @@ def agree(outputs: Mapping[str, TaskOutput], tasks: Sequence[str], ranks: Ranks,
         tasks: All tasks of the module.
         ranks: Who takes part.
         device: Where the sums are made.
+        scores: A metric's value on this rank's batch, for each task that it has.
     """
     names = [task for task in tasks if task in outputs]
     losses = stack_losses([outputs[task].loss.detach() for task in names], device)
@@ -50,21 +59,25 @@ def agree(outputs: Mapping[str, TaskOutput], tasks: Sequence[str], ranks: Ranks,
     counts = None
     if any(count is not None for count in given):
         counts = torch.stack([torch.as_tensor(1 if c is None else c, device=device).to(losses) for c in given])
+    values = stack_losses([scores[task] for task in names], device) if scores else None
     if ranks.size == 1:
-        return Agreement(names, losses, counts, counts)
+        return Agreement(names, losses, counts, counts, values)
     samples = torch.ones_like(losses) if counts is None else counts
-    table = losses.new_zeros(2, len(tasks))
+    table = losses.new_zeros(3, len(tasks))
     position = {task: index for index, task in enumerate(tasks)}
     own = torch.tensor([position[task] for task in names], dtype=torch.long, device=device)
     table[0, own] = losses * samples
     table[1, own] = samples
+    if values is not None:
+        table[2, own] = values.to(losses) * samples
     own_counts = table[1].clone()
     ranks.sum(table)
     if len(names) < len(tasks):  # only a rank that lacks a task has to wait for what the others have
         names = [task for task, count in zip(tasks, table[1].tolist(), strict=True) if count > 0]
         index = torch.tensor([position[task] for task in names], dtype=torch.long, device=device)
         table, own_counts = table[:, index], own_counts[index]
-    return Agreement(names, table[0] / table[1], table[1], own_counts)
+    means = table / table[1]
+    return Agreement(names, means[0], table[1], own_counts, None if scores is None else means[2])
 
 
 def stack_losses(losses: Sequence[Tensor], device: torch.device) -> Tensor:

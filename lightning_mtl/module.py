@@ -216,7 +216,7 @@ class MultiTaskModule(pl.LightningModule):
 
     def on_validation_model_zero_grad(self) -> None:
         """Keep accumulated gradients over a validation in the middle of a window."""
-        if self._optimization.window is None:
+        if self.opens_window:
             super().on_validation_model_zero_grad()
 
     # What the step asks of the module
@@ -225,6 +225,11 @@ class MultiTaskModule(pl.LightningModule):
     def micro_batches_a_step(self) -> int:
         """How many micro-batches an optimizer step takes, whoever accumulates them."""
         return self.trainer.accumulate_grad_batches if self.automatic_optimization else self.accumulate_grad_batches
+
+    @property
+    def opens_window(self) -> bool:
+        """Whether the next micro-batch begins an optimizer step."""
+        return self._optimization.window is None
 
     def weighting(self) -> Weighting | None:
         """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""
@@ -246,22 +251,20 @@ class MultiTaskModule(pl.LightningModule):
         return dict(getattr(self, f"{stage}_metrics").items())
 
     def update_metrics(
-        self,
-        stage: str,
-        outputs: Mapping[str, TaskOutput],
-        scores: dict[str, Tensor] | None = None,
-        step_metric: str | None = None,
-    ) -> None:
-        """Count a batch into the stage's metrics; put the batch's own value of ``step_metric`` into ``scores``."""
+        self, stage: str, outputs: Mapping[str, TaskOutput], step_metric: str | None = None
+    ) -> dict[str, Tensor] | None:
+        """Count a batch into the stage's metrics; return each task's own value of ``step_metric`` on it, if asked."""
         collections = self.stage_metrics(stage)
+        scores: dict[str, Tensor] | None = None if step_metric is None else {}
         for task, output in outputs.items():
             if task not in collections or output.prediction is None or output.target is None:
                 continue
             prediction = output.prediction.detach()
-            if step_metric is not None and scores is not None:
-                scores[task] = collections[task](prediction, output.target)[step_metric].detach()
-            else:
+            if scores is None:
                 collections[task].update(prediction, output.target)
+            else:
+                scores[task] = collections[task](prediction, output.target)[step_metric].detach()
+        return scores
 
     @contextmanager
     def cutting(self, cut: FeatureCut) -> Iterator[None]:

@@ -57,10 +57,12 @@ class Optimization:
             outputs = module.present_outputs(batch)
             penalties = module.penalties()
         step_metric = None if window.weighting is None else window.weighting.step_metric
-        module.update_metrics("train", outputs, window.scores, step_metric)
+        scores = module.update_metrics("train", outputs, step_metric)
         # Gradients are taken as automatic optimization takes them: outside autocast.
         with torch.autocast(module.device.type, enabled=False):
-            objective = self._objective(module, window, outputs, penalties, cut, closes=closes)
+            agreed = agree(outputs, tuple(module.tasks), window.ranks, module.device, scores)
+            window.note(agreed, penalties)
+            objective = self._objective(module, window, agreed, outputs, penalties, cut, closes=closes)
             if objective is not None and not module.automatic_optimization:
                 with synchronising(module, window, closes=closes):
                     module.manual_backward(objective)
@@ -95,6 +97,7 @@ class Optimization:
         self,
         module: MultiTaskModule,
         window: Window,
+        agreed: Agreement,
         outputs: dict[str, TaskOutput],
         penalties: dict[str, Tensor],
         cut: FeatureCut,
@@ -102,8 +105,6 @@ class Optimization:
         closes: bool,
     ) -> Tensor | None:
         """The scalar whose backward pass is this micro-batch's part of the step; none while rows are collected."""
-        agreed = agree(outputs, tuple(module.tasks), window.ranks, module.device)
-        window.note(agreed, penalties)
         if outputs:
             local = stack_losses([output.loss.detach() for output in outputs.values()], module.device)
             counts = sample_counts(list(outputs.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MetricCollection
 
 from lightning_mtl.metrics import delta_m
@@ -130,15 +131,17 @@ class Recorder(Callback):
             "epoch losses": "loss_epoch",
             "validation losses": "val/loss",
         }
-        return {
-            "tasks": {
-                title: ["Multiline", [f"^{re.escape(f'{prefix}/{task}')}$" for task in self.tasks]]
-                for title, prefix in charts.items()
-            }
-        }
+        # A pattern, no list of tasks: TensorBoard shows a chart once for all runs only where their layouts agree.
+        return {"tasks": {title: ["Multiline", [f"^{prefix}/"]] for title, prefix in charts.items()}}
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: MultiTaskModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
-        """Step the schedulers that waited for the validation after the last batch."""
+        """Step the schedulers that waited for the last batch's validation; have buffers broadcast as they should be.
+
+        Lightning's manual optimization keeps DDP from broadcasting buffers, of BatchNorm for instance, after the first
+        step; automatic optimization does it at the first micro-batch of each window.
+        """
+        if isinstance(trainer.strategy.model, DistributedDataParallel) and not pl_module.automatic_optimization:
+            trainer.strategy.model.require_forward_param_sync = pl_module.opens_window
         self._step_plateau(pl_module)
 
     def plateau_due(self) -> None:
@@ -173,8 +176,12 @@ class Recorder(Callback):
         values: dict[str, float | Tensor] = {f"{loss_name}/{task}": score["loss"] for task, score in scores.items()}
         if scores and stage != "train":
             values[f"{stage}/loss"] = sum(score["loss"] for score in scores.values())
-        for task, metrics in module.stage_metrics(stage).items():
-            for name, value in _compute(task, metrics).items():
+        collections = module.stage_metrics(stage)
+        updated = torch.tensor([float(any(m.update_called for m in ms.values())) for ms in collections.values()])
+        # Every rank has to take part in the metrics' own synchronisation, or none.
+        counts = module.trainer.strategy.reduce(updated.to(module.device), reduce_op="sum").tolist()
+        for (task, metrics), count in zip(collections.items(), counts, strict=True):
+            for name, value in _compute(task, metrics).items() if count else ():
                 values[f"{stage}/{name}/{task}"] = value
                 scores.setdefault(task, {})[name] = float(value)
         if stage != "train" and (compared := self._delta_m(scores)) is not None:
@@ -216,10 +223,11 @@ class Recorder(Callback):
 
 
 def _compute(task: str, metrics: MetricCollection) -> dict[str, Tensor]:
-    """Compute and reset a task's metrics; none of them if the task was absent all along."""
-    if not any(metric.update_called for metric in metrics.values()):
-        return {}
-    values: dict[str, Tensor] = metrics.compute()
+    """Compute and reset a task's metrics."""
+    with warnings.catch_warnings():
+        # A rank without a sample has nothing to compute from but what the others send.
+        warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
+        values: dict[str, Tensor] = metrics.compute()
     metrics.reset()
     for name, value in values.items():
         if value.numel() != 1:

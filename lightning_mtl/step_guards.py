@@ -63,9 +63,13 @@ class SkippedSteps:
 def synchronising(module: MultiTaskModule, window: Window, *, closes: bool) -> AbstractContextManager[None]:
     """Let the ranks' gradients be averaged in a window's last backward pass; rows have been by then."""
     strategy = module.trainer.strategy
-    if isinstance(strategy, DDPStrategy) and (window.rows is not None or not closes):
-        return strategy.block_backward_sync()
-    return nullcontext()
+    if not isinstance(strategy, DDPStrategy) or (window.rows is None and closes):
+        return nullcontext()
+    # A static graph is learned in the very first backward pass, which has to be a synchronised one, by Lightning's own
+    # book-keeping. Averaging early, or twice, changes nothing: what is the same on all ranks is its own average.
+    if getattr(strategy.model, "static_graph", False) and not strategy._pl_static_graph_delay_done:
+        return nullcontext()
+    return strategy.block_backward_sync()
 
 
 def forget_absent_heads(module: MultiTaskModule, window: Window) -> None:

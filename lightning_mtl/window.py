@@ -48,7 +48,7 @@ class Window:
         self.rows: RowUpdate | None = None
         self.micro_batches = 0
         self.penalties: dict[str, Tensor] = {}
-        self.scores: dict[str, Tensor] = {}
+        self.scores: Tensor | None = None
         self.signals: Signals | None = None
         self.weights: Tensor | None = None
         self._tasks = tuple(tasks)
@@ -82,6 +82,7 @@ class Window:
         """Remember what a micro-batch said."""
         self.micro_batches += 1
         self.penalties = {name: value.detach() for name, value in penalties.items()}
+        self.scores = agreed.scores
         if agreed.names:
             self._noted.append((self.positions(agreed.names), agreed.losses, agreed.counts))
 
@@ -115,7 +116,6 @@ class Window:
 
     def describe(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Signals:
         """Put what is known of these tasks in the form that methods read."""
-        scores = [self.scores[name] for name in names if name in self.scores]
         self.signals = Signals(
             tuple(names),
             losses.to(torch.promote_types(losses.dtype, torch.float32)),
@@ -123,7 +123,7 @@ class Window:
             self.epoch,
             norms=measured.norms,
             gramian=measured.gramian,
-            scores=torch.stack(scores) if scores and len(scores) == len(names) else None,
+            scores=self.scores if self.scores is not None and len(self.scores) == len(names) else None,
         )
         return self.signals
 

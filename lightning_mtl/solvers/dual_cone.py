@@ -39,7 +39,8 @@ def project_on_dual_cone(gramian: ArrayLike, preference: ArrayLike) -> Array:
     """
     normalised = normalise(gramian)
     preference = check_vector("preference", preference, len(normalised.norms))
-    return preference + _multipliers(normalised, preference[None])[0]
+    weights: Array = preference + _additions(normalised, preference[None])[0]
+    return weights
 
 
 def project_rows_on_dual_cone(gramian: ArrayLike, preference: ArrayLike) -> Array:
@@ -72,33 +73,33 @@ def project_rows_on_dual_cone(gramian: ArrayLike, preference: ArrayLike) -> Arra
     if preference.min() < 0:
         k = int(preference.argmin())
         raise ValueError(f"preference must not be negative, but preference[{k}] is {preference[k]}.")
-    return preference + _multipliers(normalised, np.diag(preference)).sum(axis=0)
+    weights: Array = preference + _additions(normalised, np.diag(preference)).sum(axis=0)
+    return weights
 
 
-def _multipliers(normalised: Normalised, combinations: Array) -> Array:
+def _additions(normalised: Normalised, combinations: Array) -> Array:
     """What has to be added to each row of ``combinations``, ``[m, K]``, for its gradient to enter the dual cone.
 
     In units of the normalised rows the least non-negative addition mu solves ``min ||R mu + R (norms * p)||``: a
     non-negative least squares problem. It is solved for a right-hand side of size one, and scaled back.
     """
     cosines, norms = normalised
-    divisors = np.where(norms == 0, 1.0, norms)  # The addition of a zero row is zero, whatever it is divided by.
     vectors = combinations * norms
-    sizes = np.abs(vectors).max(axis=1)
-    products = vectors @ cosines
-    conflict = (products < 0).any(axis=1)
+    conflict = (vectors @ cosines < 0).any(axis=1)
     additions = np.zeros_like(vectors)
     if not conflict.any():
         return additions
+    vectors = vectors[conflict]
+    sizes = np.abs(vectors).max(axis=1, keepdims=True)
     root = factor(cosines)
+    targets = (vectors / -sizes) @ root.T
     max_iterations = 10 * len(norms) + 100
-    for i in np.flatnonzero(conflict):
-        size = sizes[i]
-        try:
-            addition, _ = nnls(root, root @ (vectors[i] / -size), maxiter=max_iterations)
-        except RuntimeError as error:
-            raise SolverError(
-                "project_on_dual_cone", num_tasks=len(norms), iterations=max_iterations, residual=float("nan")
-            ) from error
-        additions[i] = addition * (size / divisors)
+    try:
+        solved = np.array([nnls(root, target, maxiter=max_iterations)[0] for target in targets])
+    except RuntimeError as error:
+        raise SolverError(
+            "project_on_dual_cone", num_tasks=len(norms), iterations=max_iterations, residual=float("nan")
+        ) from error
+    divisors = np.where(norms == 0, 1.0, norms)  # The addition of a zero row is zero, whatever it is divided by.
+    additions[conflict] = solved * sizes / divisors
     return additions

@@ -35,44 +35,42 @@ def min_norm_weights(gramian: ArrayLike) -> Array:
         array([0.6, 0.4])
     """
     cosines, norms = normalise(gramian)
-    smallest = norms.min()
-    if smallest == 0:
-        zero = norms == 0
-        return zero / zero.sum()
-    if len(norms) == 1:
-        return np.ones(1)
-    return min_norm_of_normalised(cosines, smallest / norms)
+    return min_norm_of_factor(factor(cosines), norms)
 
 
-def min_norm_of_normalised(cosines: Array, steepness: Array) -> Array:
-    r"""Minimum-norm weights from cosines and from the smallest norm divided by each norm.
+def min_norm_of_factor(directions: Array, norms: Array) -> Array:
+    r"""Minimum-norm weights of vectors given as unit directions and norms.
 
-    With :math:`v_k = w_k \|g_k\|` and :math:`a_k \propto 1 / \|g_k\|` the problem is to minimise :math:`v^\top C v`
+    With :math:`v_k = w_k \|g_k\|` and :math:`a_k \propto 1 / \|g_k\|` the problem is to minimise :math:`\|R v\|^2`
     over :math:`v \ge 0, a^\top v = 1`. The constraint goes into the objective, exactly: along a ray
-    :math:`v = t u, a^\top u = 1`, the minimum of :math:`t^2 q + (t - 1)^2`, with :math:`q = u^\top C u`, is
+    :math:`v = t u, a^\top u = 1`, the minimum of :math:`t^2 q + (t - 1)^2`, with :math:`q = \|R u\|^2`, is
     :math:`q / (1 + q)`, which grows with :math:`q`. So the non-negative least squares problem
 
-    .. math:: \min_{v \ge 0} \; \|R v\|^2 + (a^\top v - 1)^2, \qquad C = R^\top R
+    .. math:: \min_{v \ge 0} \; \|R v\|^2 + (a^\top v - 1)^2
 
     has its solution on the same ray as the constrained one; no penalty has to be large.
 
     Args:
-        cosines: ``[K, K]``, normalised Gramian.
-        steepness: ``[K]``, the vector a above; positive, its largest entry 1, so that q is at most 1.
+        directions: ``[m, K]``, the vectors divided by their norms as columns, in any coordinates: R above.
+        norms: ``[K]``, non-negative.
 
     Returns:
-        Weights, ``[K]``, of the gradients as they are, not of the unit ones.
+        Weights, ``[K]``, of the vectors as they are, not of their directions.
     """
-    root = factor(cosines)
-    num_tasks = len(cosines)
-    target = np.zeros(num_tasks + 1)
+    shortest = norms.min()
+    if shortest == 0:
+        zero = norms == 0
+        share: Array = zero / zero.sum()
+        return share
+    steepness = shortest / norms  # At most 1, so that q is, too.
+    target = np.zeros(len(directions) + 1)
     target[-1] = 1.0
-    max_iterations = 10 * num_tasks + 100
+    max_iterations = 10 * len(norms) + 100
     try:
-        v, _ = nnls(np.concatenate((root, steepness[None])), target, maxiter=max_iterations)
+        v, _ = nnls(np.concatenate((directions, steepness[None])), target, maxiter=max_iterations)
     except RuntimeError as error:
         raise SolverError(
-            "min_norm_weights", num_tasks=num_tasks, iterations=max_iterations, residual=float("nan")
+            "min_norm_weights", num_tasks=len(norms), iterations=max_iterations, residual=float("nan")
         ) from error
     weights: Array = v * steepness
     weights /= weights.sum()
