@@ -63,13 +63,14 @@ def agree(
     if ranks.size == 1:
         return Agreement(names, losses, counts, counts, values)
     samples = torch.ones_like(losses) if counts is None else counts
-    table = losses.new_zeros(3, len(tasks))
+    # One dtype on all ranks, whatever the losses that each of them has.
+    table = torch.zeros(3, len(tasks), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     position = {task: index for index, task in enumerate(tasks)}
     own = torch.tensor([position[task] for task in names], dtype=torch.long, device=device)
-    table[0, own] = losses * samples
-    table[1, own] = samples
+    table[0, own] = (losses * samples).to(table)
+    table[1, own] = samples.to(table)
     if values is not None:
-        table[2, own] = values.to(losses) * samples
+        table[2, own] = (values.to(losses) * samples).to(table)
     own_counts = table[1].clone()
     ranks.sum(table)
     if len(names) < len(tasks):  # only a rank that lacks a task has to wait for what the others have
@@ -90,8 +91,10 @@ def stack_losses(losses: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack([loss if loss.dtype == dtype else loss.to(dtype) for loss in losses])
 
 
-def ghost_loss(module: nn.Module, like: Tensor) -> Tensor:
+def ghost_loss(module: nn.Module, like: Tensor, called_with: Sequence[Tensor] = ()) -> Tensor:
     """A loss of 0 that depends on all of a module's parameters: ranks without samples have its graph, too."""
+    if called_with:  # sharded parameters take part through what their module returned, or not at all
+        return torch.stack([(output * 0).sum().to(like.dtype) for output in called_with]).sum()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         return like.new_zeros(())

@@ -9,8 +9,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import LRSchedulerConfig, LRSchedulerPLType
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torchmetrics import MetricCollection
 
 from lightning_mtl.batches import call_trunk_with, is_joint, is_per_task, present_outputs, refuse_batch
@@ -230,6 +232,19 @@ class MultiTaskModule(pl.LightningModule):
     def opens_window(self) -> bool:
         """Whether the next micro-batch begins an optimizer step."""
         return self._optimization.window is None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are sharded over the ranks (FSDP2)."""
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    @property
+    def data_parallel_group(self) -> ProcessGroup | None:
+        """The processes with different data; None is all of them."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ModelParallelStrategy):
+            return None
+        return strategy.device_mesh["data_parallel"].get_group()
 
     def weighting(self) -> Weighting | None:
         """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""

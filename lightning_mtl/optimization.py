@@ -7,16 +7,17 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mtl.agreement import Agreement, agree, ghost_loss, stack_losses
 from lightning_mtl.callbacks import Monitor
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.gradients.feature_update import feature_objective
-from lightning_mtl.gradients.micro_batch import Measured, MicroBatch
+from lightning_mtl.gradients.micro_batch import Decision, Measured, MicroBatch
 from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.row_update import RowUpdate
 from lightning_mtl.gradients.rows import Rows
+from lightning_mtl.gradients.sharded_update import ShardedRowUpdate, sharded_feature_objective
 from lightning_mtl.recorder import sample_counts
 from lightning_mtl.schedules import step_schedulers
 from lightning_mtl.step_guards import SkippedSteps, check_cut, clipping, forget_absent_heads, synchronising
@@ -53,7 +54,8 @@ class Optimization:
         window = self.window
         closes = (batch_idx + 1) % size == 0 or module.trainer.is_last_batch
         cut = FeatureCut()
-        with nullcontext() if window.way == "losses" else module.cutting(cut):
+        watching = cut.watching(module.heads) if module.sharded else nullcontext()
+        with watching, nullcontext() if window.way == "losses" else module.cutting(cut):
             outputs = module.present_outputs(batch)
             penalties = module.penalties()
         step_metric = None if window.weighting is None else window.weighting.step_metric
@@ -75,7 +77,7 @@ class Optimization:
 
     def _open(self, module: MultiTaskModule, size: int) -> Window:
         trainer, weighting = module.trainer, module.weighting()
-        ranks = Ranks() if trainer.world_size > 1 else ALONE
+        ranks = Ranks(module.data_parallel_group) if trainer.world_size > 1 else ALONE
         window = Window(tuple(module.tasks), weighting, trainer.global_step, trainer.current_epoch, size, ranks)
         if not module.automatic_optimization:
             module.single_optimizer().zero_grad()
@@ -89,8 +91,11 @@ class Optimization:
             others = []
             if ranks.size > 1:
                 others = [p for p in module.parameters() if p.requires_grad and p not in set(shared)]
-            window.rows = RowUpdate(shared, others, tuple(module.tasks), self._matrix)
-            self._matrix = window.rows.rows
+            if module.sharded:
+                window.rows = ShardedRowUpdate(shared, others, tuple(module.tasks))
+            else:
+                window.rows = RowUpdate(shared, others, tuple(module.tasks), self._matrix)
+                self._matrix = window.rows.rows
         return window
 
     def _objective(
@@ -137,19 +142,23 @@ class Optimization:
         penalty = torch.stack(list(penalties.values())).sum() if penalties else None
         absent = [name for name in agreed.names if name not in outputs]
         like = agreed.losses.new_zeros(())
-        losses = [outputs[k].loss if k in outputs else ghost_loss(module.heads[k], like) for k in agreed.names]
-        if ranks.size > 1 and window.rows is None:
-            # DistributedDataParallel expects every parameter in the graph, on every rank and in every step.
-            missing: list[nn.Module] = [module.heads[k] for k in module.tasks if k not in agreed.names]
-            missing += [] if outputs else [module.trunk]
-            ghosts = [ghost_loss(part, like) for part in missing]
+
+        def ghost(task: str) -> Tensor:
+            return ghost_loss(module.heads[task], like, cut.head_outputs.get(task, ()))
+
+        losses = [outputs[task].loss if task in outputs else ghost(task) for task in agreed.names]
+        if ranks.size > 1 and (window.rows is None or module.sharded):
+            # The ranks' collectives expect every parameter in the graph, on every rank and in every step.
+            ghosts = [ghost(task) for task in module.tasks if task not in agreed.names]
+            if not outputs and not module.sharded:
+                ghosts.append(ghost_loss(module.trunk, like))
             if ghosts:
                 penalty = torch.stack([*ghosts, *([] if penalty is None else [penalty])]).sum()
         seeds = agreed.own_counts if window.rows is not None and window.size > 1 else agreed.shares()
         if ranks.size == 1 and window.size == 1:
             seeds = None
-        elif seeds is not None and window.rows is None:
-            seeds = seeds * ranks.size  # what the reducer divides by
+        elif seeds is not None and (window.rows is None or module.sharded):
+            seeds = seeds * ranks.size  # what the average over the ranks divides by
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
         scale = None if scaler is None or window.way == "losses" else scaler.scale(torch.ones((), device=module.device))
         return MicroBatch(agreed.names, losses, penalty, cut, absent, seeds, scale, ranks)
@@ -157,10 +166,16 @@ class Optimization:
     def _feature_objective(self, module: MultiTaskModule, window: Window, batch: MicroBatch, losses: Tensor) -> Tensor:
         check_cut(module, batch, window)
         wanted = window.wanted if window.asks(batch.names) else "nothing"
+
+        def decide(measured: Measured) -> Decision:
+            return window.decide(batch.names, losses, measured)
+
+        if module.sharded:
+            return sharded_feature_objective(batch, losses, decide, wanted=wanted, weighs_heads=window.weighs_heads)
         return feature_objective(
             batch,
             losses,
-            lambda measured: window.decide(batch.names, losses, measured),
+            decide,
             wanted=wanted,
             layer=None if wanted == "nothing" else window.layer(module, batch.cut),
             weighs_heads=window.weighs_heads,

@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 
 from lightning_mtl.metrics import delta_m
 from lightning_mtl.schedules import plateau_metrics, step_schedulers
-from lightning_mtl.setup_checks import check_trainer
+from lightning_mtl.setup_checks import check_model, check_trainer
 from lightning_mtl.task import Task, TaskOutput
 
 if TYPE_CHECKING:
@@ -116,8 +116,9 @@ class Recorder(Callback):
         if stage == "fit":
             check_trainer(pl_module, trainer)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
         """Lay out TensorBoard's custom scalars: all tasks' weights on one chart, all losses on another."""
+        check_model(pl_module, trainer)
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(self.tensorboard_layout())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_mtl.task import Task
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from lightning_mtl.module import MultiTaskModule
 
-REFUSED_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+REFUSED_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy)
 
 
 def check_arguments(
@@ -90,3 +91,45 @@ def check_trainer(module: MultiTaskModule, trainer: pl.Trainer) -> None:
             f"{type(trainer.strategy).__name__} keeps gradients where no weighting can reach them; use strategy='ddp', "
             "or FSDP2: ModelParallelStrategy() with fully_shard(...) in configure_model."
         )
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        _check_sharded(module, trainer)
+
+
+def check_model(module: MultiTaskModule, trainer: pl.Trainer) -> None:
+    """Refuse, once the model is configured, parameters that no rank would average."""
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return
+    unsharded = [name for name, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    if unsharded:
+        raise ValueError(
+            f"ModelParallelStrategy averages the gradients of sharded parameters only, which {unsharded[0]!r} and "
+            f"{len(unsharded) - 1} more are not; call fully_shard on the trunk and on each head in configure_model."
+        )
+
+
+def _check_sharded(module: MultiTaskModule, trainer: pl.Trainer) -> None:
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError("A gradient scaler does not know sharded gradients; use precision='bf16-mixed' or '32-true'.")
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy) and (parts := strategy.device_mesh["tensor_parallel"].size()) > 1:
+        raise ValueError(
+            f"ModelParallelStrategy(tensor_parallel_size={parts}), its default being all devices of a node, has {parts} "
+            "ranks see the same data; tasks are balanced over data-parallel ranks. Use ModelParallelStrategy("
+            f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
+        )
+    weighting = module.weighting()
+    if weighting is None or weighting.measures == "losses":
+        return
+    name, at = type(weighting).__name__, weighting.at
+    if at not in ("trunk", "features"):
+        raise ValueError(
+            f"{name}(at={at!r}) measures gradients of single layers, which sharded parameters do not give; measure "
+            "at 'features' or 'trunk'."
+        )
+    if at == "trunk" and module.accumulate_grad_batches > 1:
+        raise ValueError(
+            f"accumulate_grad_batches={module.accumulate_grad_batches} with {name}(at='trunk') would keep the graphs "
+            "of all micro-batches of a sharded model; measure at 'features', or accumulate nothing."
+        )
+    if at == "trunk" and weighting.measures == "rows":
+        raise ValueError(f"{name} needs whole gradients, of which a sharded model has parts; use at='features'.")

@@ -11,6 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.distributed.tensor import DTensor
 
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.signals import Signals
@@ -38,7 +39,8 @@ class SkippedSteps:
             doubtful.append(signals.norms.sum().to(doubtful[0]))
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         if gradients and not module.automatic_optimization:
-            doubtful.append(torch.nn.utils.get_total_norm(gradients).to(module.device))
+            norm = torch.nn.utils.get_total_norm(gradients)
+            doubtful.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).to(module.device))
         if not doubtful or bool(torch.isfinite(torch.stack([value.double() for value in doubtful])).all()):
             self.in_a_row = 0
             return True

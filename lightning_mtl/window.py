@@ -17,6 +17,7 @@ from lightning_mtl.gradients.layers import last_layer, named_parameters_at
 from lightning_mtl.gradients.micro_batch import Decision, Measured
 from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.row_update import RowUpdate
+from lightning_mtl.gradients.sharded_update import ShardedRowUpdate
 from lightning_mtl.signals import Signals
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Window:
         self.step, self.epoch, self.size, self.ranks = step, epoch, size, ranks
         self.measures = weighting is not None and weighting.measures_in(step)
         self.way = _way(weighting, step, measures=self.measures)
-        self.rows: RowUpdate | None = None
+        self.rows: RowUpdate | ShardedRowUpdate | None = None
         self.micro_batches = 0
         self.penalties: dict[str, Tensor] = {}
         self.scores: Tensor | None = None

@@ -19,6 +19,7 @@ class FeatureCut:
     Attributes:
         outputs: The trunk's outputs, still on the trunk's graph, over all its calls in the step.
         leaves: Every leaf handed to a head, with the index of the output that it stands for.
+        head_outputs: What the heads returned, where they were watched.
 
     Example:
         >>> import torch
@@ -33,6 +34,7 @@ class FeatureCut:
         self.outputs: list[Tensor] = []
         self.leaves: dict[Tensor, int] = {}
         self.calls = 0
+        self.head_outputs: dict[str, list[Tensor]] = {}
 
     @contextmanager
     def applied_to(self, trunk: nn.Module) -> Iterator[FeatureCut]:
@@ -42,6 +44,23 @@ class FeatureCut:
             yield self
         finally:
             handle.remove()
+
+    @contextmanager
+    def watching(self, heads: nn.ModuleDict) -> Iterator[None]:
+        """Remember what the heads return inside the block."""
+
+        def remember(name: str, output: Any) -> None:  # noqa: ANN401 - any nested structure of tensors
+            apply_to_collection(output, Tensor, self.head_outputs.setdefault(name, []).append)
+
+        handles = [
+            head.register_forward_hook(lambda _head, _inputs, output, name=name: remember(name, output))
+            for name, head in heads.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def own_view(self, features: Any) -> Any:  # noqa: ANN401 - any nested structure of tensors
         """The same features behind leaves of their own, so that one backward pass tells the readers apart."""

@@ -70,7 +70,7 @@ def feature_objective(
         if decision.directions is not None:
             down = [direction * outer for direction in decision.directions]
         else:
-            down = _combine(cotangents, measured.rows, outputs, decision.weights * outer)
+            down = combine(cotangents, measured.rows, outputs, decision.weights * outer)
         above = weighted_head_gradients(
             [head.parameters for head in heads], decision.weights if weighs_heads else None, outer
         )
@@ -96,7 +96,7 @@ def in_full_precision(gradients: Callable[[Tensor], list[Tensor]], outer: Tensor
         return gradients(outer)
 
 
-def _combine(
+def combine(
     cotangents: Sequence[Sequence[Tensor | None]],
     rows: Sequence[Tensor],
     outputs: Sequence[Tensor],
@@ -129,6 +129,15 @@ def _measure(
         return Measured()
     if layer is not None:
         return _measure_layer(batch, cotangents, outputs, layer, wanted)
+    return measure_features(batch, cotangents, outputs, wanted)
+
+
+def measure_features(
+    batch: MicroBatch, cotangents: Sequence[Sequence[Tensor | None]], outputs: Sequence[Tensor], wanted: Wanted
+) -> Measured:
+    """Measure the gradients of the trunk's outputs themselves, over the samples of all ranks."""
+    if wanted == "nothing":
+        return Measured()
     if not outputs:  # a rank whose batch is empty
         outputs, cotangents = [torch.zeros(1, device=batch.losses[0].device)], [[None]] * len(cotangents)
     rows = [
@@ -136,8 +145,8 @@ def _measure(
         for i, z in enumerate(outputs)
     ]
     if wanted == "gramian":
-        return measured_gramian(gramian(rows, batch.ranks), batch.scale, rows)
-    return measured_norms(row_norms(rows, batch.ranks), batch.scale, rows)
+        return measured_gramian(gramian(rows, batch.ranks, share=1 / batch.ranks.size**2), batch.scale, rows)
+    return measured_norms(row_norms(rows, batch.ranks, share=1 / batch.ranks.size**2), batch.scale, rows)
 
 
 def _measure_layer(

@@ -15,20 +15,23 @@ _CHUNK = 16_384
 _SPAN = 64 * _CHUNK
 # Squares of float32 numbers lose their last digits below this.
 _SMALLEST_SQUARE = 1e-30
+# Float32's rounding moves the eigenvalues of unit rows by some 1e-7; below this, that would be felt.
+_NEARLY_DEPENDENT = 1e-3
 
 
-def gramian(rows: Sequence[Tensor], ranks: Ranks | None = None) -> Tensor:
+def gramian(rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: float = 1.0) -> Tensor:
     r"""Compute the Gramian of K gradients.
 
     .. math:: G_{ij} = \langle g_i, g_j \rangle
 
-    The sum runs in chunks whose partial results are added in float64. If a square leaves float32's range, all of it is
-    computed again in float64.
+    The sum runs in chunks whose partial results are added in float64. If a square leaves float32's range, or the rows
+    are so nearly dependent that rounding would show in what solvers make of them, all is computed again in float64.
 
     Args:
         rows: ``[K, n_b]`` matrices; together their columns make up the gradients.
-        ranks: Where each rank holds the columns of its own samples, so that the products add up; each rank's loss being
-            a mean, those of the global mean are the sum over R². None where the columns are complete.
+        ranks: Where each rank holds columns of its own, so that the products add up; None where each has them all.
+        share: What the sum over the ranks is multiplied by: 1 / R² where each rank's columns belong to its own samples,
+            and the loss is the mean over the ranks.
 
     Returns:
         ``[K, K]``, float64, on the CPU.
@@ -38,14 +41,22 @@ def gramian(rows: Sequence[Tensor], ranks: Ranks | None = None) -> Tensor:
         [[6.0, 4.0], [4.0, 10.0]]
     """
     with torch.autocast(rows[0].device.type, enabled=False):
-        products = _sum_of_products(rows, torch.float32, ranks).cpu()
-        squares = products.diagonal()
-        if not bool(torch.isfinite(squares).all()) or float(squares.min()) < _SMALLEST_SQUARE:
-            products = _sum_of_products(rows, torch.float64, ranks).cpu()
+        products = _sum_of_products(rows, torch.float32, ranks, share).cpu()
+        if not _is_accurate(products):
+            products = _sum_of_products(rows, torch.float64, ranks, share).cpu()
     return products
 
 
-def _sum_of_products(rows: Sequence[Tensor], at_least: torch.dtype, ranks: Ranks | None) -> Tensor:
+def _is_accurate(products: Tensor) -> bool:
+    """Whether float32 was enough: nothing over- or underflowed, and no combination of unit rows nearly vanishes."""
+    squares = products.diagonal()
+    if not bool(torch.isfinite(products).all()) or float(squares.min()) < _SMALLEST_SQUARE:
+        return False
+    norms = squares.sqrt()
+    return float(torch.linalg.eigvalsh(products / torch.outer(norms, norms))[0]) > _NEARLY_DEPENDENT
+
+
+def _sum_of_products(rows: Sequence[Tensor], at_least: torch.dtype, ranks: Ranks | None, share: float) -> Tensor:
     num_rows = rows[0].shape[0]
     total = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=rows[0].device)
     for block in rows:
@@ -57,10 +68,10 @@ def _sum_of_products(rows: Sequence[Tensor], at_least: torch.dtype, ranks: Ranks
                 chunks = wide[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1)
                 total += torch.bmm(chunks, chunks.mT).sum(0, dtype=torch.float64)
             total += wide[:, whole:] @ wide[:, whole:].mT
-    return total if ranks is None or ranks.size == 1 else ranks.sum(total) / ranks.size**2
+    return total if ranks is None or ranks.size == 1 else ranks.sum(total) * share
 
 
-def row_norms(rows: Sequence[Tensor], ranks: Ranks | None = None) -> Tensor:
+def row_norms(rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: float = 1.0) -> Tensor:
     """Compute the Euclidean norm of K gradients, ``[K]``, on their device; arguments as in :func:`gramian`.
 
     Example:
@@ -71,4 +82,4 @@ def row_norms(rows: Sequence[Tensor], ranks: Ranks | None = None) -> Tensor:
         torch.linalg.vector_norm(block, dim=1, dtype=torch.promote_types(block.dtype, torch.float32)) for block in rows
     ]
     norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0) if len(parts) > 1 else parts[0]
-    return norms if ranks is None or ranks.size == 1 else ranks.sum(norms.square()).sqrt() / ranks.size
+    return norms if ranks is None or ranks.size == 1 else (ranks.sum(norms.square()) * share).sqrt()
