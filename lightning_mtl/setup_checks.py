@@ -113,8 +113,8 @@ def _check_sharded(module: MultiTaskModule, trainer: pl.Trainer) -> None:
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy) and (parts := strategy.device_mesh["tensor_parallel"].size()) > 1:
         raise ValueError(
-            f"ModelParallelStrategy(tensor_parallel_size={parts}), its default being all devices of a node, has {parts} "
-            "ranks see the same data; tasks are balanced over data-parallel ranks. Use ModelParallelStrategy("
+            f"ModelParallelStrategy(tensor_parallel_size={parts}), by default all devices of a node, has {parts} ranks "
+            "see the same data; tasks are balanced over data-parallel ranks. Use ModelParallelStrategy("
             f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
         )
     weighting = module.weighting()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -12,14 +12,22 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 
+class Declared(NamedTuple):
+    """A state's value at the start of training, how many of its dimensions are tasks, and whether it stays put."""
+
+    default: Tensor
+    task_dims: int
+    on_cpu: bool = False
+
+
 class TaskState(Callback):
     """The part of a weighting that remembers."""
 
     def __init__(self) -> None:
         self.tasks: tuple[str, ...] = ()
-        self._states: dict[str, tuple[Tensor, bool]] = {}
+        self._states: dict[str, Declared] = {}
 
-    def add_state(self, name: str, default: Tensor, *, per_task: bool = True) -> None:
+    def add_state(self, name: str, default: Tensor, *, per_task: bool = True, per_pair: bool = False) -> None:
         """Declare what the method remembers; read and write it as the attribute ``name``.
 
         It is saved and restored with checkpoints, moved to the module's device, and, where it belongs to tasks, cut to
@@ -30,23 +38,56 @@ class TaskState(Callback):
             default: The value at the start of training; for a state with ``per_task``, of one task, so that the
                 attribute has shape ``[K, *default.shape]``.
             per_task: Whether the state belongs to the tasks or to the method as a whole.
+            per_pair: Whether it belongs to pairs of tasks, so that the attribute has shape ``[K, K, *default.shape]``.
         """
+        self._declare(name, Declared(default, 2 if per_pair else int(per_task)))
+
+    def add_generator(self, name: str, seed: int) -> None:
+        """Declare a source of random numbers, the same on every rank, that resumes where it was interrupted.
+
+        The attribute ``name`` is a generator's state, on the CPU. Draw from what :meth:`random_numbers` returns, and
+        call :meth:`advance` in :meth:`update`.
+
+        Args:
+            name: The attribute.
+            seed: Where the numbers begin.
+        """
+        self._declare(name, Declared(torch.Generator().manual_seed(seed).get_state(), task_dims=0, on_cpu=True))
+
+    def random_numbers(self, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """The generator of one step: it begins with the same numbers until :meth:`advance` is called."""
+        # A seed for each step, so that ranks that draw differently many numbers still agree on the next step's.
+        seed = torch.randint(2**62, (), generator=self._generator(name))
+        return torch.Generator(device).manual_seed(int(seed))
+
+    def advance(self, name: str) -> None:
+        """Go on to the random numbers of the next step."""
+        generator = self._generator(name)
+        torch.randint(2**62, (), generator=generator)
+        setattr(self, name, generator.get_state())
+
+    def _generator(self, name: str) -> torch.Generator:
+        generator = torch.Generator()
+        generator.set_state(getattr(self, name))
+        return generator
+
+    def _declare(self, name: str, declared: Declared) -> None:
         if name in self._states or hasattr(type(self), name):
-            raise ValueError(f"{type(self).__name__}.add_state({name!r}): the name is taken; choose another.")
-        self._states[name] = (default, per_task)
-        setattr(self, name, default)
+            raise ValueError(f"{type(self).__name__} cannot declare the state {name!r}: the name is taken.")
+        self._states[name] = declared
+        setattr(self, name, declared.default)
 
     def reset(self, tasks: Sequence[str], device: torch.device | str = "cpu") -> None:
         """Begin anew, for these tasks."""
         self.tasks = tuple(tasks)
-        for name, (default, per_task) in self._states.items():
-            value = default.expand(len(tasks), *default.shape) if per_task else default
-            setattr(self, name, value.clone().to(device))
+        for name, (default, task_dims, on_cpu) in self._states.items():
+            value = default.expand(*[len(tasks)] * task_dims, *default.shape)
+            setattr(self, name, value.clone().to("cpu" if on_cpu else device))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the state to the module's device."""
-        for name in self._states:
-            setattr(self, name, getattr(self, name).to(pl_module.device))
+        for name, declared in self._states.items():
+            setattr(self, name, getattr(self, name).to("cpu" if declared.on_cpu else pl_module.device))
 
     @contextmanager
     def only(self, present: Sequence[int]) -> Iterator[None]:
@@ -54,15 +95,15 @@ class TaskState(Callback):
         if len(present) == len(self.tasks):
             yield
             return
-        index = list(present)
-        whole = {name: getattr(self, name) for name, (_, per_task) in self._states.items() if per_task}
+        whole = {name: getattr(self, name) for name, declared in self._states.items() if declared.task_dims}
+        cut = {name: _grid(present, self._states[name].task_dims, value.device) for name, value in whole.items()}
         for name, value in whole.items():
-            setattr(self, name, value[index])
+            setattr(self, name, value[cut[name]])
         try:
             yield
         finally:
             for name, value in whole.items():
-                setattr(self, name, value.index_copy(0, torch.tensor(index, device=value.device), getattr(self, name)))
+                setattr(self, name, value.index_put(cut[name], getattr(self, name)))
 
     # Checkpoints. One key for all weightings, so that a checkpoint of another method is noticed.
 
@@ -104,3 +145,9 @@ class TaskState(Callback):
         self.tasks = tuple(state_dict["tasks"])
         for key, value in state_dict["state"].items():
             setattr(self, key, value.to(getattr(self, key).device))
+
+
+def _grid(present: Sequence[int], task_dims: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Indices that cut the present tasks out of that many leading dimensions."""
+    index = torch.tensor(list(present), device=device)
+    return (index,) if task_dims == 1 else (index[:, None], index)

@@ -160,7 +160,9 @@ def _measure_layer(
         norms = []
         for head in cotangents:
             found = [gradient for gradient in gradients_from_cut(outputs, head, layer) if gradient is not None]
-            norms.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(found))))
+            # A task may pass the layer by, as where each task has a branch of its own.
+            parts = torch._foreach_norm(found) if found else [outputs[0].new_zeros(())]
+            norms.append(torch.linalg.vector_norm(torch.stack(parts)))
         return measured_norms(torch.stack(norms), batch.scale)
     rows = Rows(layer, len(cotangents))
     for task, head in enumerate(cotangents):
