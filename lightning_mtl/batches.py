@@ -64,7 +64,7 @@ def refuse_batch(batch: Any, tasks: Collection[str]) -> ValueError:  # noqa: ANN
 
 
 def present_outputs(returned: Mapping[str, Tensor | TaskOutput | None], tasks: Sequence[str]) -> dict[str, TaskOutput]:
-    """Check what ``task_losses`` returned and bring it into the tasks' order; None drops a task.
+    """Check what ``task_losses`` returned and bring it into the tasks' order; None, or no sample, drops a task.
 
     Raises:
         TypeError: If it is no mapping of tensors or task outputs.
@@ -89,5 +89,6 @@ def present_outputs(returned: Mapping[str, Tensor | TaskOutput | None], tasks: S
                     "reduce it, by its mean over the labelled samples for instance."
                 )
             output = TaskOutput(output.loss.reshape(()), output.prediction, output.target, output.num_samples)
-        outputs[task] = output
+        if output.num_samples is None or int(output.num_samples) > 0:
+            outputs[task] = output
     return outputs

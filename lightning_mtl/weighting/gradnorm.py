@@ -21,7 +21,7 @@ def gradnorm_gradient(weights: Tensor, norms: Tensor, loss_ratios: Tensor, alpha
     Args:
         weights: w.
         norms: n_k, the norm of task k's unweighted gradient at the last shared layer.
-        loss_ratios: L_k(t) / L_k(0).
+        loss_ratios: L_k(t) / L_k(0); negative ones count as 0.
         alpha: How strongly slow tasks are pulled up.
 
     Example:
@@ -29,7 +29,9 @@ def gradnorm_gradient(weights: Tensor, norms: Tensor, loss_ratios: Tensor, alpha
         tensor([-1.,  3.])
     """
     scaled = weights * norms
-    target = scaled.mean() * (loss_ratios / loss_ratios.mean()) ** alpha
+    ratios = loss_ratios.clamp(min=0)
+    mean = ratios.mean()
+    target = scaled.mean() * torch.where(mean > 0, ratios / mean, torch.ones_like(ratios)) ** alpha
     return torch.sign(scaled - target) * norms
 
 
@@ -106,9 +108,8 @@ class GradNorm(Weighting):
         self.first_losses = torch.where(self.first_losses.isnan(), losses, self.first_losses)
         if signals.norms is None:
             return
-        gradient = gradnorm_gradient(
-            self.weights, signals.norms.to(self.weights), losses / self.first_losses, self.alpha
-        )
+        ratios = torch.where(self.first_losses > 0, losses / self.first_losses, torch.ones_like(losses))
+        gradient = gradnorm_gradient(self.weights, signals.norms.to(self.weights), ratios, self.alpha)
         state = AdamState(self.mean, self.square, self.steps)
         moved, (self.mean, self.square, self.steps) = adam_step(self.weights, gradient, state, lr=self.lr)
         clamped = moved.clamp(min=self.min_weight)

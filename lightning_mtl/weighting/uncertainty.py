@@ -15,6 +15,8 @@ from lightning_mtl.solvers.adam import AdamState, adam_step
 
 Kind = Literal["regression", "classification"]
 Regularizer = Literal["log", "log1p"]
+# A loss that stays 0 would let its weight grow without end; e^30 is beyond any weight in use, and finite.
+MOST_EXTREME = 30.0
 FACTORS: Mapping[str, float] = {"regression": 0.5, "classification": 1.0}
 
 
@@ -110,9 +112,8 @@ class UncertaintyWeighting(Weighting):
             self.log_variances, signals.losses.to(self.log_variances), self._factors(signals), self.regularizer
         )
         state = AdamState(self.mean, self.square, self.steps)
-        self.log_variances, (self.mean, self.square, self.steps) = adam_step(
-            self.log_variances, gradient, state, lr=self.lr
-        )
+        moved, (self.mean, self.square, self.steps) = adam_step(self.log_variances, gradient, state, lr=self.lr)
+        self.log_variances = moved.clamp(-MOST_EXTREME, MOST_EXTREME)
 
     def _factors(self, signals: Signals) -> Tensor:
         return self.log_variances.new_tensor([FACTORS[self.kinds.get(task, "regression")] for task in signals.tasks])
