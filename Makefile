@@ -27,9 +27,7 @@ help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.examples ## Train the quickstart on its embedded data; says how to open TensorBoard.
-	$(BIN)/python examples/quickstart.py $(DEMO_ARGS)
-	@printf '\nTo see the curves, the weight of each task among them, run\n\n  %s --logdir %s\n\n%s\n' \
-		'$(BIN)/tensorboard' '$(LOGDIR)' 'and open the address that it prints in a browser.'
+	env -u LIGHTNING_MTL_DATA $(BIN)/python examples/quickstart.py --logdir $(LOGDIR) $(DEMO_ARGS)
 
 # One thread a process: the tests' models are too small to share, and WORKERS processes run side by side.
 test doctest: export OMP_NUM_THREADS = 1

@@ -91,11 +91,14 @@ def stack_losses(losses: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack([loss if loss.dtype == dtype else loss.to(dtype) for loss in losses])
 
 
-def ghost_loss(module: nn.Module, like: Tensor, called_with: Sequence[Tensor] = ()) -> Tensor:
-    """A loss of 0 that depends on all of a module's parameters: ranks without samples have its graph, too."""
-    if called_with:  # sharded parameters take part through what their module returned, or not at all
-        return torch.stack([(output * 0).sum().to(like.dtype) for output in called_with]).sum()
+def ghost_of_parameters(module: nn.Module, like: Tensor) -> Tensor:
+    """A loss of 0 that depends on all of a module's parameters: a rank without samples has their graph, too."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not parameters:
-        return like.new_zeros(())
     return torch.stack([(parameter * 0).sum().to(like.dtype) for parameter in parameters]).sum()
+
+
+def ghost_of_outputs(outputs: Sequence[Tensor], like: Tensor) -> Tensor:
+    """A loss of 0 that depends on what a module returned; sharded parameters take part in no other way."""
+    if not outputs:
+        return like
+    return torch.stack([(output * 0).sum().to(like.dtype) for output in outputs]).sum()

@@ -32,8 +32,14 @@ def is_joint(batch: Any, tasks: Collection[str]) -> bool:  # noqa: ANN401 - anyt
         isinstance(batch, tuple | list)
         and len(batch) == 2
         and isinstance(batch[1], Mapping)
-        and batch[1].keys() <= set(tasks)
+        and _names_fit(batch[1], tasks)
     )
+
+
+def _names_fit(entries: Mapping[Any, Any], tasks: Collection[str]) -> bool:
+    """Whether a batch names tasks of the module alone, or all of them and others, which a smaller model leaves."""
+    names = set(tasks)
+    return entries.keys() <= names or entries.keys() >= names
 
 
 def is_per_task(batch: Any, tasks: Collection[str]) -> bool:  # noqa: ANN401
@@ -41,7 +47,7 @@ def is_per_task(batch: Any, tasks: Collection[str]) -> bool:  # noqa: ANN401
     return (
         isinstance(batch, Mapping)
         and len(batch) > 0
-        and batch.keys() <= set(tasks)
+        and _names_fit(batch, tasks)
         and all(value is None or (isinstance(value, tuple | list) and len(value) == 2) for value in batch.values())
     )
 

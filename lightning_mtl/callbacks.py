@@ -28,6 +28,10 @@ class Weighting(TaskState, ABC):
     Args:
         importance: ``{task: factor}``, multiplied into the weights; tasks not named keep 1.
         start_step: Optimizer steps with equal weights before the method begins.
+        total: Rescale the method's weights to this sum. Methods differ in it: their weights add up to 1, to K, or to
+            whatever the gradients say, and the step of plain descent is as long as they make it. With the same total
+            for all, one learning rate serves to compare them. None leaves the weights as the paper has them; weights
+            whose sum is not positive are left, too. Importance comes after it.
         at: Where gradients are measured, for methods that measure any: ``"trunk"`` (all shared parameters),
             ``"features"`` (the trunk's output), ``"last_layer"`` (the trunk module with weights that ran last), or
             names of modules as in ``module.named_modules()``.
@@ -48,14 +52,19 @@ class Weighting(TaskState, ABC):
     """What :meth:`weigh` needs: losses alone, gradient norms, their Gramian, or the gradients themselves."""
     weighs_heads: ClassVar[bool] = True
     """Whether a task's weight also scales the gradients of its own head, not those of the shared parameters alone."""
+    takes_logarithms: ClassVar[bool] = False
+    """Whether the method takes the losses' logarithms; a negative loss then ends the training with an error."""
     step_metric: str | None = None
     """The metric whose value on each training batch :attr:`Signals.scores` must hold."""
+    wants_losses_after: bool = False
+    """Whether :meth:`update` needs :attr:`Signals.losses_after`, for which the window's batches are passed again."""
 
     def __init__(
         self,
         *,
         importance: Mapping[str, float] | None = None,
         start_step: int = 0,
+        total: float | None = None,
         at: str | Sequence[str] = "trunk",
         every_n_steps: int = 1,
     ) -> None:
@@ -68,12 +77,15 @@ class Weighting(TaskState, ABC):
                 )
         if start_step < 0:
             raise ValueError(f"{name}(start_step={start_step}) must be at least 0.")
+        if total is not None and not (math.isfinite(total) and total > 0):
+            raise ValueError(f"{name}(total={total}) must be above 0 and finite; None leaves the weights as they are.")
         if every_n_steps < 1:
             raise ValueError(f"{name}(every_n_steps={every_n_steps}) must be at least 1.")
         if not at:
             raise ValueError(f"{name}(at={at!r}) must be 'trunk', 'features', 'last_layer' or names of modules.")
         self.importance = dict(importance or {})
         self.start_step = start_step
+        self.total = total
         self.at = at if isinstance(at, str) else tuple(at)
         self.every_n_steps = every_n_steps
         self._newest: tuple[list[int], Tensor] | None = None
@@ -84,6 +96,13 @@ class Weighting(TaskState, ABC):
     @abstractmethod
     def weigh(self, signals: Signals) -> Tensor:
         """Compute one weight for each present task, ``[K]``; called once an optimizer step, before the gradients."""
+
+    def head_weights(self) -> Tensor | None:
+        """Compute, from the state, what scales the gradients of each present task's own head, ``[K]``.
+
+        For methods that do not weigh heads by the weights themselves, and not by 1 either; None where they do.
+        """
+        return None
 
     def update(self, signals: Signals) -> None:
         """Take over what the step has shown into the state; called once an optimizer step, after :meth:`weigh`.
@@ -133,7 +152,8 @@ class Weighting(TaskState, ABC):
             return self.with_importance(torch.ones_like(like), signals)
         if not measured:
             held = self.held_weights[list(present)].to(like)
-            return self.with_importance(torch.where(held.isnan(), torch.ones_like(held), held), signals)
+            known = ~held.isnan()
+            return self.with_importance(torch.where(known, self._with_total(held), torch.ones_like(held)), signals)
         with self.only(present):
             weights = self.weigh(signals)
         if weights.shape != like.shape:
@@ -143,10 +163,24 @@ class Weighting(TaskState, ABC):
             )
         weights = weights.detach().to(like)
         self._newest = (list(present), weights)
-        return self.with_importance(weights, signals)
+        return self.with_importance(self._with_total(weights), signals)
+
+    def current_head_weights(self, step: int, present: Sequence[int], like: Tensor) -> Tensor | None:
+        """What scales the heads in this step, ``[K]`` as ``like``, where a method has numbers of their own for them."""
+        if step < self.start_step:
+            return None
+        with self.only(present):
+            weights = self.head_weights()
+        return None if weights is None else weights.detach().to(like)
 
     def observe(self, signals: Signals, present: Sequence[int]) -> None:
         """Let the method update its state for the present tasks, after a step that was not skipped."""
+        if self.takes_logarithms and bool((signals.losses < 0).any()):
+            found = dict(zip(signals.tasks, signals.losses.tolist(), strict=True))
+            raise ValueError(
+                f"{type(self).__name__} takes the logarithm of each loss, and the losses are {found} at step "
+                f"{signals.step}; add to the negative ones the constant that makes them 0 at best."
+            )
         if self.every_n_steps > 1 and self._newest is not None:
             positions, weights = self._newest
             self.held_weights[positions] = weights.to(self.held_weights)
@@ -154,6 +188,12 @@ class Weighting(TaskState, ABC):
         if type(self).update is not Weighting.update and signals.step >= self.start_step:
             with self.only(present):
                 self.update(signals)
+
+    def _with_total(self, weights: Tensor) -> Tensor:
+        if self.total is None:
+            return weights
+        found = weights.nansum()
+        return torch.where(found > 0, weights * (self.total / found), weights)
 
     def with_importance(self, weights: Tensor, signals: Signals) -> Tensor:
         """Multiply the weights of the present tasks by their importance."""

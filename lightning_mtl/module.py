@@ -139,16 +139,18 @@ class MultiTaskModule(pl.LightningModule):
 
         Args:
             batch: ``(inputs, {task: target})``, or ``{task: (inputs, target)}`` when tasks have loaders of their own;
-                a target or an entry of None stands for no label.
+                a target or an entry of None stands for no label. A batch with all of the module's tasks may have
+                others, too, so that a model of one task trains on the same loader.
         """
         if is_joint(batch, self.tasks):
             inputs, targets = batch
             predictions = self(inputs)
-            return {k: self._output(k, predictions[k], target) for k, target in targets.items() if target is not None}
+            found = {task: target for task, target in targets.items() if task in self.tasks and target is not None}
+            return {task: self._output(task, predictions[task], target) for task, target in found.items()}
         if not is_per_task(batch, self.tasks):
             raise refuse_batch(batch, self.tasks)
-        found = {task: pair for task, pair in batch.items() if pair is not None}
-        return {task: self._output(task, self._predict_one(task, x), y) for task, (x, y) in found.items()}
+        pairs = {task: pair for task, pair in batch.items() if task in self.tasks and pair is not None}
+        return {task: self._output(task, self._predict_one(task, x), y) for task, (x, y) in pairs.items()}
 
     def _predict_one(self, task: str, inputs: Any) -> Tensor:  # noqa: ANN401
         overridden = type(self).forward is not MultiTaskModule.forward
@@ -184,7 +186,8 @@ class MultiTaskModule(pl.LightningModule):
         if is_joint(batch, self.tasks):
             return self.forward(batch[0])
         if is_per_task(batch, self.tasks):
-            return {task: self._predict_one(task, pair[0]) for task, pair in batch.items() if pair is not None}
+            pairs = {task: pair for task, pair in batch.items() if task in self.tasks and pair is not None}
+            return {task: self._predict_one(task, pair[0]) for task, pair in pairs.items()}
         return self.forward(batch)
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_mtl.agreement import Agreement, agree, ghost_loss, stack_losses
+from lightning_mtl.agreement import Agreement, agree, ghost_of_outputs, ghost_of_parameters, stack_losses
 from lightning_mtl.callbacks import Monitor
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.gradients.feature_update import feature_objective
@@ -20,7 +21,14 @@ from lightning_mtl.gradients.rows import Rows
 from lightning_mtl.gradients.sharded_update import ShardedRowUpdate, sharded_feature_objective
 from lightning_mtl.recorder import sample_counts
 from lightning_mtl.schedules import step_schedulers
-from lightning_mtl.step_guards import SkippedSteps, check_cut, clipping, forget_absent_heads, synchronising
+from lightning_mtl.step_guards import (
+    SkippedSteps,
+    check_cut,
+    clipping,
+    forget_unreached,
+    losses_after,
+    synchronising,
+)
 from lightning_mtl.task import TaskOutput
 from lightning_mtl.window import Window
 
@@ -58,6 +66,8 @@ class Optimization:
         with watching, nullcontext() if window.way == "losses" else module.cutting(cut):
             outputs = module.present_outputs(batch)
             penalties = module.penalties()
+        if window.weighting is not None and window.weighting.wants_losses_after:
+            window.batches.append(batch)
         step_metric = None if window.weighting is None else window.weighting.step_metric
         scores = module.update_metrics("train", outputs, step_metric)
         # Gradients are taken as automatic optimization takes them: outside autocast.
@@ -140,20 +150,19 @@ class Optimization:
     ) -> MicroBatch:
         ranks = window.ranks
         penalty = torch.stack(list(penalties.values())).sum() if penalties else None
-        absent = [name for name in agreed.names if name not in outputs]
-        like = agreed.losses.new_zeros(())
-
-        def ghost(task: str) -> Tensor:
-            return ghost_loss(module.heads[task], like, cut.head_outputs.get(task, ()))
-
-        losses = [outputs[task].loss if task in outputs else ghost(task) for task in agreed.names]
-        if ranks.size > 1 and (window.rows is None or module.sharded):
-            # The ranks' collectives expect every parameter in the graph, on every rank and in every step.
-            ghosts = [ghost(task) for task in module.tasks if task not in agreed.names]
-            if not outputs and not module.sharded:
-                ghosts.append(ghost_loss(module.trunk, like))
-            if ghosts:
-                penalty = torch.stack([*ghosts, *([] if penalty is None else [penalty])]).sum()
+        absent = [task for task in module.tasks if task not in outputs]
+        zero = agreed.losses.new_zeros(())
+        losses = {task: output.loss for task, output in outputs.items()}
+        if ranks.size > 1 and window.rows is None and len(agreed.names) < len(module.tasks):
+            window.note_reached([*losses.values(), *penalties.values()], cut)
+        # The ranks' collectives expect every parameter in the graph, on every rank and in every step.
+        if module.sharded:
+            losses.update((task, ghost_of_outputs(cut.head_outputs.get(task, ()), zero)) for task in absent)
+            ghosts = [losses[task] for task in absent if task not in agreed.names]
+        else:
+            ghosts = [ghost_of_parameters(module, zero)] if ranks.size > 1 and absent and window.rows is None else []
+        if ghosts:
+            penalty = torch.stack([*ghosts, *([] if penalty is None else [penalty])]).sum()
         seeds = agreed.own_counts if window.rows is not None and window.size > 1 else agreed.shares()
         if ranks.size == 1 and window.size == 1:
             seeds = None
@@ -161,7 +170,8 @@ class Optimization:
             seeds = seeds * ranks.size  # what the average over the ranks divides by
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
         scale = None if scaler is None or window.way == "losses" else scaler.scale(torch.ones((), device=module.device))
-        return MicroBatch(agreed.names, losses, penalty, cut, absent, seeds, scale, ranks)
+        every_loss = [losses.get(task, zero) for task in agreed.names]
+        return MicroBatch(agreed.names, every_loss, penalty, cut, absent, seeds, scale, ranks)
 
     def _feature_objective(self, module: MultiTaskModule, window: Window, batch: MicroBatch, losses: Tensor) -> Tensor:
         check_cut(module, batch, window)
@@ -212,7 +222,7 @@ class Optimization:
     def _close(self, module: MultiTaskModule, window: Window) -> None:
         """Step the optimizer, unless something is not finite, and tell weighting, monitors and loggers."""
         if not module.automatic_optimization:
-            forget_absent_heads(module, window)
+            forget_unreached(module, window)
         signals = window.summary()
         finite = self.skipped.check(module, signals)
         if not module.automatic_optimization:
@@ -220,6 +230,8 @@ class Optimization:
         if not finite or signals is None:
             return
         if window.weighting is not None:
+            if window.weighting.wants_losses_after and window.batches:
+                signals = replace(signals, losses_after=losses_after(module, window, signals.tasks))
             window.weighting.observe(signals, window.positions(signals.tasks))
         for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Monitor):

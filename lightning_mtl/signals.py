@@ -21,6 +21,8 @@ class Signals:
         norms: ``[K]``, ‖g_k‖, for methods that measure ``"norms"`` or more.
         gramian: ``[K, K]``, the inner products g_i · g_j, float64 on the CPU, for methods that measure ``"gramian"``.
         scores: ``[K]``, this batch's value of the metric that a method asked for through ``step_metric``.
+        losses_after: ``[K]``, the same samples' losses under the parameters that the step led to, in the ``update`` of
+            methods that asked for them through ``wants_losses_after``.
 
     Example:
         >>> import torch
@@ -35,6 +37,7 @@ class Signals:
     norms: Tensor | None = None
     gramian: Tensor | None = None
     scores: Tensor | None = None
+    losses_after: Tensor | None = None
 
     @property
     def num_tasks(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,10 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_mtl.agreement import agree
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.signals import Signals
 from lightning_mtl.window import Window
@@ -74,18 +76,22 @@ def synchronising(module: MultiTaskModule, window: Window, *, closes: bool) -> A
     return strategy.block_backward_sync()
 
 
-def forget_absent_heads(module: MultiTaskModule, window: Window) -> None:
-    """Leave the heads of tasks that no rank had without gradients, so that no optimizer moves them."""
-    if window.ranks.size == 1:
+def forget_unreached(module: MultiTaskModule, window: Window) -> None:
+    """Leave parameters that no rank's loss depended on without gradients, so that no optimizer moves them."""
+    if window.ranks.size == 1 or window.rows is not None or len(window.present) == len(module.tasks):
         return
-    present = set(window.present)
-    if len(present) == len(module.tasks):
-        return
-    used = {p for task in present for p in module.heads[task].parameters()}
-    for task in module.tasks:
-        for parameter in module.heads[task].parameters():
-            if task not in present and parameter not in used:
-                parameter.grad = None
+    if module.sharded:
+        kept = {p for task in window.present for p in module.heads[task].parameters()}
+        parts = [module.heads[task] for task in module.tasks if task not in window.present]
+        parts += [] if window.present or window.penalties else [module.trunk]
+        unreached = [p for part in parts for p in part.parameters() if p not in kept]
+    else:
+        parameters = list(module.parameters())
+        flags = torch.tensor([float(p in window.reached) for p in parameters], device=module.device)
+        flags = window.ranks.sum(flags)
+        unreached = [p for p, flag in zip(parameters, flags.tolist(), strict=True) if not flag]
+    for parameter in unreached:
+        parameter.grad = None
 
 
 @contextmanager
@@ -123,3 +129,22 @@ def check_cut(module: MultiTaskModule, batch: MicroBatch, window: Window) -> Non
             f"{name}(at={at!r}) measures gradients at the trunk, but nothing the trunk returned requires a gradient; "
             "unfreeze some of it, or weigh by the losses alone."
         )
+
+
+@torch.no_grad()
+def losses_after(module: MultiTaskModule, window: Window, names: Sequence[str]) -> Tensor:
+    """Compute the window's mean losses again, under the parameters as they are now, and leave no trace of it.
+
+    Buffers and random numbers are put back, and no metric is updated.
+    """
+    again = Window(tuple(module.tasks), None, window.step, window.epoch, window.size, window.ranks)
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    devices = [] if module.device.type == "cpu" else [module.device]
+    with torch.random.fork_rng(devices, device_type=module.device.type):
+        for batch in window.batches:
+            outputs = module.present_outputs(batch)
+            with torch.autocast(module.device.type, enabled=False):
+                again.note(agree(outputs, tuple(module.tasks), window.ranks, module.device), {})
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    return again.mean_losses(names)

@@ -81,7 +81,7 @@ class TaskState(Callback):
         """Begin anew, for these tasks."""
         self.tasks = tuple(tasks)
         for name, (default, task_dims, on_cpu) in self._states.items():
-            value = default.expand(*[len(tasks)] * task_dims, *default.shape)
+            value = default.expand((len(tasks),) * task_dims + default.shape)
             setattr(self, name, value.clone().to("cpu" if on_cpu else device))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

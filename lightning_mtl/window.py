@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from lightning_mtl.agreement import Agreement
 from lightning_mtl.callbacks import Aggregator, Weighting
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.gradients.feature_update import Wanted
+from lightning_mtl.gradients.graph import reached_leaves
 from lightning_mtl.gradients.layers import last_layer, named_parameters_at
 from lightning_mtl.gradients.micro_batch import Decision, Measured
 from lightning_mtl.gradients.ranks import Ranks
@@ -52,6 +53,8 @@ class Window:
         self.scores: Tensor | None = None
         self.signals: Signals | None = None
         self.weights: Tensor | None = None
+        self.batches: list[Any] = []
+        self.reached: set[Tensor] = set()
         self._tasks = tuple(tasks)
         self._position = {task: position for position, task in enumerate(tasks)}
         self._noted: list[tuple[list[int], Tensor, Tensor | None]] = []
@@ -86,6 +89,12 @@ class Window:
         self.scores = agreed.scores
         if agreed.names:
             self._noted.append((self.positions(agreed.names), agreed.losses, agreed.counts))
+
+    def note_reached(self, losses: Sequence[Tensor], cut: FeatureCut) -> None:
+        """Remember which parameters this rank's losses depend on, through the trunk or without it."""
+        leaves = reached_leaves(losses)
+        origins = {cut.leaves[leaf] for leaf in leaves if leaf in cut.leaves}
+        self.reached.update(leaves, reached_leaves([cut.outputs[index] for index in origins]))
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """For all tasks, ``[K]``: the losses times their counts, and the counts."""
@@ -131,7 +140,7 @@ class Window:
     def decide(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Decision:
         """Ask the weighting, or let the weights serve that it gave to the window's earlier micro-batches."""
         if self.weights is not None and self._weighed.issuperset(names):
-            return Decision(self.weights[self.positions(names)])
+            return self._with_heads(names, self.weights[self.positions(names)])
         signals = self.describe(names, losses, measured)
         if self.weighting is None:
             return Decision(self._keep(names, torch.ones_like(signals.losses)))
@@ -142,7 +151,8 @@ class Window:
         if isinstance(self.weighting, Aggregator) and measured.rows:
             directions = _aggregate(self.weighting, signals, positions, measured.rows)
             return Decision(torch.ones_like(signals.losses), directions)
-        return Decision(self._keep(names, self.weighting.current_weights(signals, positions, measured=self.measures)))
+        weights = self.weighting.current_weights(signals, positions, measured=self.measures)
+        return self._with_heads(names, self._keep(names, weights))
 
     def summary(self) -> Signals | None:
         """The window as a whole: what was measured, with the losses averaged over all micro-batches."""
@@ -153,6 +163,12 @@ class Window:
     def asks(self, names: Sequence[str]) -> bool:
         """Whether the weighting has yet to be asked about one of these tasks."""
         return not self._weighed.issuperset(names)
+
+    def _with_heads(self, names: Sequence[str], weights: Tensor) -> Decision:
+        if self.weighting is None:
+            return Decision(weights)
+        own = self.weighting.current_head_weights(self.step, self.positions(names), weights)
+        return Decision(weights, head_weights=own)
 
     def _keep(self, names: Sequence[str], weights: Tensor) -> Tensor:
         self._weighed.update(names)

@@ -67,12 +67,14 @@ def feature_objective(
 
     def gradients(scaled: Tensor) -> list[Tensor]:
         outer = batch.unscaled(scaled)
-        if decision.directions is not None:
+        if not outputs:  # a rank whose batch is empty has no features, and takes part with what others measured
+            down = []
+        elif decision.directions is not None:
             down = [direction * outer for direction in decision.directions]
         else:
             down = combine(cotangents, measured.rows, outputs, decision.weights * outer)
         above = weighted_head_gradients(
-            [head.parameters for head in heads], decision.weights if weighs_heads else None, outer
+            [head.parameters for head in heads], decision.for_heads(weighs_heads=weighs_heads), outer
         )
         for penalty in penalty_heads:
             for direction, i in zip(down, used, strict=True):

@@ -58,10 +58,18 @@ class Measured:
 
 @dataclass
 class Decision:
-    """What a weighting made of it: weights, or the direction itself, one ``[n]`` tensor for each matrix of rows."""
+    """What a weighting made of it: weights, or the direction itself, one ``[n]`` tensor for each matrix of rows.
+
+    The heads are scaled by ``head_weights`` where a method has numbers of their own for them.
+    """
 
     weights: Tensor
     directions: Sequence[Tensor] | None = None
+    head_weights: Tensor | None = None
+
+    def for_heads(self, *, weighs_heads: bool) -> Tensor | None:
+        """What scales the gradients of each task's own head, ``[K]``; None for 1."""
+        return self.weights if weighs_heads and self.head_weights is None else self.head_weights
 
 
 Decide = Callable[[Measured], Decision]

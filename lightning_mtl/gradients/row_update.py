@@ -96,7 +96,7 @@ class RowUpdate:
         slots = [self._slots[task] for task in self.present]
         measured = self._measure(slots, wanted, batch.scale)
         decision = decide(measured)
-        weights = decision.weights if weighs_heads else None
+        weights = decision.for_heads(weighs_heads=weighs_heads)
         one = decision.weights.new_ones(())
         above = weighted_head_gradients([self._own[slot] for slot in slots], weights, one)
         add_gradients(above, self._penalty, list(self._penalty.values()))

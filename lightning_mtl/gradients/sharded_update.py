@@ -91,7 +91,7 @@ class ShardedRowUpdate:
         weights[slots] = decision.weights
         above = [self._own[slot] for slot in slots]
         for parameter, gradient in weighted_head_gradients(
-            above, decision.weights if weighs_heads else None, losses.new_ones(())
+            above, decision.for_heads(weighs_heads=weighs_heads), losses.new_ones(())
         ).items():
             parameter.grad = gradient
         for parameter, direction in zip(self.shared, self.rows.combine(weights), strict=True):
@@ -119,7 +119,8 @@ def _cotangents(batch: MicroBatch) -> list[list[Tensor | None]]:
 
 
 def _head_objective(batch: MicroBatch, decision: Decision, *, weighs_heads: bool) -> Tensor:
-    weights = decision.weights if weighs_heads else torch.ones_like(decision.weights)
+    weights = decision.for_heads(weighs_heads=weighs_heads)
+    weights = torch.ones_like(decision.weights) if weights is None else weights
     weights = weights if batch.seeds is None else weights * batch.seeds
     objective = (torch.stack([loss.to(weights) for loss in batch.losses]) * weights).sum()
     return objective if batch.penalty is None else objective + batch.penalty

@@ -41,6 +41,7 @@ class DTP(Weighting):
             paper does; the batch values cost a metric computation a step.
         importance: ``{task: factor}``, multiplied into the weights.
         start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range, or at setup if a task lacks the metric or it is unbounded.
@@ -64,8 +65,9 @@ class DTP(Weighting):
         stage: Literal["val", "train"] = "val",
         importance: Mapping[str, float] | None = None,
         start_step: int = 0,
+        total: float | None = None,
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step)
+        super().__init__(importance=importance, start_step=start_step, total=total)
         if gamma < 0:
             raise ValueError(f"DTP(gamma={gamma}) must be at least 0.")
         if not 0 < alpha <= 1:

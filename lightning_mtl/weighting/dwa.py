@@ -41,6 +41,7 @@ class DWA(Weighting):
         temperature: T; the paper uses 2.
         importance: ``{task: factor}``, multiplied into the weights.
         start_step: Optimizer steps with equal weights before; epochs count from there.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
     Source: Liu, Johns and Davison, End-to-End Multi-Task Learning with Attention, 2019, arXiv:1803.10704, equation 7.
 
@@ -50,9 +51,14 @@ class DWA(Weighting):
     """
 
     def __init__(
-        self, temperature: float = 2.0, *, importance: Mapping[str, float] | None = None, start_step: int = 0
+        self,
+        temperature: float = 2.0,
+        *,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step)
+        super().__init__(importance=importance, start_step=start_step, total=total)
         if not temperature > 0:
             raise ValueError(f"DWA(temperature={temperature}) must be above 0.")
         self.temperature = temperature

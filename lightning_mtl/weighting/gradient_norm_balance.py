@@ -38,6 +38,7 @@ class GradientNormBalance(Weighting):
         every_n_steps: Measure in one step of n and keep the weights in between.
         importance: ``{task: ι}``; tasks not named keep 1.
         start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
     Source: gradient-norm balancing without GradNorm's training rates; no paper of its own.
 
@@ -56,8 +57,9 @@ class GradientNormBalance(Weighting):
         every_n_steps: int = 1,
         importance: Mapping[str, float] | None = None,
         start_step: int = 0,
+        total: float | None = None,
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, at=at, every_n_steps=every_n_steps)
+        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
         if not eps > 0:
             raise ValueError(f"GradientNormBalance(eps={eps}) must be above 0.")
         self.eps = eps

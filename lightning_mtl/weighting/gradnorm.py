@@ -56,6 +56,7 @@ class GradNorm(Weighting):
         every_n_steps: Measure, and move the weights, in one step of n.
         importance: ``{task: factor}``, multiplied into the weights.
         start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
     Source: Chen et al., GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask Networks, 2018,
     arXiv:1711.02257, algorithm 1.
@@ -80,8 +81,9 @@ class GradNorm(Weighting):
         every_n_steps: int = 1,
         importance: Mapping[str, float] | None = None,
         start_step: int = 0,
+        total: float | None = None,
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, at=at, every_n_steps=every_n_steps)
+        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
         for name, value, low in (("lr", lr, 0.0), ("min_weight", min_weight, 0.0)):
             if not value > low:
                 raise ValueError(f"GradNorm({name}={value}) must be above {low:g}.")

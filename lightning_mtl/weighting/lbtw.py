@@ -36,6 +36,7 @@ class LBTW(Weighting):
             the whole ``"training"``.
         importance: ``{task: factor}``, multiplied into the weights.
         start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
     Source: Liu, Liang and Gitter, Loss-Balanced Task Weighting to Reduce Negative Transfer in Multi-Task Learning, AAAI
     2019.
@@ -55,8 +56,9 @@ class LBTW(Weighting):
         reference: Literal["epoch", "training"] = "epoch",
         importance: Mapping[str, float] | None = None,
         start_step: int = 0,
+        total: float | None = None,
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step)
+        super().__init__(importance=importance, start_step=start_step, total=total)
         if alpha < 0:
             raise ValueError(f"LBTW(alpha={alpha}) must be at least 0.")
         if reference not in ("epoch", "training"):

@@ -59,6 +59,7 @@ class MGDA(Weighting):
         every_n_steps: Measure in one step of n and keep the weights in between.
         importance: ``{task: factor}``, multiplied into the weights.
         start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
     Source: Désidéri, Multiple-Gradient Descent Algorithm, 2012; Sener and Koltun, Multi-Task Learning as
     Multi-Objective Optimization, 2018, arXiv:1810.04650.
@@ -82,8 +83,9 @@ class MGDA(Weighting):
         every_n_steps: int = 1,
         importance: Mapping[str, float] | None = None,
         start_step: int = 0,
+        total: float | None = None,
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, at=at, every_n_steps=every_n_steps)
+        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
         if normalize not in (None, "l2", "loss", "loss+"):
             raise ValueError(f"MGDA(normalize={normalize!r}) must be None, 'l2', 'loss' or 'loss+'.")
         self.normalize = normalize

@@ -58,6 +58,7 @@ class UncertaintyWeighting(Weighting):
             which keeps the weights from falling without end.
         importance: ``{task: factor}``, multiplied into the weights.
         start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
     Source: Kendall, Gal and Cipolla, Multi-Task Learning Using Uncertainty to Weigh Losses, 2018, arXiv:1705.07115,
     section 3; the second regularizer: Liebel and Körner, Auxiliary Tasks in Multi-task Learning, 2018,
@@ -79,8 +80,9 @@ class UncertaintyWeighting(Weighting):
         regularizer: Regularizer = "log",
         importance: Mapping[str, float] | None = None,
         start_step: int = 0,
+        total: float | None = None,
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step)
+        super().__init__(importance=importance, start_step=start_step, total=total)
         for task, kind in (kinds or {}).items():
             if kind not in FACTORS:
                 raise ValueError(f"UncertaintyWeighting calls task {task!r} a {kind!r}; use one of {sorted(FACTORS)}.")

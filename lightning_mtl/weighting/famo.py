@@ -1,0 +1,142 @@
+"""Weights that make all losses fall at the same rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Weighting
+from lightning_mtl.signals import Signals
+from lightning_mtl.solvers.adam import AdamState, adam_step
+from lightning_mtl.weighting.preference import check_tasks
+
+EPS = 1e-8
+
+
+def famo_weights(logits: Tensor, gaps: Tensor) -> Tensor:
+    r"""Compute :math:`w_k \propto \operatorname{softmax}_k(\xi) / D_k` with Σ w = 1; all ``[K]``.
+
+    Example:
+        >>> famo_weights(torch.zeros(3), torch.tensor([1.0, 2.0, 3.0]))
+        tensor([0.5455, 0.2727, 0.1818])
+    """
+    ratios = torch.softmax(logits, dim=0) / gaps
+    return ratios / ratios.sum()
+
+
+def famo_gradient(logits: Tensor, gaps: Tensor, gaps_after: Tensor) -> Tensor:
+    r"""Compute the derivative by ξ of :math:`\sum_k z_k \log (D_k / D'_k)` with z = softmax(ξ); all ``[K]``.
+
+    Example:
+        >>> famo_gradient(torch.zeros(2), torch.ones(2), torch.exp(torch.tensor([-1.0, 0.0])))
+        tensor([ 0.2500, -0.2500])
+    """
+    z = torch.softmax(logits, dim=0)
+    fall = torch.log(gaps) - torch.log(gaps_after)
+    return z * (fall - (z * fall).sum())
+
+
+class FAMO(Weighting):
+    r"""Weigh tasks so that the logarithms of all losses fall alike: fast adaptive multitask optimization.
+
+    .. math:: w_k = c \frac{z_k}{D_k}, \quad z = \operatorname{softmax}(\xi), \quad D_k = L_k - b_k + \epsilon,
+        \quad \sum_k w_k = 1
+
+    After each step the logits ξ take one Adam step down :math:`\sum_k z_k (\log D_k - \log D'_k) + \gamma \lVert \xi
+    \rVert^2 / 2`, D' being the same batch's under the new parameters: what fell fastest loses weight.
+
+    Args:
+        lr: Step size of the logits' Adam.
+        gamma: γ, how strongly the logits are drawn to 0; the official code's default, its scripts use 0.001 to 0.01.
+        losses_after: Where D' comes from. ``"forward"`` passes each batch a second time, without gradients, after the
+            step, as the official code does; it costs a forward pass, and BatchNorm's buffers, metrics and random
+            numbers do not notice. ``"next_batch"`` is free: the next batch's losses serve, the same to first order but
+            for the difference between batches.
+        min_losses: ``{task: b}``, the lowest loss a task can have; tasks not named have 0. Losses must not be lower.
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Raises:
+        ValueError: If an argument is out of its range, or at setup if ``min_losses`` names an unknown task, or
+            ``"forward"`` meets automatic optimization.
+
+    Source: Liu et al., FAMO: Fast Adaptive Multitask Optimization, 2023, arXiv:2306.03792, algorithm 1.
+
+    Deviations: the paper moves ξ by plain descent, the official code, followed here, by Adam with weight decay γ. The
+    code also clips the shared gradients to norm 1: use ``gradient_clip_val``. With gradient accumulation the first
+    micro-batch gives D, and the change is that of the window's means.
+
+    Example:
+        >>> FAMO(losses_after="next_batch").gamma
+        0.01
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float = 0.025,
+        gamma: float = 0.01,
+        losses_after: Literal["forward", "next_batch"] = "forward",
+        min_losses: Mapping[str, float] | None = None,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step, total=total)
+        if not lr > 0:
+            raise ValueError(f"FAMO(lr={lr}) must be above 0.")
+        if gamma < 0:
+            raise ValueError(f"FAMO(gamma={gamma}) must be at least 0.")
+        if losses_after not in ("forward", "next_batch"):
+            raise ValueError(f"FAMO(losses_after={losses_after!r}) must be 'forward' or 'next_batch'.")
+        self.lr, self.gamma, self.min_losses = lr, gamma, dict(min_losses or {})
+        self.wants_losses_after = losses_after == "forward"
+        self.takes_logarithms = not self.min_losses
+        for name, start in (("logits", 0.0), ("mean", 0.0), ("square", 0.0), ("steps", 0.0), ("last", torch.nan)):
+            self.add_state(name, torch.tensor(start))
+        self.logits: Tensor
+        self.mean: Tensor
+        self.square: Tensor
+        self.steps: Tensor
+        self.last: Tensor
+
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Refuse bounds of unknown tasks, and a second forward pass where the step is out of sight."""
+        check_tasks("FAMO", "min_losses", self.min_losses, pl_module)
+        if self.wants_losses_after and pl_module.automatic_optimization:
+            raise ValueError(
+                "FAMO(losses_after='forward') has to follow the optimizer's step, which automatic optimization takes by "
+                "itself; use losses_after='next_batch', or leave automatic_optimization False."
+            )
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Weigh by the logits, moved by what the last step did to the losses."""
+        return famo_weights(self._moved(signals)[0], self._gaps(signals, signals.losses))
+
+    def update(self, signals: Signals) -> None:
+        """Keep the moved logits."""
+        self.logits, (self.mean, self.square, self.steps) = self._moved(signals)
+        self.last = self._gaps(signals, signals.losses)
+
+    def _moved(self, signals: Signals) -> tuple[Tensor, AdamState]:
+        """One Adam step, for the tasks whose change is known by now."""
+        before, after = self.last, self._gaps(signals, signals.losses)
+        if self.wants_losses_after:
+            if signals.losses_after is None:
+                return self.logits, AdamState(self.mean, self.square, self.steps)
+            before, after = after, self._gaps(signals, signals.losses_after)
+        known = ~before.isnan()
+        state = AdamState(self.mean, self.square, self.steps)
+        gradient = famo_gradient(self.logits, torch.where(known, before, after), after) + self.gamma * self.logits
+        moved, adam = adam_step(self.logits, gradient, state, lr=self.lr)
+        chosen = [torch.where(known, new, old) for new, old in zip(adam, state, strict=True)]
+        return torch.where(known, moved, self.logits), AdamState(*chosen)
+
+    def _gaps(self, signals: Signals, losses: Tensor) -> Tensor:
+        lowest = self.logits.new_tensor([self.min_losses.get(task, 0.0) for task in signals.tasks])
+        return (losses.to(self.logits) - lowest).clamp(min=0) + EPS

@@ -1,0 +1,73 @@
+"""Learned weights that bring all losses to the same scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Weighting
+from lightning_mtl.signals import Signals
+from lightning_mtl.solvers.adam import AdamState, adam_step
+
+
+def imtll_gradient(log_scales: Tensor, losses: Tensor) -> Tensor:
+    r"""Compute the derivative of :math:`\sum_k e^{s_k} L_k - s_k` by each s, ``[K]``.
+
+    Example:
+        >>> imtll_gradient(torch.zeros(2), torch.tensor([1.0, 3.0]))
+        tensor([0., 2.])
+    """
+    return torch.exp(log_scales) * losses - 1
+
+
+class IMTLL(Weighting):
+    r"""Learn a scale for each loss, so that all scaled losses come near 1: the loss balance of impartial learning.
+
+    .. math:: \min_{\theta, s} \sum_k e^{s_k} L_k - s_k, \qquad w_k = e^{s_k}, \quad s = 0 \text{ at the start}
+
+    Args:
+        lr: Step size of the Adam that learns s.
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021, section 3.2.
+
+    Deviations: the paper learns s with the network's optimizer, here it has an Adam of its own, so that a weight decay
+    or a schedule of the network leaves it alone. The step uses s before its own update, as one joint step would.
+
+    Example:
+        >>> IMTLL(lr=0.05).lr
+        0.05
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float = 0.01,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step, total=total)
+        if not lr > 0:
+            raise ValueError(f"IMTLL(lr={lr}) must be above 0.")
+        self.lr = lr
+        for name in ("log_scales", "mean", "square", "steps"):
+            self.add_state(name, torch.tensor(0.0))
+        self.log_scales: Tensor
+        self.mean: Tensor
+        self.square: Tensor
+        self.steps: Tensor
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Weigh by the scales learned so far."""
+        return torch.exp(self.log_scales)
+
+    def update(self, signals: Signals) -> None:
+        """Take one Adam step on the scales."""
+        gradient = imtll_gradient(self.log_scales, signals.losses.to(self.log_scales))
+        state = AdamState(self.mean, self.square, self.steps)
+        self.log_scales, (self.mean, self.square, self.steps) = adam_step(self.log_scales, gradient, state, lr=self.lr)

@@ -1,0 +1,77 @@
+"""Weights drawn at random in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Weighting
+from lightning_mtl.signals import Signals
+
+Distribution = Literal["normal", "dirichlet"]
+
+
+def random_weights(num_tasks: int, distribution: Distribution, generator: torch.Generator) -> Tensor:
+    """Draw ``[K]`` weights that sum to 1: the softmax of a normal draw, or evenly from the simplex.
+
+    Example:
+        >>> weights = random_weights(3, "normal", torch.Generator().manual_seed(0))
+        >>> weights.sum()
+        tensor(1.)
+    """
+    if distribution == "normal":
+        return torch.randn(num_tasks, generator=generator).softmax(dim=0)
+    draws = torch.empty(num_tasks).exponential_(generator=generator)
+    return draws / draws.sum()
+
+
+class RLW(Weighting):
+    r"""Weigh tasks at random, anew in every step: random loss weighting, the baseline that methods should beat.
+
+    .. math:: w = \operatorname{softmax}(x), \quad x \sim \mathcal{N}(0, I) \qquad \text{or} \qquad
+        w \sim \operatorname{Dirichlet}(1, \dots, 1)
+
+    The weights sum to 1, and are 1 / K on average.
+
+    Args:
+        distribution: ``"normal"`` or ``"dirichlet"``.
+        seed: Where the random numbers begin.
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Source: Lin et al., Reasonable Effectiveness of Random Weighting, 2022, arXiv:2111.10603, section 3.
+
+    Deviations: the authors' library takes the softmax of the Dirichlet draw, too, which leaves weights between
+    1 / (1 + (K - 1) e) and e / (e + K - 1); here the draw itself, on the simplex already, is the weight.
+
+    Example:
+        >>> RLW("dirichlet", seed=1).distribution
+        'dirichlet'
+    """
+
+    def __init__(
+        self,
+        distribution: Distribution = "normal",
+        *,
+        seed: int = 0,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step, total=total)
+        if distribution not in ("normal", "dirichlet"):
+            raise ValueError(f"RLW(distribution={distribution!r}) must be 'normal' or 'dirichlet'.")
+        self.distribution = distribution
+        self.add_generator("random", seed)
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Draw this step's weights."""
+        return random_weights(signals.num_tasks, self.distribution, self.random_numbers("random"))
+
+    def update(self, signals: Signals) -> None:
+        """Go on to the next step's."""
+        self.advance("random")

@@ -1,0 +1,60 @@
+"""Weights that descend the sum of the losses' logarithms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Weighting
+from lightning_mtl.signals import Signals
+
+
+def scale_invariant_weights(losses: Tensor) -> Tensor:
+    """Compute ``1 / L_k``, ``[K]``; 0 for a loss of 0.
+
+    Example:
+        >>> scale_invariant_weights(torch.tensor([0.5, 2.0, 0.0]))
+        tensor([2.0000, 0.5000, 0.0000])
+    """
+    inverse = 1 / losses.clamp(min=torch.finfo(losses.dtype).tiny)
+    return torch.where(losses > 0, inverse, torch.zeros_like(inverse))
+
+
+class ScaleInvariant(Weighting):
+    r"""Descend the sum of the losses' logarithms, so that their units do not matter: the scale-invariant baseline.
+
+    .. math:: \min_\theta \sum_k \log L_k, \qquad w_k = 1 / L_k
+
+    Losses must not be negative.
+
+    Args:
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Source: Navon et al., Multi-Task Learning as a Bargaining Game, 2022, arXiv:2202.01017, section 6.
+
+    Deviations: a loss of 0, where the logarithm has no derivative, has weight 0. With gradient accumulation the first
+    micro-batch gives the weights.
+
+    Example:
+        >>> ScaleInvariant(importance={"depth": 2.0}).importance
+        {'depth': 2.0}
+    """
+
+    takes_logarithms = True
+
+    def __init__(
+        self,
+        *,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step, total=total)
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Weigh by the inverse of this step's losses."""
+        return scale_invariant_weights(signals.losses)

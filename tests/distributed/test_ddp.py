@@ -1,0 +1,128 @@
+"""Two processes with half of each batch follow one process with all of it, whatever the weighting and who has labels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.data import TASKS, Faces, batches
+from tests.distributed.pairs import run_together
+from tests.distributed.table import Case, cases, exported
+from tests.distributed.worker import FLAVOURS, RANKS, train
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+TOLERANCE = 1e-5
+SECONDS = 150  # a pair takes far less, on an idle machine
+
+
+@functools.cache
+def alone(name: str) -> dict[str, Any]:
+    """What one process makes of a case."""
+    return train(cases("default")[name], "single")
+
+
+@pytest.fixture(params=FLAVOURS)
+def flavour(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.mark.filterwarnings("ignore:Step \\d+ is skipped:UserWarning")
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+def test_two_processes_follow_one(flavour: str, tmp_path: Path) -> None:
+    results = [tmp_path / f"rank{rank}.pt" for rank in range(RANKS)]
+    commands = [
+        ["-m", "tests.distributed.worker", flavour, str(rank), str(tmp_path / "rendezvous"), str(result)]
+        for rank, result in enumerate(results)
+    ]
+    table = cases(flavour)
+    with ThreadPoolExecutor(1) as background:
+        pair = background.submit(run_together, commands, tmp_path, SECONDS)
+        reference = {name: alone(name) for name in table}
+        pair.result()
+    ranks = [torch.load(result) for result in results]
+    found = [
+        f"{name}: {complaint}"
+        for name, case in table.items()
+        for complaint in complaints(case, [rank[name] for rank in ranks], reference[name])
+    ]
+    found += buffer_complaints(ranks) if flavour == "default" else []
+    assert not found, "\n".join(found)
+
+
+def test_every_exported_weighting_is_in_the_table(flavour: str) -> None:
+    trained = {type(case.weighting()).__name__ for case in cases(flavour).values()}
+
+    assert exported().keys() <= trained
+
+
+def complaints(case: Case, ranks: list[dict[str, Any]], alone: dict[str, Any]) -> Iterator[str]:
+    """What is not as it should be: ranks that differ at all, a rank that differs from one process."""
+    first, *others = ranks
+    alike = ["parameters", "weights", "state", "metrics", "steps", "ungraded"]
+    for other in others:
+        yield from (f"the ranks differ in {key}" for key in alike if not _all_close(first[key], other[key], 0.0))
+    if alone["steps"] < 20:
+        yield f"{alone['steps']} steps are too few"
+    if not torch.isfinite(first["parameters"]).all():
+        yield "parameters are not finite"
+    if case.trunk == "batch norm":  # each rank normalises by its own samples
+        return
+    compared = ["parameters", "weights", "state", "steps"]
+    # Means over an epoch count samples, or leave out what is not finite, on each rank.
+    compared += ["metrics"] if case.pattern in ("complete", "counted") and case.module is Faces else []
+    for key in compared:
+        if not _all_close(first[key], alone[key], TOLERANCE):
+            yield f"{key} are not those of one process, but {_distance(first[key], alone[key]):.0e} away"
+    if case.arguments.get("accumulate_grad_batches", 1) == 1:
+        for name, trained in (("one process", alone), ("the ranks", first)):
+            wrong = [step for step, tasks in enumerate(trained["ungraded"]) if tasks != _nobody_has(case, step)]
+            if wrong:
+                yield f"in {name}, heads without a label have gradients, or others none, in the steps {wrong}"
+
+
+def buffer_complaints(ranks: list[dict[str, Any]]) -> Iterator[str]:
+    """Where BatchNorm's running means are not what automatic optimization makes them, step by step on each rank."""
+    for rank, trained in enumerate(ranks):
+        for window in ("", ", accumulated"):
+            expected = trained[f"buffers, automatic{window}"]["buffers"]
+            if not _all_close(trained[f"buffers, manual{window}"]["buffers"], expected, 1e-12):
+                yield f"rank {rank}: buffers{window} differ from automatic optimization's"
+            # Other weights train another model, whose buffers still have to agree when they are broadcast.
+            differ = [
+                [not torch.equal(ours, theirs) for ours, theirs in zip(*(r[name]["buffers"] for r in ranks), strict=True)]
+                for name in (f"buffers, automatic{window}", f"buffers of rows{window}")
+            ]
+            if differ[0] != differ[1]:
+                yield f"buffers of rows{window} are not broadcast when automatic optimization's are"
+
+
+def _nobody_has(case: Case, step: int) -> list[str]:
+    part = batches(case.batches, case.pattern)[step % case.batches]
+    return [task for task in TASKS if not part.labelled[task].any()]
+
+
+def _all_close(ours: Any, theirs: Any, tolerance: float) -> bool:
+    return _distance(ours, theirs) <= tolerance
+
+
+def _distance(ours: Any, theirs: Any) -> float:
+    """The largest difference between two nested structures of numbers; infinite where their form differs."""
+    if isinstance(ours, dict) and ours.keys() == theirs.keys():
+        return max([_distance(ours[key], theirs[key]) for key in ours], default=0.0)
+    if isinstance(ours, Tensor) and ours.shape == theirs.shape:
+        if not torch.equal(ours.isnan(), theirs.isnan()):
+            return torch.inf
+        difference = (ours.double() - theirs.double()).nan_to_num(0.0).abs()
+        return float(difference.max()) if difference.numel() else 0.0
+    if isinstance(ours, float | int):
+        return 0.0 if ours == theirs or (ours != ours and theirs != theirs) else abs(ours - theirs)
+    return 0.0 if isinstance(ours, list) and ours == theirs else torch.inf

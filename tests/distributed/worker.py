@@ -1,0 +1,139 @@
+"""One process of a pair: trains the whole table under one flavour of DDP and saves what became of it.
+
+python -m tests.distributed.worker FLAVOUR RANK RENDEZVOUS RESULT
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_mtl import Monitor, Signals
+from tests.distributed.data import TASKS, Faces, batches, cut
+from tests.distributed.table import Case, cases
+from tests.training import flat_parameters, loader
+
+RANKS = 2
+COLLECTIVE_SECONDS = 20
+FLAVOURS: dict[str, dict[str, bool]] = {
+    "default": {},
+    "find_unused_parameters": {"find_unused_parameters": True},
+    "static_graph": {"static_graph": True},
+    "gradient_as_bucket_view": {"gradient_as_bucket_view": True},
+}
+
+
+class Diary(Monitor):
+    """Keeps what each step left behind."""
+
+    def __init__(self) -> None:
+        self.parameters: list[Tensor] = []
+        self.buffers: list[Tensor] = []
+        self.weights: list[Tensor] = []
+        self.ungraded: list[list[str]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, Faces)
+        self.parameters.append(flat_parameters(pl_module))
+        running = [buffer.double().flatten() for name, buffer in pl_module.trunk.named_buffers()]
+        self.buffers.append(torch.cat(running).clone() if running else torch.zeros(0))
+        self.ungraded.append([k for k in TASKS if all(p.grad is None for p in pl_module.heads[k].parameters())])
+
+    def observe(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, signals: Signals, weights: Tensor | None
+    ) -> None:
+        applied = torch.zeros(len(TASKS), dtype=torch.float64)
+        for task in signals.tasks if weights is not None else ():
+            applied[TASKS.index(task)] = weights[TASKS.index(task)]  # type: ignore[index]  # mypy forgets in a loop
+        self.weights.append(applied)
+
+
+def strategy(flavour: str) -> Strategy | str:
+    return "auto" if flavour == "single" else DDPStrategy(process_group_backend="gloo", **FLAVOURS[flavour])
+
+
+def parts_for(case: Case, rank: int, ranks: int) -> DataLoader[Any]:
+    """A rank's loader; one process stands for two ranks where the mean over ranks is what counts."""
+    whole = batches(case.batches, case.pattern)
+    if ranks > 1:
+        return loader(*([cut(part, rank, ranks)] for part in whole))
+    if case.pattern in ("uncounted", "loaders"):
+        return loader(*([cut(part, r, RANKS) for r in range(RANKS)] for part in whole))
+    return loader(*([part] for part in whole))
+
+
+def train(case: Case, flavour: str, rank: int = 0) -> dict[str, Any]:
+    """Train one case of the table, in one process or as one of a pair."""
+    ranks = 1 if flavour == "single" else RANKS
+    weighting, diary = case.weighting(), Diary()
+    arguments, for_trainer = dict(case.arguments), {}
+    if case.automatic:
+        arguments, for_trainer = {}, arguments
+    metrics = case.validates or (weighting is not None and weighting.step_metric is not None)
+    module = case.module(case.trunk, case.pattern, metrics=metrics, **arguments)
+    module.automatic_optimization = case.automatic
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy(flavour),
+        max_epochs=case.epochs,
+        callbacks=[diary, *([] if weighting is None else [weighting])],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **for_trainer,
+    )
+    trainer.fit(module, parts_for(case, rank, ranks), parts_for(case, rank, ranks) if case.validates else None)
+    return {
+        "parameters": torch.stack(diary.parameters),
+        "buffers": torch.stack(diary.buffers),
+        "weights": torch.stack(diary.weights),
+        "ungraded": diary.ungraded,
+        "state": {} if weighting is None else weighting.state_dict()["state"],
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "steps": trainer.global_step,
+    }
+
+
+def main(flavour: str, rank: str, rendezvous: str, result: str) -> None:
+    # A file to meet at: nobody else can take it, as one could take a free port.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=int(rank),
+        world_size=RANKS,
+        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+    )
+    trained = {}
+    for name, case in cases(flavour).items():
+        print(name, flush=True)  # noqa: T201 - the last line before an error
+        trained[name] = train(case, flavour, int(rank))
+    torch.save(trained, result)
+    dist.destroy_process_group()
+
+
+def be_quiet() -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Step \\d+ is skipped")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("LOCAL_RANK", sys.argv[2])
+    be_quiet()
+    main(*sys.argv[1:])

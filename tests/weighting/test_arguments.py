@@ -1,0 +1,93 @@
+"""What the weightings refuse: each message names the method, the parameter and the value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import mse_loss
+from torchmetrics import MeanAbsoluteError, MetricCollection
+from torchmetrics.classification import BinaryAccuracy
+
+from lightning_mtl import MultiTaskModule, Task
+from lightning_mtl.weighting import (
+    DTP,
+    DWA,
+    LBTW,
+    MGDA,
+    GradientNormBalance,
+    GradNorm,
+    StaticWeights,
+    UncertaintyWeighting,
+)
+
+from tests.contract import ROWS
+from tests.small import batch, heads, trunk
+from tests.training import fit, loader
+from tests.weightings import WeightedSum
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StaticWeights({"a": -1.0}), "StaticWeights gives task 'a' the weight -1.0; use a finite number >= 0"),
+        (lambda: StaticWeights({"a": torch.nan}), "StaticWeights gives task 'a' the weight nan"),
+        (lambda: UncertaintyWeighting({"a": "binary"}), "UncertaintyWeighting calls task 'a' a 'binary'; use one of"),  # type: ignore[dict-item]
+        (lambda: UncertaintyWeighting(lr=0.0), "UncertaintyWeighting(lr=0.0) must be above 0"),
+        (lambda: UncertaintyWeighting(regularizer="l2"), "regularizer='l2') must be 'log' or 'log1p'"),  # type: ignore[arg-type]
+        (lambda: GradNorm(-1.0), "GradNorm(alpha=-1.0) must be at least 0"),
+        (lambda: GradNorm(lr=0.0), "GradNorm(lr=0.0) must be above 0"),
+        (lambda: GradNorm(min_weight=0.0), "GradNorm(min_weight=0.0) must be above 0"),
+        (lambda: DWA(0.0), "DWA(temperature=0.0) must be above 0"),
+        (lambda: MGDA("l1"), "MGDA(normalize='l1') must be None, 'l2', 'loss' or 'loss+'"),  # type: ignore[arg-type]
+        (lambda: LBTW(-0.5), "LBTW(alpha=-0.5) must be at least 0"),
+        (lambda: LBTW(reference="step"), "LBTW(reference='step') must be 'epoch' or 'training'"),  # type: ignore[arg-type]
+        (lambda: GradientNormBalance(eps=0.0), "GradientNormBalance(eps=0.0) must be above 0"),
+        (lambda: DTP("accuracy", gamma=-1.0), "DTP(gamma=-1.0) must be at least 0"),
+        (lambda: DTP("accuracy", alpha=0.0), "DTP(alpha=0.0) must be above 0 and at most 1"),
+        (lambda: DTP("accuracy", alpha=1.5), "DTP(alpha=1.5) must be above 0 and at most 1"),
+        (lambda: DTP("accuracy", stage="test"), "DTP(stage='test') must be 'val' or 'train'"),  # type: ignore[arg-type]
+        (lambda: MGDA(every_n_steps=0), "MGDA(every_n_steps=0) must be at least 1"),
+        (lambda: MGDA(at=()), "MGDA(at=()) must be 'trunk', 'features', 'last_layer' or names of modules"),
+        (lambda: MGDA(at=""), "MGDA(at='') must be"),
+        (lambda: WeightedSum({}, at="last_layer"), "WeightedSum(at='last_layer') must be 'trunk' or 'features'"),
+    ],
+)
+def test_arguments_out_of_range(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name != "StaticWeights"], ids=lambda row: row.name)
+def test_arguments_that_all_have(row: Any) -> None:
+    cls, name = type(row.make()), type(row.make()).__name__
+    required = row.required
+    for value in (-1.0, torch.inf, torch.nan):
+        with pytest.raises(ValueError, match=re.escape(f"{name}(importance=...) gives task 'a' the factor {value}")):
+            cls(*required, importance={"a": value})
+    with pytest.raises(ValueError, match=re.escape(f"{name}(start_step=-1) must be at least 0")):
+        cls(*required, start_step=-1)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (None, r"DTP(metric='accuracy') is not among the metrics of task 'a', []"),
+        (BinaryAccuracy(), r"DTP(metric='accuracy') is not among the metrics of task 'a', ['BinaryAccuracy']"),
+        (MetricCollection({"accuracy": MeanAbsoluteError()}), "DTP(metric='accuracy') is MeanAbsoluteError for task 'a'"),
+    ],
+)
+def test_dtp_needs_a_performance_between_0_and_1(metrics: Any, message: str) -> None:
+    module = MultiTaskModule(trunk(), heads(), {task: Task(mse_loss, metrics) for task in ("a", "b")})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fit(module, loader(batch()), loader(batch()), callbacks=[DTP("accuracy")])
+
+
+def test_dtp_needs_a_validation() -> None:
+    metrics = MetricCollection({"accuracy": BinaryAccuracy()})
+    module = MultiTaskModule(trunk(), heads(), {task: Task(mse_loss, metrics) for task in ("a", "b")})
+    with pytest.raises(ValueError, match=re.escape("DTP(stage='val') needs a validation loader")):
+        fit(module, loader(batch()), callbacks=[DTP("accuracy")])
