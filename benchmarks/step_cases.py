@@ -167,20 +167,15 @@ class Case:
         self.times.setdefault(variant.name, []).append(times)
 
     def time_floors(self) -> None:
-        """Time one backward pass of the trunk, and the weight gradient of its last layer, by themselves."""
+        """Time one task's backward pass of the trunk, and one that ends at the weights of its last layer."""
         trunk, _ = self.parts()
-        last = TRUNKS[self.trunk].last_layer
         features = trunk(self.batch[0])
-        before = trunk[:last](self.batch[0]).detach()
-        after = trunk[last](before)
-        for name, output, parameters in (
-            ("trunk backward", features, list(trunk.parameters())),
-            ("layer gradient", after, list(trunk[last].parameters())),
-        ):
-            cotangent, seconds = torch.randn_like(output), []
+        cotangent = torch.randn_like(features)
+        for name, part in (("trunk backward", trunk), ("layer gradient", trunk[TRUNKS[self.trunk].last_layer])):
+            parameters, seconds = list(part.parameters()), []
             for _ in range(WARM_UP + self.steps):
                 begun = CLOCK()
-                torch.autograd.grad(output, parameters, cotangent, retain_graph=True)
+                torch.autograd.grad(features, parameters, cotangent, retain_graph=True)
                 seconds.append(CLOCK() - begun)
             middle = statistics.median(seconds[WARM_UP:])
             self.times.setdefault(name, []).append(Times(middle, middle))

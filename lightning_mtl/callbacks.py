@@ -52,7 +52,7 @@ class Weighting(TaskState, ABC):
     """What :meth:`weigh` needs: losses alone, gradient norms, their Gramian, or the gradients themselves."""
     weighs_heads: ClassVar[bool] = True
     """Whether a task's weight also scales the gradients of its own head, not those of the shared parameters alone."""
-    takes_logarithms: ClassVar[bool] = False
+    takes_logarithms: bool = False
     """Whether the method takes the losses' logarithms; a negative loss then ends the training with an error."""
     step_metric: str | None = None
     """The metric whose value on each training batch :attr:`Signals.scores` must hold."""

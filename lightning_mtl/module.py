@@ -97,7 +97,7 @@ class MultiTaskModule(pl.LightningModule):
         self.recorder = Recorder(self.tasks)
         self.schedules: list[LRSchedulerConfig] = []
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
-        self._optimization = Optimization()
+        self.optimization = Optimization()
         self._cut: FeatureCut | None = None
         # A loss with buffers or parameters of its own moves with the module and is saved with it.
         self.loss_modules = nn.ModuleDict(
@@ -171,7 +171,7 @@ class MultiTaskModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
         """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
-        return self._optimization.run(self, batch, batch_idx)
+        return self.optimization.run(self, batch, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
         """Count the batch into ``val/loss/<task>`` and ``val/<metric>/<task>``."""
@@ -234,7 +234,7 @@ class MultiTaskModule(pl.LightningModule):
     @property
     def opens_window(self) -> bool:
         """Whether the next micro-batch begins an optimizer step."""
-        return self._optimization.window is None
+        return self.optimization.window is None
 
     @property
     def sharded(self) -> bool:

@@ -43,6 +43,7 @@ class Optimization:
 
     def __init__(self) -> None:
         self.window: Window | None = None
+        self._closed: Window | None = None
         self.skipped = SkippedSteps()
         self._matrix: Rows | None = None
 
@@ -84,6 +85,12 @@ class Optimization:
             self._close(module, window)
         module.recorder.log_step(module)
         return objective
+
+    def after_automatic_backward(self, module: MultiTaskModule) -> None:
+        """What follows a window's backward pass where Lightning runs it."""
+        if module.automatic_optimization and self._closed is not None:
+            forget_unreached(module, self._closed)
+            self._closed = None
 
     def _open(self, module: MultiTaskModule, size: int) -> Window:
         trainer, weighting = module.trainer, module.weighting()
@@ -221,7 +228,9 @@ class Optimization:
 
     def _close(self, module: MultiTaskModule, window: Window) -> None:
         """Step the optimizer, unless something is not finite, and tell weighting, monitors and loggers."""
-        if not module.automatic_optimization:
+        if module.automatic_optimization:
+            self._closed = window
+        else:
             forget_unreached(module, window)
         signals = window.summary()
         finite = self.skipped.check(module, signals)

@@ -145,6 +145,10 @@ class Recorder(Callback):
             trainer.strategy.model.require_forward_param_sync = pl_module.opens_window
         self._step_plateau(pl_module)
 
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
+        """Finish the step's gradients where Lightning has run the backward pass."""
+        pl_module.optimization.after_automatic_backward(pl_module)
+
     def plateau_due(self) -> None:
         """Remember that schedulers which follow a metric each few steps are due once this batch's validation ran."""
         self._plateau_due = True

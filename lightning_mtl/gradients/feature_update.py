@@ -110,11 +110,10 @@ def combine(
     total: list[Tensor] = []
     for index, z in enumerate(outputs):
         direction: Tensor | None = None
-        for task, head in enumerate(cotangents):
+        for weight, head in zip(weights.to(z).unbind(), cotangents, strict=True):
             cotangent = head[index]
             if cotangent is None:
                 continue
-            weight = weights[task].to(cotangent)
             direction = cotangent * weight if direction is None else direction.addcmul_(cotangent, weight)
         total.append(torch.zeros_like(z) if direction is None else direction)
     return total

@@ -82,4 +82,4 @@ def row_norms(rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: floa
         torch.linalg.vector_norm(block, dim=1, dtype=torch.promote_types(block.dtype, torch.float32)) for block in rows
     ]
     norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0) if len(parts) > 1 else parts[0]
-    return norms if ranks is None or ranks.size == 1 else (ranks.sum(norms.square()) * share).sqrt()
+    return norms if ranks is None or ranks.size == 1 else (ranks.sum(norms.double().square()) * share).sqrt()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.gradients.graph import reached_leaves
+from lightning_mtl.gradients.ranks import Ranks
 
 
 def named_parameters_at(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
@@ -26,8 +27,8 @@ def named_parameters_at(module: nn.Module, names: Sequence[str]) -> list[Tensor]
     return list(found)
 
 
-def last_layer(trunk: nn.Module, cut: FeatureCut) -> list[Tensor]:
-    """Find the trainable parameters of the trunk module with weights that ran last.
+def last_layer(trunk: nn.Module, cut: FeatureCut, ranks: Ranks | None = None) -> list[Tensor]:
+    """Find the trainable parameters of the trunk module with weights that ran last, the same on all ranks.
 
     Weights are parameters of two or more dimensions. What ran last is read off this step's autograd graph; where a
     compiled trunk is a single operation of it, the module defined last is taken.
@@ -36,15 +37,17 @@ def last_layer(trunk: nn.Module, cut: FeatureCut) -> list[Tensor]:
         ValueError: If no such parameter took part in the forward pass.
     """
     order = reached_leaves(cut.outputs)
-    last: nn.Module | None = None
-    latest = -1
-    for child in trunk.modules():
+    modules = list(trunk.modules())
+    last, latest = -1, 0
+    for index, child in enumerate(modules):
         for parameter in child.parameters(recurse=False):
-            if parameter.ndim >= 2 and order.get(parameter, -1) >= max(latest, 0):
-                last, latest = child, order[parameter]
-    if last is None:
+            if parameter.ndim >= 2 and order.get(parameter, -1) >= latest:
+                last, latest = index, order[parameter]
+    # A rank whose batch is empty has no graph to read.
+    last = last if ranks is None else ranks.largest(last, next(trunk.parameters()).device)
+    if last < 0:
         raise ValueError(
             "at='last_layer' found no trainable weight of two or more dimensions in the trunk that its output depends "
             "on; unfreeze one, or measure at 'features'."
         )
-    return [p for p in last.parameters(recurse=False) if p.requires_grad]
+    return [p for p in modules[last].parameters(recurse=False) if p.requires_grad]

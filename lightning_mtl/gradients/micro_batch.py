@@ -92,9 +92,9 @@ def weighted_head_gradients(
 ) -> dict[Tensor, Tensor]:
     """Sum the tasks' gradients of the parameters above the cut, each times its weight (None: 1) and ``outer``."""
     total: dict[Tensor, Tensor] = {}
-    for task, gradients in enumerate(per_task):
+    factors = [outer] * len(per_task) if weights is None else (outer * weights).unbind()
+    for factor, gradients in zip(factors, per_task, strict=True):
         if gradients:
-            factor = outer if weights is None else outer * weights[task]
             add_gradients(total, gradients, torch._foreach_mul(list(gradients.values()), factor))
     return total
 

@@ -110,8 +110,8 @@ class FAMO(Weighting):
         check_tasks("FAMO", "min_losses", self.min_losses, pl_module)
         if self.wants_losses_after and pl_module.automatic_optimization:
             raise ValueError(
-                "FAMO(losses_after='forward') has to follow the optimizer's step, which automatic optimization takes by "
-                "itself; use losses_after='next_batch', or leave automatic_optimization False."
+                "FAMO(losses_after='forward') has to follow the optimizer's step, which automatic optimization takes "
+                "out of its sight; use losses_after='next_batch', or leave automatic_optimization False."
             )
 
     def weigh(self, signals: Signals) -> Tensor:

@@ -46,7 +46,7 @@ class RLW(Weighting):
     Source: Lin et al., Reasonable Effectiveness of Random Weighting, 2022, arXiv:2111.10603, section 3.
 
     Deviations: the authors' library takes the softmax of the Dirichlet draw, too, which leaves weights between
-    1 / (1 + (K - 1) e) and e / (e + K - 1); here the draw itself, on the simplex already, is the weight.
+    1 / (e + K - 1) and e / (e + K - 1); here the draw itself, on the simplex already, is the weight.
 
     Example:
         >>> RLW("dirichlet", seed=1).distribution

@@ -1,0 +1,145 @@
+"""The running mean of another method's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Aggregator, Weighting
+from lightning_mtl.signals import Signals
+
+
+def crmogm_weights(average: Tensor, newest: Tensor, alpha: float) -> Tensor:
+    """Compute ``alpha * average + (1 - alpha) * newest``, ``[K]``; the newest alone where there is no average, nan.
+
+    Example:
+        >>> crmogm_weights(torch.tensor([1.0, torch.nan]), torch.tensor([2.0, 3.0]), alpha=0.9)
+        tensor([1.1000, 3.0000])
+    """
+    return torch.where(average.isnan(), newest, torch.lerp(newest, average, alpha))
+
+
+class CRMOGM(Weighting):
+    r"""Smooth the weights of any other method over the steps, which makes them depend less on the batch.
+
+    .. math:: w(t) = \alpha \, w(t - 1) + (1 - \alpha) \, \hat w(t), \qquad w(1) = \hat w(1)
+
+    with :math:`\hat w` the wrapped method's weights, a task's first being those of its first step. What is measured,
+    where, how often, and whether heads are weighted, is the wrapped method's affair; its state is saved and restored
+    with this one's.
+
+    Args:
+        weighting: The method to smooth, constructed without ``importance``, ``start_step`` and ``total``.
+        alpha: α; 0 changes nothing.
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Raises:
+        ValueError: If ``alpha`` is out of its range, or ``weighting`` has an argument that belongs here.
+        TypeError: If ``weighting`` is no weighting, or has no weights to smooth.
+
+    Source: Zhou et al., On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond, NeurIPS
+    2022, algorithm 1.
+
+    Deviations: α is constant; the paper's theory lets it grow towards 1 as the learning rate falls.
+
+    Example:
+        >>> from lightning_mtl.weighting import MGDA
+        >>> CRMOGM(MGDA(at="features"), alpha=0.9).at
+        'features'
+    """
+
+    def __init__(
+        self,
+        weighting: Weighting,
+        alpha: float = 0.9,
+        *,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
+    ) -> None:
+        if isinstance(weighting, Aggregator) or not isinstance(weighting, Weighting):
+            raise TypeError(
+                f"CRMOGM(weighting=...) smooths the weights of a Weighting, found {type(weighting).__name__}; pass an "
+                "instance of one that is no Aggregator."
+            )
+        if not 0 <= alpha < 1:
+            raise ValueError(f"CRMOGM(alpha={alpha}) must be at least 0 and below 1.")
+        if weighting.importance or weighting.start_step or weighting.total is not None:
+            raise ValueError(
+                f"CRMOGM(weighting={type(weighting).__name__}(...)) ignores the importance, start_step and total of "
+                "what it wraps; pass them to CRMOGM."
+            )
+        super().__init__(
+            importance=importance,
+            start_step=start_step,
+            total=total,
+            at=weighting.at,
+            every_n_steps=weighting.every_n_steps,
+        )
+        self.weighting, self.alpha = weighting, alpha
+        # What classes declare, this one has from its instance's partner.
+        self.measures, self.weighs_heads = weighting.measures, weighting.weighs_heads  # type: ignore[misc]
+        self.takes_logarithms, self.step_metric = weighting.takes_logarithms, weighting.step_metric
+        self.wants_losses_after = weighting.wants_losses_after
+        self.add_state("average", torch.tensor(torch.nan))
+        self.average: Tensor
+        self._newest_average: Tensor | None = None
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Mix the wrapped method's weights into the mean."""
+        newest = self.weighting.weigh(signals).to(self.average)
+        self._newest_average = crmogm_weights(self.average, newest, self.alpha)
+        return self._newest_average
+
+    def head_weights(self) -> Tensor | None:
+        """Ask the wrapped method, whose numbers for the heads are not smoothed."""
+        return self.weighting.head_weights()
+
+    def update(self, signals: Signals) -> None:
+        """Keep the mean, and let the wrapped method update its state."""
+        if self._newest_average is not None:
+            self.average = self._newest_average
+            self._newest_average = None
+        self.weighting.update(signals)
+
+    # What reaches a Trainer's callbacks, and their state, reaches the wrapped method through this one.
+
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Let the wrapped method check the module."""
+        self.weighting.check(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pass the hook on."""
+        super().on_fit_start(trainer, pl_module)
+        self.weighting.on_fit_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pass the hook on."""
+        self.weighting.on_validation_end(trainer, pl_module)
+
+    def reset(self, tasks: Sequence[str], device: torch.device | str = "cpu") -> None:
+        """Begin anew, the wrapped method as well."""
+        super().reset(tasks, device)
+        self.weighting.reset(tasks, device)
+
+    @contextmanager
+    def only(self, present: Sequence[int]) -> Iterator[None]:
+        """Cut both states to the present tasks."""
+        with super().only(present), self.weighting.only(present):
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """Save both states."""
+        return super().state_dict() | {"wrapped": self.weighting.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore both states."""
+        super().load_state_dict(state_dict)
+        self.weighting.load_state_dict(state_dict["wrapped"])

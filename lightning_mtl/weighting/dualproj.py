@@ -1,0 +1,88 @@
+"""Weights of the mean gradient, freed from its conflicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.signals import Signals
+from lightning_mtl.solvers import project_on_dual_cone
+from lightning_mtl.weighting.preference import check_preference, check_tasks, simplex_preference
+
+
+def dualproj_weights(gramian: Tensor, preference: Tensor) -> Tensor:
+    r"""Compute :math:`\arg\min_{v \ge p} v^\top G v`.
+
+    Args:
+        gramian: ``[K, K]``.
+        preference: p, ``[K]``.
+
+    Returns:
+        ``[K]``, float64, on the CPU, none below p.
+
+    Example:
+        >>> dualproj_weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]), torch.tensor([0.5, 0.5]))
+        tensor([0.6111, 0.5000], dtype=torch.float64)
+    """
+    return torch.from_numpy(project_on_dual_cone(gramian.detach().cpu().double().numpy(), preference.double().numpy()))
+
+
+class DualProj(Weighting):
+    r"""Project the mean gradient on the cone of directions that conflict with no task.
+
+    .. math:: d = \arg\min_{y : J y \ge 0} \Big\lVert y - \sum_k p_k g_k \Big\rVert
+
+    The projection is exact, by non-negative least squares on the K x K Gramian. Heads follow their own, unweighted
+    losses.
+
+    Args:
+        preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the sum 1.
+        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
+        every_n_steps: Measure in one step of n and keep the weights in between.
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Raises:
+        ValueError: If ``preference`` is not positive, or at setup if it names an unknown task.
+
+    Source: Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, 2017, arXiv:1706.08840, section 3;
+    among the tasks of one step: Quinton and Rey, 2024, arXiv:2406.16232.
+
+    Deviations: the first paper projects the newest task's gradient off the conflicts with earlier tasks' and adds a
+    margin; here the mean of all is projected, without one.
+
+    Example:
+        >>> DualProj(at="features").weighs_heads
+        False
+    """
+
+    measures: ClassVar[Measure] = "gramian"
+    weighs_heads: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        preference: Mapping[str, float] | None = None,
+        at: str | Sequence[str] = "trunk",
+        every_n_steps: int = 1,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+        self.preference = check_preference("DualProj", preference)
+
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Refuse preferences of unknown tasks."""
+        check_tasks("DualProj", "preference", self.preference, pl_module)
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Project this step's mean gradient."""
+        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
+        return dualproj_weights(signals.gramian, simplex_preference(self.preference, signals))

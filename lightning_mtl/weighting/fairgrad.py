@@ -1,0 +1,96 @@
+"""Weights of the alpha-fair share of each task in the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.signals import Signals
+from lightning_mtl.solvers import fairgrad_weights as solve
+
+
+def fairgrad_weights(gramian: Tensor, alpha: float) -> tuple[Tensor, bool]:
+    r"""Solve :math:`G w = w^{-1 / \alpha}`, elementwise, for positive w.
+
+    Args:
+        gramian: ``[K, K]``.
+        alpha: Fairness.
+
+    Returns:
+        ``[K]``, float64, on the CPU; and whether the point is Pareto stationary, where w does not exist and the
+        minimum-norm weights take its place.
+
+    Example:
+        >>> fairgrad_weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]), alpha=2.0)
+        (tensor([0.4714, 0.3195], dtype=torch.float64), False)
+    """
+    solution = solve(gramian.detach().cpu().double().numpy(), alpha)
+    return torch.from_numpy(solution.weights), solution.stationary
+
+
+class FairGrad(Weighting):
+    r"""Share the step among the tasks fairly, in the sense of alpha-fairness.
+
+    .. math:: \max_d \sum_k \frac{(g_k \cdot d)^{1 - \alpha}}{1 - \alpha} \text{ in a ball}, \qquad
+        d = \sum_k w_k g_k, \qquad G w = w^{-1 / \alpha}
+
+    solved exactly, by Newton's method on its convex form. α = 1 is Nash-MTL, larger ones care more for the task that
+    improves least. Heads follow their own, unweighted losses.
+
+    Args:
+        alpha: α; the paper tries 1 to 10, most often 2.
+        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
+        every_n_steps: Measure in one step of n and keep the weights in between.
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Attributes:
+        stationary_steps: Steps taken at Pareto-stationary points, with the minimum-norm weights.
+
+    Source: Ban and Ji, Fair Resource Allocation in Multi-Task Learning, 2024, arXiv:2402.15638, section 4.
+
+    Deviations: the official code solves the equation by a bounded least-squares search, which ends near it; here it is
+    solved exactly. The code weighs the heads as well.
+
+    Example:
+        >>> FairGrad(alpha=2.0).alpha
+        2.0
+    """
+
+    measures: ClassVar[Measure] = "gramian"
+    weighs_heads: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        *,
+        at: str | Sequence[str] = "trunk",
+        every_n_steps: int = 1,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"FairGrad(alpha={alpha}) must be above 0 and finite.")
+        self.alpha = alpha
+        self.add_state("stationary_steps", torch.tensor(0), per_task=False)
+        self.stationary_steps: Tensor
+        self._stationary = False
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Solve for this step's Gramian."""
+        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
+        weights, self._stationary = fairgrad_weights(signals.gramian, self.alpha)
+        return weights
+
+    def update(self, signals: Signals) -> None:
+        """Count the step if there was nothing to share."""
+        self.stationary_steps = self.stationary_steps + int(self._stationary)
+        self._stationary = False

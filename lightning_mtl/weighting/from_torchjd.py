@@ -1,0 +1,84 @@
+"""Any weighting of the TorchJD library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.signals import Signals
+
+
+class FromTorchJD(Weighting):
+    r"""Weigh tasks by a ``Weighting`` of TorchJD, or by any other function of the Gramian.
+
+    .. math:: w = f(G), \qquad G = J J^\top
+
+    Whatever that library has works here on several devices, with mixed precision and gradient accumulation. It is
+    installed by ``pip install 'lightning-mtl[torchjd]'``. Heads follow their own, unweighted losses.
+
+    Args:
+        weighting: A ``torchjd.aggregation.Weighting`` over the Gramian, ``UPGradWeighting()`` for instance; an
+            aggregator that has one, ``UPGrad()``; or any function from ``[K, K]``, float64 on the CPU, to ``[K]``.
+        seed: What the random numbers that it draws begin with.
+        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
+        every_n_steps: Measure in one step of n and keep the weights in between.
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Raises:
+        TypeError: If ``weighting`` is nothing of the kind.
+
+    Source: Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024, arXiv:2406.16232, and the
+    documentation of TorchJD 0.18.
+
+    Deviations: random numbers come from this callback's generator, so that all ranks draw the same. What a weighting
+    remembers by itself (``torchjd.Stateful``: its GradVac, CR-MOGM and others) is not in checkpoints, and starts anew
+    when training resumes; this package's own classes of those names resume exactly.
+
+    Example:
+        >>> FromTorchJD(lambda gramian: 1 / gramian.diagonal().sqrt()).measures
+        'gramian'
+    """
+
+    measures: ClassVar[Measure] = "gramian"
+    weighs_heads: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        weighting: Callable[[Tensor], Tensor],
+        *,
+        seed: int = 0,
+        at: str | Sequence[str] = "trunk",
+        every_n_steps: int = 1,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+        found = type(weighting).__name__
+        # TorchJD's own names tell its classes apart, so that it need not be installed for the others.
+        if type(weighting).__module__.startswith("torchjd.") and hasattr(weighting, "weighting"):
+            weighting = getattr(weighting, "gramian_weighting", None)  # type: ignore[assignment]  # refused below
+        if isinstance(weighting, type) or not callable(weighting):
+            raise TypeError(
+                f"FromTorchJD(weighting=...) takes an instance of a TorchJD weighting over the Gramian, such as "
+                f"torchjd.aggregation.UPGradWeighting(), found {found}; pip install 'lightning-mtl[torchjd]' gets them."
+            )
+        self.weighting = weighting
+        self.add_generator("random", seed)
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Ask the weighting about this step's Gramian."""
+        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
+        with torch.random.fork_rng(devices=[]):  # It draws from torch's own generator.
+            torch.default_generator.set_state(self.random_numbers("random").get_state())
+            return self.weighting(signals.gramian)
+
+    def update(self, signals: Signals) -> None:
+        """Go on to the next step's random numbers."""
+        self.advance("random")

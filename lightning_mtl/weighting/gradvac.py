@@ -1,0 +1,124 @@
+"""Weights from turning gradients towards each other until they are as alike as they usually are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.signals import Signals
+from lightning_mtl.weighting.pcgrad import random_orders
+
+# A target of 1, once two gradients have been parallel for long, could be reached by an infinite step alone.
+LARGEST_TARGET = 1 - 1e-6
+
+
+def gradvac_weights(gramian: Tensor, targets: Tensor, orders: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Compute the weights of :math:`\sum_i g'_i`, each turned towards the others until its cosines reach the targets.
+
+    Args:
+        gramian: ``[K, K]``.
+        targets: ``[K, K]``, the cosine that g'_i should have with g_j at least.
+        orders: ``[K, K - 1]``, the tasks that each task meets, in order.
+
+    Returns:
+        The weights, ``[K]``, and the cosines as found, ``[K, K]``; float64, on the CPU. A zero gradient has cosines of
+        0, and is neither turned nor turned to.
+
+    Example:
+        >>> weights, cosines = gradvac_weights(torch.eye(2), 0.6 * torch.ones(2, 2), torch.tensor([[1], [0]]))
+        >>> weights
+        tensor([1.7500, 1.7500], dtype=torch.float64)
+    """
+    G = gramian.detach().cpu().double().numpy()
+    goal = targets.detach().cpu().double().clamp(-LARGEST_TARGET, LARGEST_TARGET).numpy()
+    rows = np.arange(len(G))
+    norms = np.sqrt(G.diagonal())
+    C = np.eye(len(G))  # g'_i = sum_j C_ij g_j
+    products = G.copy()  # g'_i . g_j
+    cosines = np.eye(len(G))
+    for others in orders.numpy().T:
+        own_norms = np.sqrt(np.maximum((C * products).sum(axis=1), 0.0))
+        scale = own_norms * norms[others]
+        found = np.divide(products[rows, others], scale, out=np.zeros_like(scale), where=scale > 0).clip(-1, 1)
+        cosines[rows, others] = found
+        goals = goal[rows, others]
+        sine, goal_sine = np.sqrt(1 - found**2), np.sqrt(1 - goals**2)
+        step = own_norms * (goals * sine - found * goal_sine)
+        added = np.divide(step, norms[others] * goal_sine, out=np.zeros_like(step), where=(found < goals) & (scale > 0))
+        C[rows, others] += added
+        products += added[:, None] * G[others]
+    return torch.from_numpy(C.sum(axis=0)), torch.from_numpy(cosines)
+
+
+class GradVac(Weighting):
+    r"""Turn each task's gradient towards the others where it is less like them than usual: gradient vaccine.
+
+    .. math::
+        g'_i \leftarrow g'_i + \frac{\lVert g'_i \rVert \big( \hat\phi_{ij} \sqrt{1 - \phi_{ij}^2} - \phi_{ij}
+        \sqrt{1 - \hat\phi_{ij}^2} \big)}{\lVert g_j \rVert \sqrt{1 - \hat\phi_{ij}^2}} g_j
+        \quad \text{if } \phi_{ij} = \cos(g'_i, g_j) < \hat\phi_{ij}
+
+    for all j ≠ i in random order, starting from :math:`g'_i = g_i`; the step's direction is :math:`\sum_i g'_i`. The
+    targets start at 0, where this is PCGrad, and follow the cosines:
+    :math:`\hat\phi \leftarrow (1 - \beta) \hat\phi + \beta \phi`. Heads follow their own, unweighted losses.
+
+    Args:
+        beta: β, the weight of the newest cosine; the paper uses 0.01.
+        seed: Where the random orders begin.
+        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
+        every_n_steps: Measure in one step of n and keep the weights in between.
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Source: Wang et al., Gradient Vaccine, 2020, arXiv:2010.05874, algorithm 1.
+
+    Deviations: one cosine for all shared parameters, where the paper tries one a layer as well. A target is kept below
+    1 - 1e-6. LibMTL moves a target only where its pair was in conflict.
+
+    Example:
+        >>> GradVac(beta=0.1).beta
+        0.1
+    """
+
+    measures: ClassVar[Measure] = "gramian"
+    weighs_heads: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        beta: float = 0.01,
+        *,
+        seed: int = 0,
+        at: str | Sequence[str] = "trunk",
+        every_n_steps: int = 1,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+        if not 0 <= beta <= 1:
+            raise ValueError(f"GradVac(beta={beta}) must be at least 0 and at most 1.")
+        self.beta = beta
+        self.add_generator("random", seed)
+        self.add_state("targets", torch.tensor(0.0, dtype=torch.float64), per_pair=True)
+        self.targets: Tensor
+        self._cosines: Tensor | None = None
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Turn the gradients in this step's orders."""
+        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
+        orders = random_orders(signals.num_tasks, self.random_numbers("random"))
+        weights, self._cosines = gradvac_weights(signals.gramian, self.targets, orders)
+        return weights
+
+    def update(self, signals: Signals) -> None:
+        """Move the targets towards the step's cosines, if it measured any, and go on to the next step's orders."""
+        if self._cosines is not None:
+            self.targets = torch.lerp(self.targets, self._cosines.to(self.targets), self.beta)
+            self._cosines = None
+        self.advance("random")

@@ -1,0 +1,98 @@
+"""Impartial learning of heads, by scaled losses, and of shared parameters, by equal projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.signals import Signals
+from lightning_mtl.solvers.adam import AdamState, adam_step
+from lightning_mtl.weighting.imtlg import imtlg_weights
+from lightning_mtl.weighting.imtll import imtll_gradient
+
+
+def imtl_weights(gramian: Tensor, log_scales: Tensor) -> Tensor:
+    r"""Compute :math:`w_k = e^{s_k} \alpha_k`, with α the weights of IMTL-G for the gradients :math:`e^{s_k} g_k`.
+
+    Args:
+        gramian: ``[K, K]``, of the gradients as they are.
+        log_scales: s, ``[K]``.
+
+    Returns:
+        ``[K]``, float64, on the CPU, to be applied to the gradients as they are.
+
+    Example:
+        >>> imtl_weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]), torch.zeros(2))
+        tensor([0.5923, 0.4077], dtype=torch.float64)
+    """
+    scales = log_scales.detach().cpu().double().exp()
+    return scales * imtlg_weights(gramian.detach().cpu().double() * torch.outer(scales, scales))
+
+
+class IMTL(Weighting):
+    r"""Scale each loss as IMTL-L does, then balance the shared gradients as IMTL-G does: impartial learning.
+
+    .. math:: \min_s \sum_k e^{s_k} L_k - s_k, \qquad w_k = e^{s_k} \alpha_k, \qquad
+        \sum_k \alpha_k e^{s_k} g_k \cdot \hat g_j \text{ equal for all } j, \quad \sum_k \alpha_k = 1
+
+    The shared parameters' gradients have weight :math:`w_k`, each head's has :math:`e^{s_k}` alone.
+
+    Args:
+        lr: Step size of the Adam that learns s.
+        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
+        every_n_steps: Measure in one step of n and keep the weights in between.
+        importance: ``{task: factor}``, multiplied into the weights of the shared gradients.
+        start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021, algorithm 1.
+
+    Deviations: those of :class:`IMTLG` and :class:`IMTLL`.
+
+    Example:
+        >>> IMTL(at="features").measures
+        'gramian'
+    """
+
+    measures: ClassVar[Measure] = "gramian"
+    weighs_heads: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        lr: float = 0.01,
+        at: str | Sequence[str] = "trunk",
+        every_n_steps: int = 1,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+        if not lr > 0:
+            raise ValueError(f"IMTL(lr={lr}) must be above 0.")
+        self.lr = lr
+        for name in ("log_scales", "mean", "square", "steps"):
+            self.add_state(name, torch.tensor(0.0))
+        self.log_scales: Tensor
+        self.mean: Tensor
+        self.square: Tensor
+        self.steps: Tensor
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Balance this step's gradients, scaled as learned so far."""
+        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
+        return imtl_weights(signals.gramian, self.log_scales)
+
+    def head_weights(self) -> Tensor:
+        """Weigh the heads by the scales alone."""
+        return torch.exp(self.log_scales)
+
+    def update(self, signals: Signals) -> None:
+        """Take one Adam step on the scales."""
+        gradient = imtll_gradient(self.log_scales, signals.losses.to(self.log_scales))
+        state = AdamState(self.mean, self.square, self.steps)
+        self.log_scales, (self.mean, self.square, self.steps) = adam_step(self.log_scales, gradient, state, lr=self.lr)

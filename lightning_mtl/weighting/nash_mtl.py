@@ -1,0 +1,100 @@
+"""Weights of the Nash bargaining solution among the tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.signals import Signals
+from lightning_mtl.solvers import Solution, nash_weights
+
+
+def nash_mtl_weights(gramian: Tensor, max_norm: float | None = None) -> tuple[Tensor, bool]:
+    r"""Solve :math:`G \alpha = 1 / \alpha`, elementwise, for positive α.
+
+    Args:
+        gramian: ``[K, K]``.
+        max_norm: Scale α so that the combined gradient, √K long otherwise, is at most this long.
+
+    Returns:
+        ``[K]``, float64, on the CPU; and whether the point is Pareto stationary, where α does not exist and the
+        minimum-norm weights take its place.
+
+    Example:
+        >>> nash_mtl_weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]))
+        (tensor([0.5915, 0.4071], dtype=torch.float64), False)
+    """
+    G = gramian.detach().cpu().double()
+    solution: Solution = nash_weights(G.numpy())
+    weights = torch.from_numpy(solution.weights)
+    if max_norm is not None:
+        length = float(weights @ G @ weights) ** 0.5
+        weights = weights * min(1.0, max_norm / length) if length > 0 else weights
+    return weights, solution.stationary
+
+
+class NashMTL(Weighting):
+    r"""Weigh tasks by the Nash bargaining solution: no task can gain a share that others lose less than.
+
+    .. math:: \max_d \sum_k \log (g_k \cdot d) \text{ in a ball}, \qquad d = \sum_k \alpha_k g_k, \qquad
+        G \alpha = 1 / \alpha
+
+    solved exactly, by Newton's method on its convex form. The shared step has length √K whatever the gradients are, so
+    that a clip at norm 1 always clips. The weights scale the heads, too.
+
+    Args:
+        max_norm: Scale the weights so that the shared gradient is at most this long; None leaves √K.
+        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
+        every_n_steps: Measure in one step of n and keep the weights in between; the paper tries 1 to 100.
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Attributes:
+        stationary_steps: Steps taken at Pareto-stationary points, with the minimum-norm weights.
+
+    Source: Navon et al., Multi-Task Learning as a Bargaining Game, 2022, arXiv:2202.01017, equation 2.
+
+    Deviations: the official code approximates α by up to 20 conic programmes, begins each with the last α, and keeps
+    that without notice where the solver fails. It also clips the shared gradient at norm 1 by default, and not the
+    heads', while ``max_norm`` scales both.
+
+    Example:
+        >>> NashMTL(max_norm=1.0, every_n_steps=10).weighs_heads
+        True
+    """
+
+    measures: ClassVar[Measure] = "gramian"
+
+    def __init__(
+        self,
+        max_norm: float | None = None,
+        *,
+        at: str | Sequence[str] = "trunk",
+        every_n_steps: int = 1,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"NashMTL(max_norm={max_norm}) must be above 0; None leaves the norm √K.")
+        self.max_norm = max_norm
+        self.add_state("stationary_steps", torch.tensor(0), per_task=False)
+        self.stationary_steps: Tensor
+        self._stationary = False
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Solve for this step's Gramian."""
+        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
+        weights, self._stationary = nash_mtl_weights(signals.gramian, self.max_norm)
+        return weights
+
+    def update(self, signals: Signals) -> None:
+        """Count the step if there was nothing to bargain about."""
+        self.stationary_steps = self.stationary_steps + int(self._stationary)
+        self._stationary = False

@@ -1,0 +1,104 @@
+"""Weights from projecting conflicting gradients off each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.signals import Signals
+
+
+def random_orders(num_tasks: int, generator: torch.Generator) -> Tensor:
+    """Draw for each task the order in which it meets the others, ``[K, K - 1]``.
+
+    Example:
+        >>> random_orders(2, torch.Generator()).tolist()
+        [[1], [0]]
+    """
+    keys = torch.rand(num_tasks, num_tasks, generator=generator).fill_diagonal_(2.0)
+    return keys.argsort(dim=1)[:, :-1]
+
+
+def pcgrad_weights(gramian: Tensor, orders: Tensor) -> Tensor:
+    r"""Compute the weights of :math:`\sum_i g'_i`, each :math:`g'_i` being :math:`g_i` projected off the others.
+
+    The projections are linear combinations of the gradients, so that the Gramian is all they need.
+
+    Args:
+        gramian: ``[K, K]``.
+        orders: ``[K, K - 1]``, the tasks that each task meets, in order.
+
+    Returns:
+        ``[K]``, float64, on the CPU, none below 1.
+
+    Example:
+        >>> pcgrad_weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]), torch.tensor([[1], [0]]))
+        tensor([2.2222, 1.5789], dtype=torch.float64)
+    """
+    G = gramian.detach().cpu().double().numpy()
+    rows = np.arange(len(G))
+    norms = G.diagonal()
+    C = np.eye(len(G))  # g'_i = sum_j C_ij g_j
+    products = G.copy()  # g'_i . g_j
+    for others in orders.numpy().T:
+        conflict = np.minimum(products[rows, others], 0.0)
+        removed = np.divide(conflict, norms[others], out=np.zeros_like(norms), where=conflict < 0)
+        C[rows, others] -= removed
+        products -= removed[:, None] * G[others]
+    return torch.from_numpy(C.sum(axis=0))
+
+
+class PCGrad(Weighting):
+    r"""Project each task's gradient off those it conflicts with, then add them up: projecting conflicting gradients.
+
+    .. math:: g'_i \leftarrow g'_i - \frac{\min(g'_i \cdot g_j, 0)}{\lVert g_j \rVert^2} g_j
+        \quad \text{for all } j \ne i \text{ in random order}, \qquad d = \sum_i g'_i
+
+    starting from :math:`g'_i = g_i`. Without a conflict d is the plain sum. Heads follow their own, unweighted losses.
+
+    Args:
+        seed: Where the random orders begin.
+        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
+        every_n_steps: Measure in one step of n and keep the weights in between.
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Source: Yu et al., Gradient Surgery for Multi-Task Learning, 2020, arXiv:2001.06782, algorithm 1.
+
+    Deviations: none from the paper. Its official code draws one order for all tasks.
+
+    Example:
+        >>> PCGrad(seed=1).weighs_heads
+        False
+    """
+
+    measures: ClassVar[Measure] = "gramian"
+    weighs_heads: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        at: str | Sequence[str] = "trunk",
+        every_n_steps: int = 1,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+        self.add_generator("random", seed)
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Project in this step's orders."""
+        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
+        return pcgrad_weights(signals.gramian, random_orders(signals.num_tasks, self.random_numbers("random")))
+
+    def update(self, signals: Signals) -> None:
+        """Go on to the next step's orders."""
+        self.advance("random")

@@ -1,0 +1,88 @@
+"""Weights that add up the gradients, each freed from its conflicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.signals import Signals
+from lightning_mtl.solvers import project_rows_on_dual_cone
+from lightning_mtl.weighting.preference import check_preference, check_tasks, simplex_preference
+
+
+def upgrad_weights(gramian: Tensor, preference: Tensor) -> Tensor:
+    r"""Compute :math:`\sum_i p_i w^{(i)}` with :math:`w^{(i)} = \arg\min_{v \ge e_i} v^\top G v`.
+
+    Args:
+        gramian: ``[K, K]``.
+        preference: p, ``[K]``, not negative.
+
+    Returns:
+        ``[K]``, float64, on the CPU, none below p.
+
+    Example:
+        >>> upgrad_weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]), torch.tensor([0.5, 0.5]))
+        tensor([1.1111, 0.7895], dtype=torch.float64)
+    """
+    return torch.from_numpy(
+        project_rows_on_dual_cone(gramian.detach().cpu().double().numpy(), preference.double().numpy())
+    )
+
+
+class UPGrad(Weighting):
+    r"""Project each gradient on the cone of directions that conflict with no task, then take the mean.
+
+    .. math:: d = \sum_i p_i \, \pi(g_i), \qquad \pi(x) = \arg\min_{y : J y \ge 0} \lVert y - x \rVert
+
+    No task is in conflict with d, which is linear in the length of each gradient. The projections are exact, by
+    non-negative least squares on the K x K Gramian. Heads follow their own, unweighted losses.
+
+    Args:
+        preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the sum 1.
+        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
+        every_n_steps: Measure in one step of n and keep the weights in between.
+        importance: ``{task: factor}``, multiplied into the weights.
+        start_step: Optimizer steps with equal weights before.
+        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Raises:
+        ValueError: If ``preference`` is not positive, or at setup if it names an unknown task.
+
+    Source: Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, 2024, arXiv:2406.16232, section 3.
+
+    Deviations: the authors' library adds a multiple of the identity to the Gramian; here it is as it is.
+
+    Example:
+        >>> UPGrad(preference={"depth": 2.0}).preference
+        {'depth': 2.0}
+    """
+
+    measures: ClassVar[Measure] = "gramian"
+    weighs_heads: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        preference: Mapping[str, float] | None = None,
+        at: str | Sequence[str] = "trunk",
+        every_n_steps: int = 1,
+        importance: Mapping[str, float] | None = None,
+        start_step: int = 0,
+        total: float | None = None,
+    ) -> None:
+        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+        self.preference = check_preference("UPGrad", preference)
+
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Refuse preferences of unknown tasks."""
+        check_tasks("UPGrad", "preference", self.preference, pl_module)
+
+    def weigh(self, signals: Signals) -> Tensor:
+        """Project this step's gradients."""
+        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
+        return upgrad_weights(signals.gramian, simplex_preference(self.preference, signals))

@@ -1,0 +1,203 @@
+"""Interrupted in the middle of an epoch and resumed: to the bit what the uninterrupted run does."""
+
+from __future__ import annotations
+
+import functools
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lightning_mtl import MultiTaskModule, Weighting
+from lightning_mtl.weighting import DTP, DWA, MGDA, GradNorm, UncertaintyWeighting
+
+from tests.contract import ROWS, Row
+from tests.small import Batch, batch, binary, small
+from tests.training import fit, flat_parameters, loader
+
+# torchdata's loader calls what torch has deprecated: nothing of ours.
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+
+SAMPLES, BATCH, EPOCHS = 24, 4, 4
+# In the third epoch, of six batches, between validations.
+SAVED_AFTER = 15
+
+
+class Memory(Logger):
+    """Keeps what a logger would write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int, dict[str, float]]] = []
+
+    @property
+    def name(self) -> str:
+        return "memory"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.lines.append((step or 0, dict(metrics)))
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class Samples(Dataset[Batch]):
+    def __init__(self, tasks: tuple[str, ...]) -> None:
+        self.inputs, self.targets = batch(SAMPLES, 11, tasks)
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.inputs[index], {task: target[index] for task, target in self.targets.items()}
+
+
+class Saving(pl.Callback):
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.path is not None and trainer.fit_loop.total_batch_idx + 1 == SAVED_AFTER:
+            trainer.save_checkpoint(self.path)
+
+
+TASKS = ("a", "b", "c")
+
+
+def train(
+    weighting: Weighting | None, *, save: Path | None = None, ckpt: Path | None = None, seed: int = 0, **arguments: Any
+) -> tuple[MultiTaskModule, Memory, dict[str, Tensor]]:
+    """One run; nothing but the checkpoint is carried from one to another."""
+    module, logger = binary(tasks=TASKS, optimizer=functools.partial(torch.optim.Adam, lr=0.05), **arguments), Memory()
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    data: Any = StatefulDataLoader(Samples(TASKS), batch_size=BATCH, shuffle=True, generator=generator)
+    callbacks = [Saving(save), *([] if weighting is None else [weighting])]
+    val = DataLoader(Samples(TASKS), batch_size=8)
+    fit(
+        module,
+        data,
+        val,
+        callbacks=callbacks,
+        logger=logger,
+        log_every_n_steps=1,
+        max_epochs=EPOCHS,
+        ckpt_path=ckpt,
+    )
+    states = {} if weighting is None else weighting.state_dict()["state"]
+    return module, logger, states
+
+
+def assert_resumes(make: Any, path: Path, **arguments: Any) -> None:
+    whole, whole_logger, whole_states = train(make(), save=path / "middle.ckpt", **arguments)
+    torch.load(path / "middle.ckpt", weights_only=True)
+    resumed, rest, states = train(make(), ckpt=path / "middle.ckpt", seed=99, **arguments)
+    assert torch.equal(flat_parameters(whole), flat_parameters(resumed))
+    assert whole_states.keys() == states.keys()
+    for name, state in whole_states.items():
+        assert torch.equal(state.nan_to_num(7.0), states[name].nan_to_num(7.0)), name
+    first = min(step for step, _ in rest.lines)
+    steps = [(step, line) for step, line in whole_logger.lines if step >= first and _of_a_step(line)]
+    found = [(step, line) for step, line in rest.lines if _of_a_step(line)]
+    assert found == steps
+    assert len(found) > 5
+    # The mean losses of the interrupted epoch take up where they were.
+    means = [line for _, line in whole_logger.lines if "loss_epoch/a" in line][2:]
+    assert [line["loss_epoch/a"] for line in means] == [
+        line["loss_epoch/a"] for _, line in rest.lines if "loss_epoch/a" in line
+    ]
+
+
+def _of_a_step(line: dict[str, float]) -> bool:
+    return "loss/a" in line and "loss_epoch/a" not in line
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.label)
+def test_every_weighting(row: Row, tmp_path: Path) -> None:
+    assert_resumes(row.make, tmp_path)
+
+
+def test_without_a_weighting(tmp_path: Path) -> None:
+    assert_resumes(lambda: None, tmp_path)
+
+
+@pytest.mark.parametrize("make", [GradNorm, MGDA, UncertaintyWeighting], ids=lambda make: make.__name__)
+def test_between_the_windows_of_accumulation(make: Any, tmp_path: Path) -> None:
+    # 15 micro-batches: five windows of 3.
+    assert_resumes(make, tmp_path, accumulate_grad_batches=3)
+
+
+def test_a_later_start_counts_from_the_first_training(tmp_path: Path) -> None:
+    assert_resumes(functools.partial(GradNorm, start_step=SAVED_AFTER - 3, lr=0.2), tmp_path)
+    assert_resumes(functools.partial(MGDA, start_step=SAVED_AFTER + 3), tmp_path)
+
+
+def checkpoint(path: Path, weighting: Weighting, tasks: tuple[str, ...] = ("a", "b")) -> Path:
+    trainer = fit(small(tasks), loader(batch(4, 5, tasks)), callbacks=[weighting])
+    trainer.save_checkpoint(path / "run.ckpt")
+    return path / "run.ckpt"
+
+
+def test_another_weighting_is_refused(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, GradNorm())
+    message = "The checkpoint was written with GradNorm, the Trainer holds DWA; resume with GradNorm"
+    with pytest.raises(ValueError, match=message):
+        fit(small(), loader(batch()), callbacks=[DWA()], ckpt_path=path, max_epochs=2)
+
+
+def test_other_arguments_are_refused(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, MGDA())
+    message = re.escape("The checkpoint's MGDA holds the states [], this one has ['held_weights']")
+    with pytest.raises(ValueError, match=message):
+        fit(small(), loader(batch()), callbacks=[MGDA(every_n_steps=2)], ckpt_path=path, max_epochs=2)
+
+
+class Renamed(MultiTaskModule):
+    """Takes the parameters of any module with as many heads."""
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict(dict(zip(self.state_dict(), state_dict.values(), strict=True)), *args, **kwargs)
+
+
+@pytest.mark.parametrize("tasks", [("a", "c"), ("b", "a")])
+def test_other_tasks_are_refused(tasks: tuple[str, ...], tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, UncertaintyWeighting())
+    module = small(tasks, cls=Renamed)
+    message = re.escape(f"UncertaintyWeighting balanced the tasks ['a', 'b'], the module has {list(tasks)}")
+    with pytest.raises(ValueError, match=message):
+        fit(
+            module,
+            loader(batch(4, 5, tasks)),
+            callbacks=[UncertaintyWeighting()],
+            ckpt_path=path,
+            max_epochs=2,
+        )
+
+
+def test_a_checkpoint_with_a_weighting_serves_without_one(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, GradNorm())
+    with pytest.warns(UserWarning, match="Be aware that when using `ckpt_path`"):
+        trainer = fit(small(), loader(batch()), ckpt_path=path, max_epochs=2)
+    assert trainer.global_step == 2
+
+
+def test_the_performance_of_the_last_validation_is_kept(tmp_path: Path) -> None:
+    weighting = DTP("accuracy", alpha=0.5)
+    trainer = fit(binary(), loader(batch()), loader(batch()), callbacks=[weighting])
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    resumed = DTP("accuracy", alpha=0.5)
+    fit(binary(), loader(batch()), loader(batch()), callbacks=[resumed], ckpt_path=tmp_path / "run.ckpt")
+    assert torch.equal(resumed.performance, weighting.performance)
+    assert not resumed.performance.isnan().any()
