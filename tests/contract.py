@@ -1,7 +1,7 @@
 """What every weighting owes: one row or more for each that the package exports, and a way to run it without a Trainer.
 
-A new method costs a row here; ``test_contract.py`` fails for an exported one without. The golden values are exact weights
-in float64 from independent solvers, copied as literals.
+A new method costs a row here; ``test_contract.py`` fails for an exported one without. The golden values are exact
+weights in float64 from independent solvers, copied as literals.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class Row:
         weighs_heads: The column "heads" of the literature.
         required: Positional arguments without which the class cannot be constructed.
         total: What the weights sum to, if anything: ``"K"`` or a number.
-        unique: Whether the weights of identical tasks are determined, and not their sum alone; None where a twin changes
-            the other tasks' weights, too.
+        unique: Whether the weights of identical tasks are determined, and not their sum alone; None where a twin
+            changes the other tasks' weights, too.
         equivariant: Whether permuting the tasks permutes the weights; not where chance puts them in order.
         by_name: Whether an argument names tasks, so that permuting them means something else.
         lowest: A bound from below that the weights keep.

@@ -38,9 +38,7 @@ def test_the_method_gets_the_sub_problem_of_the_present_tasks(place: str, presen
     gradients = task_gradients(model, given)
     rows = rows_at(model, gradients, list(model.trunk.parameters()))
     expected = expected_update(model, gradients, WEIGHTS, {}, weighs_heads=True)
-    weighting = (
-        fixed(WEIGHTS, "losses") if place == "losses" else fixed(WEIGHTS, "gramian", at=place)
-    )
+    weighting = fixed(WEIGHTS, "losses") if place == "losses" else fixed(WEIGHTS, "gramian", at=place)
     steps = Steps()
     trainer = fit(model, loader(given), callbacks=[weighting, steps])
     asked = weighting.asked[0]

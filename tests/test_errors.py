@@ -31,7 +31,9 @@ def says(*parts: str) -> str:
 NAME_RULE = "Task names become names of modules"
 
 
-@pytest.mark.parametrize("name", ["a.b", "", ".", "keys", "pop", "items", "values", "clear", "update", "forward", "training"])
+@pytest.mark.parametrize(
+    "name", ["a.b", "", ".", "keys", "pop", "items", "values", "clear", "update", "forward", "training"]
+)
 def test_names_that_no_module_can_have(name: str) -> None:
     with pytest.raises(ValueError, match=says(f"{name!r} cannot name a task", NAME_RULE)):
         MultiTaskModule(trunk(), {name: nn.Linear(4, 1)}, {name: Task(mse_loss)})
@@ -142,7 +144,11 @@ def returning(answer: Any, **arguments: Any) -> MultiTaskModule:
         (lambda _m, _x: 1.0, TypeError, ("task_losses must return {task: loss}, found float",)),
         (lambda _m, _x: {"c": torch.zeros(())}, ValueError, ("returned the tasks ['c']", "the module has ['a', 'b']")),
         (lambda _m, _x: {"a": 1.0}, TypeError, ("The loss of task 'a' must be a tensor, found float",)),
-        (lambda _m, _x: {"a": torch.zeros(2)}, ValueError, ("loss of task 'a' must be a scalar, found shape [2]", "mean")),
+        (
+            lambda _m, _x: {"a": torch.zeros(2)},
+            ValueError,
+            ("loss of task 'a' must be a scalar, found shape [2]", "mean"),
+        ),
         (lambda _m, _x: {"b": TaskOutput(torch.zeros(2, 1))}, ValueError, ("loss of task 'b'", "found shape [2, 1]")),
     ],
 )
@@ -168,7 +174,9 @@ def test_losses_that_leave_the_trunk_out(place: str) -> None:
     weighting = fixed(WEIGHTS, "norms", at=place)
     with pytest.raises(ValueError, match=says(f"Fixed(at={place!r})", "trunk was not called", "self.trunk(inputs)")):
         fit(returning(without_trunk), loader(batch()), callbacks=[weighting])
-    with pytest.raises(ValueError, match=says("The loss of task 'b' does not depend on the trunk's output", "undetached")):
+    with pytest.raises(
+        ValueError, match=says("The loss of task 'b' does not depend on the trunk's output", "undetached")
+    ):
         fit(returning(detached), loader(batch()), callbacks=[weighting])
 
 

@@ -137,7 +137,9 @@ def test_metrics_are_named_by_their_collection_or_class(metrics: str | None) -> 
 def test_stages_and_tasks_do_not_share_metrics() -> None:
     shared = MeanAbsoluteError()
     module = MultiTaskModule(trunk(), heads(), {task: Task(mse_loss, shared) for task in TASKS})
-    found = [m for stage in ("train", "val", "test") for ms in module.stage_metrics(stage).values() for m in ms.values()]
+    found = [
+        m for stage in ("train", "val", "test") for ms in module.stage_metrics(stage).values() for m in ms.values()
+    ]
     assert len({id(metric) for metric in [*found, shared]}) == 7
 
 
@@ -203,5 +205,7 @@ def test_a_metric_of_several_numbers_is_refused() -> None:
     module = MultiTaskModule(trunk(), {k: nn.Sequential(h, nn.Sigmoid()) for k, h in heads().items()}, tasks)
     inputs, targets = batch()
     given = (inputs, {"a": targets["a"], "b": targets["b"]})
-    with pytest.raises(ValueError, match=r"Metric 'BinaryConfusionMatrix' of task 'a' computes shape \[2, 2\].*wrap it"):
+    with pytest.raises(
+        ValueError, match=r"Metric 'BinaryConfusionMatrix' of task 'a' computes shape \[2, 2\].*wrap it"
+    ):
         quiet_trainer().validate(module, loader(given), verbose=False)

@@ -78,8 +78,18 @@ def row_norms(rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: floa
         >>> row_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([[4.0], [2.0]])])
         tensor([5., 2.])
     """
-    parts = [
-        torch.linalg.vector_norm(block, dim=1, dtype=torch.promote_types(block.dtype, torch.float32)) for block in rows
-    ]
-    norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0) if len(parts) > 1 else parts[0]
-    return norms if ranks is None or ranks.size == 1 else (ranks.sum(norms.double().square()) * share).sqrt()
+    parts = torch.stack([_norms_of(block) for block in rows])
+    if len(parts) == 1 and (ranks is None or ranks.size == 1):
+        return parts[0]
+    squares = parts.to(torch.float32 if parts.device.type == "mps" else torch.float64).square().sum(0)
+    total = squares if ranks is None else ranks.sum(squares) * share
+    return total.sqrt().to(parts.dtype)
+
+
+def _norms_of(block: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(block, dim=1, dtype=torch.promote_types(block.dtype, torch.float32))
+    # Squares beyond float32 make a norm 0 or infinite; float64 for all rows would take thirty times as long.
+    doubtful = torch.logical_not(torch.isfinite(norms) & (norms > _SMALLEST_SQUARE**0.5))
+    for row in doubtful.nonzero().flatten().tolist():
+        norms[row] = torch.linalg.vector_norm(block[row].double())
+    return norms

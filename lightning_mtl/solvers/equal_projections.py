@@ -5,6 +5,7 @@ from numpy.typing import ArrayLike
 
 from lightning_mtl.solvers.errors import SolverError
 from lightning_mtl.solvers.gramian import Array, normalise
+from lightning_mtl.solvers.stationary import THRESHOLD
 
 # Eigenvalues of the cosines below this, relative to the largest, are the rounding of rows in float32: directions along
 # them would be all noise, and as long as the eigenvalue is small.
@@ -45,6 +46,9 @@ def equal_projection_weights(gramian: ArrayLike) -> Array:
         ) from error
     kept = eigenvalues > max(CUTOFF * eigenvalues[-1], 0.0)
     basis = eigenvectors[:, kept]
-    unit_weights = basis @ (basis.sum(axis=0) / eigenvalues[kept])
+    shares = basis.sum(axis=0)
+    if shares @ shares <= THRESHOLD * len(norms):  # No direction has a projection on all of them that is not rounding.
+        return np.zeros_like(norms)
+    unit_weights = basis @ (shares / eigenvalues[kept])
     weights: Array = np.divide(unit_weights, norms, out=np.zeros_like(norms), where=norms > 0)
     return weights

@@ -116,7 +116,8 @@ class FAMO(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Weigh by the logits, moved by what the last step did to the losses."""
-        return famo_weights(self._moved(signals)[0], self._gaps(signals, signals.losses))
+        logits = self.logits if self.wants_losses_after else self._moved(signals)[0]
+        return famo_weights(logits, self._gaps(signals, signals.losses))
 
     def update(self, signals: Signals) -> None:
         """Keep the moved logits."""

@@ -17,12 +17,12 @@ from tests.contract import inverse_norms
 from tests.distributed.data import Faces, Part, Pattern, Trunk
 from tests.weightings import WeightedSum, fixed
 
-# For weightings that cannot be constructed without arguments.
+# Of weightings that cannot do without.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "DTP": {"metric": "accuracy", "stage": "train"},
     "CRMOGM": {"weighting": MGDA()},
     "FromTorchJD": {"weighting": inverse_norms},
-    # Not constructed without: so that it also weighs within three epochs.
+    # Not needed, but its own warm-up is longer than the fits here.
     "STCH": {"warmup_epochs": 1},
 }
 PLACES = ("trunk", "features", "last_layer")

@@ -98,7 +98,10 @@ def buffer_complaints(ranks: list[dict[str, Any]]) -> Iterator[str]:
                 yield f"rank {rank}: buffers{window} differ from automatic optimization's"
             # Other weights train another model, whose buffers still have to agree when they are broadcast.
             differ = [
-                [not torch.equal(ours, theirs) for ours, theirs in zip(*(r[name]["buffers"] for r in ranks), strict=True)]
+                [
+                    not torch.equal(ours, theirs)
+                    for ours, theirs in zip(*(r[name]["buffers"] for r in ranks), strict=True)
+                ]
                 for name in (f"buffers, automatic{window}", f"buffers of rows{window}")
             ]
             if differ[0] != differ[1]:

@@ -138,9 +138,7 @@ def test_without_a_weighting_the_sum_of_all_losses_is_descended() -> None:
     case = build("penalised", 3, seed=2)
     equal = dict.fromkeys(case.tasks, 1.0)
     penalty = penalty_gradients(case.module, case.batch)
-    expected = expected_update(
-        case.module, task_gradients(case.module, case.batch), equal, penalty, weighs_heads=True
-    )
+    expected = expected_update(case.module, task_gradients(case.module, case.batch), equal, penalty, weighs_heads=True)
     steps, _ = one_step(case, None)
     assert_same(steps.gradients[0], expected)
 

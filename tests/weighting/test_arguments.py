@@ -23,7 +23,6 @@ from lightning_mtl.weighting import (
     StaticWeights,
     UncertaintyWeighting,
 )
-
 from tests.contract import ROWS
 from tests.small import batch, heads, trunk
 from tests.training import fit, loader
@@ -77,7 +76,10 @@ def test_arguments_that_all_have(row: Any) -> None:
     [
         (None, r"DTP(metric='accuracy') is not among the metrics of task 'a', []"),
         (BinaryAccuracy(), r"DTP(metric='accuracy') is not among the metrics of task 'a', ['BinaryAccuracy']"),
-        (MetricCollection({"accuracy": MeanAbsoluteError()}), "DTP(metric='accuracy') is MeanAbsoluteError for task 'a'"),
+        (
+            MetricCollection({"accuracy": MeanAbsoluteError()}),
+            "DTP(metric='accuracy') is MeanAbsoluteError for task 'a'",
+        ),
     ],
 )
 def test_dtp_needs_a_performance_between_0_and_1(metrics: Any, message: str) -> None:

@@ -12,7 +12,6 @@ from torchmetrics.classification import BinaryAccuracy
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.weighting import DTP, DWA, LBTW
 from lightning_mtl.weighting.dtp import dtp_weights
-
 from tests.contract import ask, signals
 from tests.small import batch, batches, binary, small
 from tests.training import Steps, fit, loader, quiet_trainer

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mtl.weighting import MGDA, GradientNormBalance
-
 from tests.contract import ask, signals
 from tests.small import batch, small
 from tests.training import Steps, fit, loader

@@ -8,7 +8,6 @@ from torch.nn.functional import mse_loss
 
 from lightning_mtl.solvers.adam import AdamState, adam_step
 from lightning_mtl.weighting import GradNorm, UncertaintyWeighting
-
 from tests.contract import ask, course, names, run, signals
 from tests.gradients.oracle import task_gradients
 from tests.small import batches, small
