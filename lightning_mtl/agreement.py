@@ -39,22 +39,21 @@ class Agreement:
 
 def agree(
     outputs: Mapping[str, TaskOutput],
+    losses: Tensor,
     tasks: Sequence[str],
     ranks: Ranks,
-    device: torch.device,
     scores: Mapping[str, Tensor] | None = None,
 ) -> Agreement:
     """Average the losses over the ranks, by their sample counts where these are given, in one collective.
 
     Args:
-        outputs: What this rank's batch says about the tasks that it has.
+        outputs: What this rank's batch says about the tasks that it has, in the module's order.
+        losses: Their losses as one vector, detached.
         tasks: All tasks of the module.
         ranks: Who takes part.
-        device: Where the sums are made.
         scores: A metric's value on this rank's batch, for each task that it has.
     """
-    names = [task for task in tasks if task in outputs]
-    losses = stack_losses([outputs[task].loss.detach() for task in names], device)
+    names, device = list(outputs), losses.device
     given = [outputs[task].num_samples for task in names]
     counts = None
     if any(count is not None for count in given):

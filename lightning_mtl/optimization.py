@@ -73,9 +73,13 @@ class Optimization:
         scores = module.update_metrics("train", outputs, step_metric)
         # Gradients are taken as automatic optimization takes them: outside autocast.
         with torch.autocast(module.device.type, enabled=False):
-            agreed = agree(outputs, tuple(module.tasks), window.ranks, module.device, scores)
+            losses = stack_losses([output.loss for output in outputs.values()], module.device)
+            agreed = agree(outputs, losses.detach(), tuple(module.tasks), window.ranks, scores)
             window.note(agreed, penalties)
-            objective = self._objective(module, window, agreed, outputs, penalties, cut, closes=closes)
+            if outputs:
+                window.local.append((list(outputs), losses.detach(), sample_counts(list(outputs.values()))))
+            micro_batch = self._micro_batch(module, window, agreed, outputs, penalties, cut)
+            objective = self._objective(module, window, agreed, losses, micro_batch, closes=closes)
             if objective is not None and not module.automatic_optimization:
                 with synchronising(module, window, closes=closes):
                     module.manual_backward(objective)
@@ -120,18 +124,12 @@ class Optimization:
         module: MultiTaskModule,
         window: Window,
         agreed: Agreement,
-        outputs: dict[str, TaskOutput],
-        penalties: dict[str, Tensor],
-        cut: FeatureCut,
+        losses: Tensor,
+        batch: MicroBatch,
         *,
         closes: bool,
     ) -> Tensor | None:
         """The scalar whose backward pass is this micro-batch's part of the step; none while rows are collected."""
-        if outputs:
-            local = stack_losses([output.loss.detach() for output in outputs.values()], module.device)
-            counts = sample_counts(list(outputs.values()))
-            module.recorder.losses["train"].add(local, counts, window.positions(list(outputs)))
-        batch = self._micro_batch(module, window, agreed, outputs, penalties, cut)
         if window.rows is not None:
             return self._row_objective(module, window, batch, closes=closes)
         if not batch.names:
@@ -139,7 +137,8 @@ class Optimization:
         elif window.way == "losses":
             weights = window.decide(batch.names, agreed.losses, Measured()).weights
             weights = weights if batch.seeds is None else weights * batch.seeds
-            objective = (stack_losses(batch.losses, module.device) * weights).sum()
+            here = losses if len(losses) == len(weights) else stack_losses(batch.losses, module.device)
+            objective = (here * weights).sum()
             objective = objective if batch.penalty is None else objective + batch.penalty
         else:
             objective = self._feature_objective(module, window, batch, agreed.losses)
@@ -238,6 +237,8 @@ class Optimization:
             self._step(module, finite=finite)
         if not finite or signals is None:
             return
+        for names, losses, samples in window.local:
+            module.recorder.losses["train"].add(losses, samples, window.positions(names))
         if window.weighting is not None:
             if window.weighting.wants_losses_after and window.batches:
                 signals = replace(signals, losses_after=losses_after(module, window, signals.tasks))

@@ -26,28 +26,31 @@ if TYPE_CHECKING:
 
 
 class LossMeans:
-    """Mean losses of the tasks over a stage, as two ``[K]`` sums on the device: no transfer, no call a task."""
+    """Mean losses of the tasks over a stage, as sums on the device: no transfer, no call a task."""
 
     def __init__(self, num_tasks: int) -> None:
-        self.sums = torch.zeros(2, num_tasks, dtype=torch.float64)
+        self.totals = torch.zeros(num_tasks, dtype=torch.float64)
+        self.counts = torch.zeros(num_tasks, dtype=torch.float64)
 
     def add(self, losses: Tensor, samples: Tensor | float, present: Sequence[int]) -> None:
         """Count the losses of the present tasks, ``[K']``, as means over so many samples each."""
-        if self.sums.device != losses.device:
+        if self.totals.device != losses.device:
             # MPS has no float64; the sums of an epoch fit float32 there.
             dtype = torch.float32 if losses.device.type == "mps" else torch.float64
-            self.sums = self.sums.to(losses.device, dtype)
-        counted = torch.isfinite(losses) * samples  # a loss that is not finite is in no mean
-        table = torch.stack([losses.nan_to_num(0.0, 0.0, 0.0) * counted, counted]).to(self.sums)
-        if len(present) == self.sums.shape[1]:
-            self.sums += table
+            self.totals, self.counts = self.totals.to(losses.device, dtype), self.counts.to(losses.device, dtype)
+        if len(present) == len(self.totals):
+            self.totals += losses * samples
+            self.counts += samples
         else:
-            self.sums.index_add_(1, torch.tensor(present, device=losses.device), table)
+            index = torch.tensor(present, device=losses.device)
+            self.totals.index_add_(0, index, (losses * samples).to(self.totals))
+            self.counts.index_add_(0, index, torch.ones_like(losses).mul(samples).to(self.totals))
 
     def means(self, module: pl.LightningModule) -> list[float]:
         """The mean losses over all ranks, nan for a task without a sample, and begin anew."""
-        sums: Tensor = module.trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
-        self.sums.zero_()
+        sums: Tensor = module.trainer.strategy.reduce(torch.stack([self.totals, self.counts]), reduce_op="sum")
+        self.totals.zero_()
+        self.counts.zero_()
         return [total / count if count else math.nan for total, count in sums.T.tolist()]
 
 
@@ -208,11 +211,12 @@ class Recorder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The running means of the epoch, and what a waiting scheduler will need."""
-        return {"loss_sums": self.losses["train"].sums.clone(), "plateau_due": self._plateau_due}
+        train = self.losses["train"]
+        return {"loss_sums": torch.stack([train.totals, train.counts]), "plateau_due": self._plateau_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the means of the interrupted epoch."""
-        self.losses["train"].sums = state_dict["loss_sums"]
+        self.losses["train"].totals, self.losses["train"].counts = state_dict["loss_sums"].clone().unbind()
         self._plateau_due = state_dict["plateau_due"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: MultiTaskModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]

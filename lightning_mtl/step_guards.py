@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_mtl.agreement import agree
+from lightning_mtl.agreement import agree, stack_losses
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.signals import Signals
 from lightning_mtl.window import Window
@@ -31,19 +32,18 @@ class SkippedSteps:
         self.in_a_row = 0
 
     def check(self, module: MultiTaskModule, signals: Signals | None) -> bool:
-        """Whether the step may be taken; losses, Gramian and gradients are judged with one look.
+        """Whether the step may be taken; losses and gradients are judged with one look, the only transfer.
 
         Raises:
             RuntimeError: If too many steps were skipped in a row.
         """
-        doubtful = [] if signals is None else [signals.losses.sum()]
-        if signals is not None and signals.norms is not None:
-            doubtful.append(signals.norms.sum().to(doubtful[0]))
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        if gradients and not module.automatic_optimization:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            doubtful.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).to(module.device))
-        if not doubtful or bool(torch.isfinite(torch.stack([value.double() for value in doubtful])).all()):
+        doubtful = _gradient_norm(module)
+        if signals is not None:
+            # A sum is finite only if all of it is; the gradients' norm speaks for what was measured of them, too.
+            doubtful = doubtful + signals.losses.sum()
+            if module.automatic_optimization and signals.norms is not None:
+                doubtful = doubtful + signals.norms.sum().to(doubtful)
+        if math.isfinite(float(doubtful)):
             self.in_a_row = 0
             return True
         self.total += 1
@@ -62,6 +62,18 @@ class SkippedSteps:
                 "Lower the learning rate, mend the loss, or raise max_skipped_steps."
             )
         return False
+
+
+def _gradient_norm(module: MultiTaskModule) -> Tensor:
+    """The norm of all gradients that the optimizer is about to use; 0 where Lightning takes the step."""
+    gradients = []
+    if not module.automatic_optimization:
+        groups = module.single_optimizer().param_groups
+        gradients = [parameter.grad for group in groups for parameter in group["params"] if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=module.device)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def synchronising(module: MultiTaskModule, window: Window, *, closes: bool) -> AbstractContextManager[None]:
@@ -144,7 +156,8 @@ def losses_after(module: MultiTaskModule, window: Window, names: Sequence[str]) 
         for batch in window.batches:
             outputs = module.present_outputs(batch)
             with torch.autocast(module.device.type, enabled=False):
-                again.note(agree(outputs, tuple(module.tasks), window.ranks, module.device), {})
+                losses = stack_losses([output.loss for output in outputs.values()], module.device)
+                again.note(agree(outputs, losses, tuple(module.tasks), window.ranks), {})
     for buffer, before in buffers:
         buffer.copy_(before)
     return again.mean_losses(names)

@@ -51,9 +51,10 @@ class Window:
         self.micro_batches = 0
         self.penalties: dict[str, Tensor] = {}
         self.scores: Tensor | None = None
-        self.signals: Signals | None = None
+        self._asked: list[Signals] = []
         self.weights: Tensor | None = None
         self.batches: list[Any] = []
+        self.local: list[tuple[list[str], Tensor, Tensor | float]] = []
         self.reached: set[Tensor] = set()
         self._tasks = tuple(tasks)
         self._position = {task: position for position, task in enumerate(tasks)}
@@ -126,7 +127,7 @@ class Window:
 
     def describe(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Signals:
         """Put what is known of these tasks in the form that methods read."""
-        self.signals = Signals(
+        signals = Signals(
             tuple(names),
             losses.to(torch.promote_types(losses.dtype, torch.float32)),
             self.step,
@@ -135,7 +136,8 @@ class Window:
             gramian=measured.gramian,
             scores=self.scores if self.scores is not None and len(self.scores) == len(names) else None,
         )
-        return self.signals
+        self._asked.append(signals)
+        return signals
 
     def decide(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Decision:
         """Ask the weighting, or let the weights serve that it gave to the window's earlier micro-batches."""
@@ -155,10 +157,24 @@ class Window:
         return self._with_heads(names, self._keep(names, weights))
 
     def summary(self) -> Signals | None:
-        """The window as a whole: what was measured, with the losses averaged over all micro-batches."""
-        if self.signals is None or self.micro_batches == 1:
-            return self.signals
-        return replace(self.signals, losses=self.mean_losses(self.signals.tasks).to(self.signals.losses))
+        """The window as a whole: what was measured, with the losses averaged over all micro-batches.
+
+        Where tasks took turns, each task's norm is that of the micro-batch it was measured in, and no Gramian exists.
+        """
+        if not self._asked or self.micro_batches == 1:
+            return self._asked[-1] if self._asked else None
+        names = self.present
+        whole = replace(self._asked[-1], tasks=tuple(names), losses=self.mean_losses(names).to(self._asked[-1].losses))
+        if self._asked[-1].tasks == whole.tasks:
+            return whole
+        norms = {
+            task: norm
+            for signals in self._asked
+            if signals.norms is not None
+            for task, norm in zip(signals.tasks, signals.norms.unbind(), strict=True)
+        }
+        found = torch.stack([norms[task] for task in names]) if norms.keys() >= set(names) else None
+        return replace(whole, norms=found, gramian=None, scores=None)
 
     def asks(self, names: Sequence[str]) -> bool:
         """Whether the weighting has yet to be asked about one of these tasks."""

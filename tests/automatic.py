@@ -14,7 +14,6 @@ from torch.nn.functional import mse_loss
 
 from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl.weighting import StaticWeights
-
 from tests.training import History, fit, loader
 from tests.weightings import fixed
 

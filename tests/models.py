@@ -208,7 +208,7 @@ KINDS = (
 )
 
 
-def _trunk_and_heads(kind: str, tasks: Sequence[str]) -> tuple[nn.Module, dict[str, nn.Module]]:  # noqa: C901
+def _trunk_and_heads(kind: str, tasks: Sequence[str]) -> tuple[nn.Module, dict[str, nn.Module]]:
     trunk: nn.Module = _mlp()
     heads: dict[str, nn.Module] = {task: nn.Linear(WIDTH, OUTPUTS) for task in tasks}
     if kind == "conv":

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.weighting import DTP, DWA, LBTW, MGDA, GradientNormBalance, GradNorm, UncertaintyWeighting
-
 from tests.gradients.oracle import assert_same, expected_update, rows_at, task_gradients
 from tests.small import Batch, batch, binary, small
 from tests.training import Steps, fit, loader

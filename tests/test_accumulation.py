@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from lightning_mtl import MultiTaskModule, Task, TaskOutput
-
 from tests.automatic import WAYS, Run, assert_same_history
 from tests.training import Steps, fit, flat_parameters, loader
 from tests.weightings import WeightedSum, fixed

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from lightning_mtl import MultiTaskModule
-from lightning_mtl.weighting import MGDA, DWA, GradNorm, UncertaintyWeighting
-
+from lightning_mtl.weighting import DWA, MGDA, GradNorm, UncertaintyWeighting
 from tests.small import batches, small
 from tests.training import History, fit, loader
 from tests.weightings import fixed
@@ -20,7 +19,7 @@ METHODS: dict[str, Any] = {
     "losses": lambda: fixed(WEIGHTS, "losses"),
     "features": lambda: fixed(WEIGHTS, "gramian", at="features", weighs_heads=False),
     "learned": lambda: UncertaintyWeighting(lr=0.1),
-    "epochs": lambda: DWA(),
+    "epochs": DWA,
     "GradNorm": lambda: GradNorm(lr=0.1),
     "MGDA-UB": lambda: MGDA(at="features"),
 }

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
 from lightning_mtl import MultiTaskModule, Task, TaskOutput
-
 from tests.small import TASKS, batch, batches, heads, regressions, small, trunk
 from tests.training import Steps, fit, flat_parameters, loader
 

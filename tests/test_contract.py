@@ -33,8 +33,9 @@ def test_every_exported_weighting_has_a_row() -> None:
 
 
 def test_every_weighting_of_the_package_is_exported() -> None:
-    def below(cls: type[Weighting]) -> set[type[Weighting]]:
-        return {cls}.union(*(below(child) for child in cls.__subclasses__()))
+    def below(cls: type) -> set[type]:
+        children: list[type] = cls.__subclasses__()
+        return {cls}.union(*(below(child) for child in children))
 
     found = {cls for cls in below(Weighting) if cls.__module__.startswith("lightning_mtl.weighting.")}
     assert {cls.__name__ for cls in found if not inspect.isabstract(cls)} <= set(lightning_mtl.weighting.__all__)

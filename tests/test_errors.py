@@ -14,8 +14,7 @@ from torchmetrics import MeanAbsoluteError, SumMetric
 
 from lightning_mtl import MultiTaskModule, Signals, Task, TaskOutput, Weighting
 from lightning_mtl.metrics import delta_m
-from lightning_mtl.weighting import DTP, MGDA, DWA, GradNorm, StaticWeights, UncertaintyWeighting
-
+from lightning_mtl.weighting import DTP, DWA, MGDA, GradNorm, StaticWeights, UncertaintyWeighting
 from tests.small import batch, heads, regressions, small, trunk
 from tests.training import fit, loader, quiet_trainer
 from tests.weightings import WeightedSum, fixed

@@ -11,13 +11,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # type: ignore[import-untyped]
 from torch import Tensor
 
 from lightning_mtl import MultiTaskModule, Task
 from lightning_mtl.weighting import DWA, MGDA, GradNorm, StaticWeights, UncertaintyWeighting
-
 from tests.gradients.oracle import task_gradients
 from tests.models import build
 from tests.small import TASKS, batch, batches, binary, heads, small, trunk

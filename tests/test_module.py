@@ -16,7 +16,6 @@ from torch.nn.functional import mse_loss
 
 from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl.weighting import MGDA, GradNorm, StaticWeights
-
 from tests.small import TASKS, batch, batches, binary, heads, regressions, small, trunk
 from tests.training import Steps, fit, flat_parameters, loader, quiet_trainer
 from tests.weightings import WeightedSum, fixed

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_mtl import MultiTaskModule, Task
-
 from tests.automatic import WEIGHTS, Automatic, Configure, Manual, Run, assert_same_history, batches, sgd
 from tests.training import History, fit, loader
 
@@ -81,8 +80,11 @@ def test_several_schedulers_of_one_optimizer() -> None:
 
 def test_parameter_groups_keep_their_rates() -> None:
     def configure(parameters: Iterable[Any]) -> Any:
-        found = list(parameters)
-        groups = [{"params": found[:2], "name": "trunk"}, {"params": found[2:], "name": "rest", "lr": 0.01}]
+        found: list[Any] = list(parameters)
+        groups: list[dict[str, Any]] = [
+            {"params": found[:2], "name": "trunk"},
+            {"params": found[2:], "name": "rest", "lr": 0.01},
+        ]
         optimizer = torch.optim.SGD(groups, lr=0.1)
         return [optimizer], [step_lr(optimizer)]
 

@@ -12,7 +12,6 @@ from torchmetrics import ConfusionMatrix, MeanAbsoluteError, MetricCollection
 from torchmetrics.classification import BinaryAccuracy
 
 from lightning_mtl import MultiTaskModule, Task, TaskOutput
-
 from tests.small import TASKS, Batch, batch, batches, binary, heads, small, trunk
 from tests.training import fit, loader, quiet_trainer
 

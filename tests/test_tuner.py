@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.tuner.tuning import Tuner
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mtl import MultiTaskModule, Weighting
 from lightning_mtl.weighting import DWA, MGDA, GradNorm, UncertaintyWeighting
-
 from tests.small import Batch, batch, small
 from tests.training import Steps, flat_parameters, quiet_trainer
 
-METHODS = {
+METHODS: dict[str, Callable[[], Weighting]] = {
     "GradNorm": functools.partial(GradNorm, lr=0.1),
     "MGDA": MGDA,
     "Uncertainty": functools.partial(UncertaintyWeighting, lr=0.1),
@@ -84,7 +85,7 @@ def test_lr_find(name: str, tmp_path: Path) -> None:
     rates: list[Any] = finder.results["lr"]
     assert rates[0] == pytest.approx(1e-4, rel=0.5)
     assert rates[-1] == pytest.approx(1.0, rel=0.5)
-    assert all(a < b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(rates))
     assert len({round(loss, 6) for loss in finder.results["loss"]}) > 10
     assert steps.signals == []
     trained(module, weighting, steps, trainer)

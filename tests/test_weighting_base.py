@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_mtl import Signals, Weighting
 from lightning_mtl.weighting import GradNorm, UncertaintyWeighting
-
 from tests.gradients.oracle import assert_same, expected_update, task_gradients
 from tests.small import TASKS, batch, batches, small
 from tests.training import Steps, fit, loader
@@ -91,7 +90,7 @@ def test_between_measurements_the_last_weights_serve(place: str, weighs_heads: b
     module, steps = small(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)), Steps()
     given = batch()
     gradients = task_gradients(module, given)
-    weighting = cls(at=place, every_n_steps=3, start_step=1)  # type: ignore[call-arg]
+    weighting = cls(at=place, every_n_steps=3, start_step=1)
     fit(module, loader(*[given] * 6), callbacks=[weighting, steps])
     expected = [[1.0, 1.0]] + [[2.0, 3.0]] * 3 + [[5.0, 6.0]] * 2
     assert [weights.tolist() for weights in steps.weights if weights is not None] == expected
@@ -142,9 +141,14 @@ def test_state_is_cut_to_the_present_tasks() -> None:
 def test_state_survives_a_weigh_that_fails() -> None:
     weighting = Remembering()
     weighting.reset(["a", "b", "c"])
-    with pytest.raises(ZeroDivisionError), weighting.only([1]):
-        weighting.seen = weighting.seen + 5
-        _ = 1 / 0
+
+    def failing() -> None:
+        with weighting.only([1]):
+            weighting.seen = weighting.seen + 5
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
     assert weighting.seen.tolist() == [0.0, 5.0, 0.0]
 
 

@@ -54,8 +54,8 @@ class FAMO(Weighting):
         gamma: γ, how strongly the logits are drawn to 0; the official code's default, its scripts use 0.001 to 0.01.
         losses_after: Where D' comes from. ``"forward"`` passes each batch a second time, without gradients, after the
             step, as the official code does; it costs a forward pass, and BatchNorm's buffers, metrics and random
-            numbers do not notice. ``"next_batch"`` is free: the next batch's losses serve, the same to first order but
-            for the difference between batches.
+            numbers do not notice; only what an overridden ``task_losses`` logs is logged twice. ``"next_batch"`` is
+            free: the next batch's losses serve, the same but for the difference between batches.
         min_losses: ``{task: b}``, the lowest loss a task can have; tasks not named have 0. Losses must not be lower.
         importance: ``{task: factor}``, multiplied into the weights.
         start_step: Optimizer steps with equal weights before.

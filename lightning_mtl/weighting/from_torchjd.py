@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
@@ -61,9 +62,8 @@ class FromTorchJD(Weighting):
     ) -> None:
         super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
         found = type(weighting).__name__
-        # TorchJD's own names tell its classes apart, so that it need not be installed for the others.
-        if type(weighting).__module__.startswith("torchjd.") and hasattr(weighting, "weighting"):
-            weighting = getattr(weighting, "gramian_weighting", None)  # type: ignore[assignment]  # refused below
+        if "torchjd" in sys.modules:
+            weighting = _of_gramian(weighting)
         if isinstance(weighting, type) or not callable(weighting):
             raise TypeError(
                 f"FromTorchJD(weighting=...) takes an instance of a TorchJD weighting over the Gramian, such as "
@@ -82,3 +82,13 @@ class FromTorchJD(Weighting):
     def update(self, signals: Signals) -> None:
         """Go on to the next step's random numbers."""
         self.advance("random")
+
+
+def _of_gramian(weighting: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The weighting inside one of TorchJD's aggregators; None where an aggregator has none over the Gramian."""
+    from torchjd.aggregation import Aggregator  # Optional: it is installed, for somebody has imported it.
+
+    found: Callable[[Tensor], Tensor] = (
+        getattr(weighting, "gramian_weighting", None) if isinstance(weighting, Aggregator) else weighting  # type: ignore[assignment]
+    )
+    return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import lightning_mtl.weighting
-from lightning_mtl import TaskOutput, Weighting
+from lightning_mtl import Aggregator, TaskOutput, Weighting
 from lightning_mtl.weighting import DTP, MGDA, GradientNormBalance, GradNorm, UncertaintyWeighting
 from tests.contract import inverse_norms
 from tests.distributed.data import Faces, Part, Pattern, Trunk
@@ -40,8 +40,8 @@ class Case:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     automatic: bool = False
     """Lightning's automatic optimization; ``accumulate_grad_batches`` then goes to the Trainer."""
-    batches: int = 8
-    epochs: int = 3
+    batches: int = 21
+    epochs: int = 1
     validates: bool = False
 
 
@@ -58,11 +58,11 @@ class Broken(torch.autograd.Function):
 
 
 class BrokenLoss(Faces):
-    """A task whose loss is not a number on the rank that holds the batch's second sample, in one step of eight."""
+    """A task whose loss is not a number on the rank that holds the batch's second sample, in one step of seven."""
 
     def _part_losses(self, part: Part) -> dict[str, TaskOutput]:
         outputs = super()._part_losses(part)
-        if self.trainer.fit_loop.epoch_loop.batch_idx == 4 and self._is_mine(part):
+        if self.trainer.fit_loop.epoch_loop.batch_idx % 7 == 4 and self._is_mine(part):
             outputs["pose"].loss = self.broken(outputs["pose"].loss)
         return outputs
 
@@ -92,20 +92,27 @@ def _constructor(name: str, cls: type[Weighting], **more: Any) -> Callable[[], W
 
 
 def weighting_cases() -> dict[str, Case]:
-    """Each exported weighting as it comes, and at the other places where it may measure."""
-    cases = {}
+    """Each exported weighting, over several epochs."""
+    return {name: Case(_constructor(name, cls), batches=7, epochs=3) for name, cls in exported().items()}
+
+
+def place_cases() -> dict[str, Case]:
+    """The places that no weighting has for its default, for one weighting of each kind."""
+    found, kinds = {}, set()
     for name, cls in exported().items():
-        cases[name] = Case(_constructor(name, cls))
         default = inspect.signature(cls).parameters.get("at")
-        for place in PLACES if default is not None and cls.measures != "losses" else ():
-            if place == default.default or (name, place) == ("GradDrop", "features"):
-                continue  # The latter draws a number for each sample, and a rank has not the samples of one process.
-            try:
-                cls(**(ARGUMENTS.get(name, {}) | {"at": place}))
-            except ValueError:
-                continue  # not there, as its constructor says
-            cases[f"{name} at {place}"] = Case(_constructor(name, cls, at=place))
-    return cases
+        kind = (cls.measures, cls.weighs_heads)
+        if default is None or cls.measures == "losses" or issubclass(cls, Aggregator) or kind in kinds:
+            continue
+        kinds.add(kind)
+        found.update(
+            {
+                f"{name} at {place}": Case(_constructor(name, cls, at=place))
+                for place in PLACES
+                if place != default.default
+            }
+        )
+    return found
 
 
 # One method for each way in which weights reach the gradients.
@@ -122,17 +129,17 @@ OTHER_WAYS: dict[str, Callable[[], Weighting | None]] = {
     "aggregated features": lambda: WeightedSum(UNLIKE, at="features"),
     "weights of the trunk alone": lambda: fixed(UNLIKE, "losses", weighs_heads=False),
 }
-ACCUMULATED = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5}
+ACCUMULATED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
 
 
 def cases(flavour: str) -> dict[str, Case]:
     """The whole table; what does not depend on the flavour of DDP is left to the default one."""
-    table = weighting_cases() if flavour == "default" else {k: Case(_constructor(k, c)) for k, c in exported().items()}
+    table = weighting_cases()
     ways = WAYS | OTHER_WAYS if flavour == "default" else WAYS
     for way, make in ways.items():
-        table[f"{way}, accumulated"] = Case(make, arguments=ACCUMULATED, batches=21, epochs=3)
+        table[f"{way}, accumulated"] = Case(make, arguments=ACCUMULATED, batches=41)
         table[f"{way}, each task its loader"] = Case(make, "loaders")
-    return table | _default_only() if flavour == "default" else table
+    return table | place_cases() | _default_only() if flavour == "default" else table
 
 
 def _default_only() -> dict[str, Case]:
@@ -140,8 +147,8 @@ def _default_only() -> dict[str, Case]:
     for way, make in WAYS.items():
         table[f"{way}, complete"] = Case(make, "complete", validates=True)
         table[f"{way}, uncounted"] = Case(make, "uncounted")
-        table[f"{way}, loss not finite"] = Case(make, "complete", module=BrokenLoss)
-        table[f"{way}, gradient not finite"] = Case(make, "complete", module=BrokenGradient)
+        table[f"{way}, loss not finite"] = Case(make, "complete", module=BrokenLoss, batches=24)
+        table[f"{way}, gradient not finite"] = Case(make, "complete", module=BrokenGradient, batches=24)
         if way != "layer":  # whose last layer would be one task's own
             table[f"{way}, a branch a task"] = Case(make, trunk="branches")
         if way != "rows":
@@ -149,7 +156,7 @@ def _default_only() -> dict[str, Case]:
     table["now and then"] = Case(lambda: MGDA(every_n_steps=3, start_step=2))
     table["validation counts"] = Case(lambda: DTP("accuracy"), validates=True)
     for name, arguments in (("", {}), (", accumulated", {"accumulate_grad_batches": 3})):
-        norm = Case(MGDA, "complete", "batch norm", arguments=arguments, batches=21, epochs=1)
+        norm = Case(MGDA, "complete", "batch norm", arguments=arguments)
         table[f"buffers of rows{name}"] = norm
         for automatic in (False, True):
             mode = "automatic" if automatic else "manual"

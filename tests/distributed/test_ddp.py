@@ -70,19 +70,19 @@ def complaints(case: Case, ranks: list[dict[str, Any]], alone: dict[str, Any]) -
     alike = ["parameters", "weights", "state", "metrics", "steps", "ungraded"]
     for other in others:
         yield from (f"the ranks differ in {key}" for key in alike if not _all_close(first[key], other[key], 0.0))
-    if alone["steps"] < 20:
-        yield f"{alone['steps']} steps are too few"
     if not torch.isfinite(first["parameters"]).all():
         yield "parameters are not finite"
     if case.trunk == "batch norm":  # each rank normalises by its own samples
         return
+    if alone["steps"] < 20:
+        yield f"{alone['steps']} steps are too few"
     compared = ["parameters", "weights", "state", "steps"]
     # Means over an epoch count samples, or leave out what is not finite, on each rank.
     compared += ["metrics"] if case.pattern in ("complete", "counted") and case.module is Faces else []
     for key in compared:
         if not _all_close(first[key], alone[key], TOLERANCE):
             yield f"{key} are not those of one process, but {_distance(first[key], alone[key]):.0e} away"
-    if case.arguments.get("accumulate_grad_batches", 1) == 1:
+    if case.module is Faces and not case.arguments:  # a step of its own for every batch
         for name, trained in (("one process", alone), ("the ranks", first)):
             wrong = [step for step, tasks in enumerate(trained["ungraded"]) if tasks != _nobody_has(case, step)]
             if wrong:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.gradients.inject import inject
-
 from tests.models import Features, Pair, tensors_in
 
 

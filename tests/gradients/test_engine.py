@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl import Weighting
-
 from tests.gradients.oracle import (
     Gradients,
     assert_same,

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_mtl import Aggregator, MultiTaskModule, Signals, Task
-
 from tests.training import fit, loader
 from tests.weightings import fixed
 
@@ -48,7 +47,7 @@ class Alive(TorchDispatchMode):
     """Counts the bytes of all tensors made by any operation, forward or backward, while something holds them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
         self.highest = 0
 
@@ -72,7 +71,7 @@ def peak(module: pl.LightningModule, batch: Any, callbacks: list[Any]) -> int:
     """The most bytes alive at once during a fit, beyond those before."""
     with Alive() as alive:
         fit(module, loader(*[batch] * BATCHES), callbacks=callbacks)
-    return alive.highest
+    return int(alive.highest)
 
 
 class Halves(Aggregator):

@@ -129,7 +129,7 @@ def test_the_second_forward_pass_leaves_no_trace(accumulate: int) -> None:
     for way in ("forward", "next_batch"):
         module = noisy(accumulate_grad_batches=accumulate)
         torch.manual_seed(0)
-        trainer = fit(module, loader(*batches(6, 7, 8, 9)), callbacks=[Ignoring(losses_after=way)])  # type: ignore[arg-type]
+        trainer = fit(module, loader(*batches(6, 7, 8, 9)), callbacks=[Ignoring(losses_after=way)])
         found[way] = module.state_dict() | {"random": torch.rand(3), "error": trainer.callback_metrics["loss_epoch/a"]}
     for name, value in found["forward"].items():
         assert torch.equal(value, found["next_batch"][name]), name

@@ -9,7 +9,7 @@ from torch.nn.functional import mse_loss
 from lightning_mtl.solvers.adam import AdamState, adam_step
 from lightning_mtl.weighting import GradNorm, UncertaintyWeighting
 from tests.contract import ask, course, names, run, signals
-from tests.gradients.oracle import task_gradients
+from tests.gradients.oracle import rows_at, task_gradients
 from tests.small import batches, small
 from tests.training import Steps, fit, loader
 
@@ -48,12 +48,8 @@ def test_gradnorm_clamps_before_it_renormalises() -> None:
 
 def test_gradnorm_in_a_fit_measures_the_last_layer() -> None:
     module, steps, given = small(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)), Steps(), batches(4, 3)
-    expected = []
-    for one in given:
-        rows = task_gradients(module, one)
-        pieces = [[row["trunk.2.weight"], row["trunk.2.bias"]] for row in rows.values()]
-        norms = [torch.cat([p.flatten() for p in row if p is not None]).norm() for row in pieces]
-        expected.append(torch.stack(norms))
+    layer = [p for name, p in module.named_parameters() if name.startswith("trunk.2.")]
+    expected = [rows_at(module, task_gradients(module, one), layer).norm(dim=1) for one in given]
     fit(module, loader(*given), callbacks=[GradNorm(), steps])
     for found, norms in zip(steps.signals, expected, strict=True):
         assert found.norms is not None

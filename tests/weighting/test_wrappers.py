@@ -13,7 +13,9 @@ from lightning_mtl.weighting import (
     CRMOGM,
     DTP,
     IMTL,
+    IMTLG,
     MGDA,
+    AlignedMTL,
     FromTorchJD,
     GradDrop,
     GradNorm,
@@ -114,7 +116,7 @@ def test_hooks_reach_the_wrapped_method() -> None:
         (lambda: CRMOGM(MGDA(start_step=1)), ValueError, "pass them to CRMOGM"),
         (lambda: CRMOGM(MGDA(total=1.0)), ValueError, "pass them to CRMOGM"),
         (lambda: FromTorchJD(3), TypeError, r"takes an instance of a TorchJD weighting .* found int"),  # type: ignore[arg-type]
-        (lambda: FromTorchJD(MGDA), TypeError, r"lightning-mtl\[torchjd\]"),
+        (lambda: FromTorchJD(MGDA), TypeError, r"lightning-mtl\[torchjd\]"),  # type: ignore[arg-type]
     ],
 )
 def test_arguments(make: Any, error: type[Exception], message: str) -> None:
@@ -138,13 +140,15 @@ def test_random_numbers_come_from_the_callbacks_generator() -> None:
 
 def test_torchjd() -> None:
     aggregation = pytest.importorskip("torchjd.aggregation")
-    steps = course(3, steps=4)
-    for weighting in (aggregation.UPGradWeighting(), aggregation.UPGrad()):
-        rows = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+    rows = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+    for weighting in (aggregation.AlignedMTLWeighting(), aggregation.AlignedMTL()):
         found = FromTorchJD(weighting).weigh(signals(torch.ones(2), rows))
-        torch.testing.assert_close(found, torch.tensor([1.1109, 0.7894], dtype=torch.float64), rtol=0.0, atol=1e-3)
-    random = aggregation.PCGradWeighting
+        torch.testing.assert_close(found, AlignedMTL().weigh(signals(torch.ones(2), rows)))
+    found = FromTorchJD(aggregation.IMTLGWeighting()).weigh(signals(torch.ones(2), rows))
+    torch.testing.assert_close(found, IMTLG().weigh(signals(torch.ones(2), rows)))
+    steps, random = course(3, steps=4), aggregation.PCGradWeighting
     assert torch.equal(run(FromTorchJD(random()), steps, names(3)), run(FromTorchJD(random()), steps, names(3)))
     fit(small(), loader(batch()), callbacks=[FromTorchJD(aggregation.MGDAWeighting(), at="features")])
-    with pytest.raises(TypeError, match="found WeightedAggregator"):
-        FromTorchJD(aggregation.WeightedAggregator(aggregation.ConstantWeighting(torch.ones(2))))
+    for unfit in (aggregation.WeightedAggregator(aggregation.SumWeighting()), aggregation.GradDrop()):
+        with pytest.raises(TypeError, match=f"found {type(unfit).__name__}"):
+            FromTorchJD(unfit)
