@@ -20,6 +20,10 @@ class Declared(NamedTuple):
     on_cpu: bool = False
 
 
+# Methods find each other's states in a checkpoint by it.
+_KEY = "lightning_mtl.Weighting:"
+
+
 class TaskState(Callback):
     """The part of a weighting that remembers."""
 
@@ -105,17 +109,32 @@ class TaskState(Callback):
             for name, value in whole.items():
                 setattr(self, name, value.index_put(cut[name], getattr(self, name)))
 
-    # Checkpoints. One key for all weightings, so that a checkpoint of another method is noticed.
+    # Checkpoints.
 
     @property
     def state_key(self) -> str:
-        """The key of every weighting's state in a checkpoint."""
-        return "lightning_mtl.Weighting"
+        """The key of the state in a checkpoint."""
+        return f"{_KEY}{type(self).__name__}"
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a checkpoint that another method has written.
+
+        Raises:
+            ValueError: Naming both methods.
+        """
+        written = [key.removeprefix(_KEY) for key in checkpoint.get("callbacks", {}) if key.startswith(_KEY)]
+        name = type(self).__name__
+        if written and name not in written:
+            raise ValueError(
+                f"The checkpoint was written with {written[0]}, the Trainer holds {name}; "
+                f"resume with {written[0]}, or load the model's weights alone to go on with {name}."
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the method's name, the tasks' names and the declared states."""
+        """What a checkpoint keeps: the tasks' names and the declared states."""
         return {
-            "weighting": type(self).__name__,
             "tasks": list(self.tasks),
             "state": {name: getattr(self, name).detach().clone() for name in self._states},
         }
@@ -124,14 +143,9 @@ class TaskState(Callback):
         """Restore what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: If the state is another method's, or of other tasks.
+            ValueError: If the state is of other tasks, or of other arguments.
         """
         name = type(self).__name__
-        if state_dict["weighting"] != name:
-            raise ValueError(
-                f"The checkpoint was written with {state_dict['weighting']}, the Trainer holds {name}; "
-                f"resume with {state_dict['weighting']}, or load the model's weights alone to go on with {name}."
-            )
         if self.tasks and state_dict["tasks"] != list(self.tasks):
             raise ValueError(
                 f"The checkpoint's {name} balanced the tasks {state_dict['tasks']}, the module has {list(self.tasks)}; "

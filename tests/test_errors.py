@@ -227,14 +227,13 @@ def test_optimizers(configure: Any, message: tuple[str, ...]) -> None:
     ("callbacks", "message"),
     [
         ([GradNorm(), MGDA()], ("The Trainer holds 2 weightings, GradNorm and MGDA; keep one",)),
-        ([GradNorm(), GradNorm()], ("2 weightings, GradNorm and GradNorm",)),
         ([GradNorm(importance={"c": 1.0})], ("GradNorm(importance=...) names ['c'], but the tasks are ['a', 'b']",)),
         ([StaticWeights({"c": 1.0})], ("StaticWeights names the tasks ['c']", "['a', 'b']")),
         ([UncertaintyWeighting({"c": "regression"})], ("UncertaintyWeighting(kinds=...) names ['c']", "['a', 'b']")),
         ([DTP("accuracy")], ("DTP(metric='accuracy')", "metrics of task 'a', []", "MetricCollection")),
     ],
 )
-def test_weightings_of_another_module(callbacks: list[Any], message: tuple[str, ...]) -> None:
+def test_refused_weightings(callbacks: list[Any], message: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=says(*message)):
         fit(small(), loader(batch()), callbacks=callbacks)
 
@@ -289,3 +288,9 @@ def test_what_automatic_optimization_rules_out(arguments: Any, weighting: Any, m
 def test_several_evaluation_loaders() -> None:
     with pytest.raises(ValueError, match=says("Several evaluation loaders", "CombinedLoader", "max_size")):
         quiet_trainer().validate(small(), [loader(batch()), loader(batch())], verbose=False)
+
+
+def test_two_of_one_weighting() -> None:
+    # Lightning itself sees that they would share a place in the checkpoint.
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `GradNorm`"):
+        fit(small(), loader(batch()), callbacks=[GradNorm(), GradNorm()])

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_mtl.gradients.heads import differentiate_heads
+from lightning_mtl.gradients.heads import HeadPasses
 from lightning_mtl.gradients.inject import inject
 from lightning_mtl.gradients.inner_products import gramian, row_norms
 from lightning_mtl.gradients.micro_batch import (
@@ -51,7 +51,7 @@ def feature_objective(
         The weighted sum of the losses plus the penalty, with that backward pass.
     """
     num_tasks = len(batch.losses)
-    every_head = differentiate_heads(batch)
+    every_head = HeadPasses(batch).all()
     heads, penalty_heads = every_head[:num_tasks], every_head[num_tasks:]
     used = [
         i

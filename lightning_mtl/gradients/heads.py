@@ -26,44 +26,55 @@ class HeadGradients:
     parameters: dict[Tensor, Tensor]
 
 
-def differentiate_heads(batch: MicroBatch) -> list[HeadGradients]:
-    """Differentiate every loss down to the cut.
-
-    Losses that share nothing above the cut are done in a single pass; otherwise each takes a pass of its own, through
-    what it depends on and no more.
+class HeadPasses:
+    """The backward passes from the losses down to the cut, each through what its loss depends on and no more.
 
     Args:
-        batch: The losses, the penalty and the cut; a loss without a graph has no gradients.
-
-    Returns:
-        One :class:`HeadGradients` a loss, and a last one for the penalty, if there is one.
+        batch: The losses, the penalty and the cut; a loss without a graph has no gradients. The penalty comes last.
 
     Raises:
         ValueError: If a loss does not depend on the trunk's output, naming the task.
     """
-    losses = [*batch.losses] if batch.penalty is None else [*batch.losses, batch.penalty]
-    seeds = _seeds(batch, losses)
-    reached = [list(reached_leaves([loss])) for loss in losses]
-    everything = [leaf for leaves in reached for leaf in leaves]
-    if len(set(everything)) == len(everything):
-        with_graph = [index for index, leaves in enumerate(reached) if leaves]
-        pooled = (
-            torch.autograd.grad([losses[i] for i in with_graph], everything, [seeds[i] for i in with_graph])
-            if everything
-            else ()
-        )
-        remaining = iter(pooled)
-        found = [[next(remaining) for _ in leaves] for leaves in reached]
-    else:
-        found = [
-            list(torch.autograd.grad(loss, leaves, seeds[index], retain_graph=index < len(losses) - 1))
-            if leaves
-            else []
-            for index, (loss, leaves) in enumerate(zip(losses, reached, strict=True))
-        ]
-    heads = [_sort(leaves, gradients, batch.cut) for leaves, gradients in zip(reached, found, strict=True)]
-    _check_reaches_trunk(batch, heads)
-    return heads
+
+    def __init__(self, batch: MicroBatch) -> None:
+        self._batch = batch
+        self._losses = [*batch.losses] if batch.penalty is None else [*batch.losses, batch.penalty]
+        self._seeds = _seeds(batch, self._losses)
+        self._reached = [list(reached_leaves([loss])) for loss in self._losses]
+        self.everything = [leaf for leaves in self._reached for leaf in leaves]
+        self.disjoint = len(set(self.everything)) == len(self.everything)
+        for index, name in enumerate(batch.names):
+            if name not in batch.absent and not self.reaches_trunk(index):
+                raise ValueError(
+                    f"The loss of task {name!r} does not depend on the trunk's output, so its shared gradient cannot "
+                    "be measured. Compute it from what self.trunk(...) or self(...) returned in this step, undetached; "
+                    "or leave the task out of the losses of a batch that has no label for it."
+                )
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    def reaches_trunk(self, index: int) -> bool:
+        """Whether a loss depends on the trunk's output."""
+        return any(leaf in self._batch.cut.leaves for leaf in self._reached[index])
+
+    def one(self, index: int) -> HeadGradients:
+        """Differentiate one loss; the graph is kept while others may need parts of it."""
+        leaves = self._reached[index]
+        if not leaves:
+            return _sort([], [], self._batch.cut)
+        keeps = not self.disjoint and index < len(self) - 1
+        gradients = torch.autograd.grad(self._losses[index], leaves, self._seeds[index], retain_graph=keeps)
+        return _sort(leaves, gradients, self._batch.cut)
+
+    def all(self) -> list[HeadGradients]:
+        """Differentiate all losses, in a single pass where they share nothing above the cut."""
+        if not self.disjoint or not self.everything:
+            return [self.one(index) for index in range(len(self))]
+        with_graph = [index for index, leaves in enumerate(self._reached) if leaves]
+        losses, seeds = [self._losses[i] for i in with_graph], [self._seeds[i] for i in with_graph]
+        remaining = iter(torch.autograd.grad(losses, self.everything, seeds))
+        return [_sort(leaves, [next(remaining) for _ in leaves], self._batch.cut) for leaves in self._reached]
 
 
 def _seeds(batch: MicroBatch, losses: Sequence[Tensor]) -> list[Tensor | None]:
@@ -76,17 +87,7 @@ def _seeds(batch: MicroBatch, losses: Sequence[Tensor]) -> list[Tensor | None]:
     return [factor.to(loss.dtype) for factor, loss in zip(factors.unbind(), losses, strict=True)]
 
 
-def _check_reaches_trunk(batch: MicroBatch, heads: Sequence[HeadGradients]) -> None:
-    for name, head in zip(batch.names, heads, strict=False):
-        if name not in batch.absent and all(cotangent is None for cotangent in head.cotangents):
-            raise ValueError(
-                f"The loss of task {name!r} does not depend on the trunk's output, so its shared gradient cannot be "
-                "measured. Compute it from what self.trunk(...) or self(...) returned in this step, undetached; or "
-                "leave the task out of the losses of a batch that has no label for it."
-            )
-
-
-def _sort(leaves: list[Tensor], gradients: list[Tensor], cut: FeatureCut) -> HeadGradients:
+def _sort(leaves: Sequence[Tensor], gradients: Sequence[Tensor], cut: FeatureCut) -> HeadGradients:
     cotangents: list[Tensor | None] = [None] * len(cut.outputs)
     parameters: dict[Tensor, Tensor] = {}
     for leaf, gradient in zip(leaves, gradients, strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_mtl.gradients.feature_update import Wanted, gradients_from_cut, in_full_precision
 from lightning_mtl.gradients.graph import reached_leaves
-from lightning_mtl.gradients.heads import differentiate_heads
+from lightning_mtl.gradients.heads import HeadPasses
 from lightning_mtl.gradients.inject import inject
 from lightning_mtl.gradients.micro_batch import (
     Decide,
@@ -52,10 +52,11 @@ class RowUpdate:
 
     def add(self, batch: MicroBatch, penalty_factor: float, *, last: bool) -> None:
         """Differentiate one micro-batch; in the last one, each row travels while the next is computed."""
-        heads = differentiate_heads(batch)
+        heads = HeadPasses(batch)
         upstream = list(reached_leaves(batch.cut.outputs))
-        needs_trunk = [index for index, head in enumerate(heads) if any(c is not None for c in head.cotangents)]
-        for index, head in enumerate(heads):
+        needs_trunk = [index for index in range(len(heads)) if heads.reaches_trunk(index)]
+        for index in range(len(heads)):
+            head = heads.one(index)  # one at a time, so that one task's gradient at the cut is held at once
             gradients = dict(head.parameters)
             if index in needs_trunk:
                 found = gradients_from_cut(

@@ -88,15 +88,17 @@ class CRMOGM(Weighting):
         self.measures, self.weighs_heads = weighting.measures, weighting.weighs_heads  # type: ignore[misc]
         self.takes_logarithms, self.step_metric = weighting.takes_logarithms, weighting.step_metric
         self.wants_losses_after = weighting.wants_losses_after
+        # What becomes the average once the step is taken: a state, because tasks may be asked about one by one.
         self.add_state("average", torch.tensor(torch.nan))
+        self.add_state("coming", torch.tensor(torch.nan))
         self.average: Tensor
-        self._newest_average: Tensor | None = None
+        self.coming: Tensor
 
     def weigh(self, signals: Signals) -> Tensor:
         """Mix the wrapped method's weights into the mean."""
         newest = self.weighting.weigh(signals).to(self.average)
-        self._newest_average = crmogm_weights(self.average, newest, self.alpha)
-        return self._newest_average
+        self.coming = crmogm_weights(self.average, newest, self.alpha)
+        return self.coming
 
     def head_weights(self) -> Tensor | None:
         """Ask the wrapped method, whose numbers for the heads are not smoothed."""
@@ -104,9 +106,8 @@ class CRMOGM(Weighting):
 
     def update(self, signals: Signals) -> None:
         """Keep the mean, and let the wrapped method update its state."""
-        if self._newest_average is not None:
-            self.average = self._newest_average
-            self._newest_average = None
+        self.average = torch.where(self.coming.isnan(), self.average, self.coming)
+        self.coming = torch.full_like(self.coming, torch.nan)
         self.weighting.update(signals)
 
     # What reaches a Trainer's callbacks, and their state, reaches the wrapped method through this one.

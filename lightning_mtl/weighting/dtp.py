@@ -108,8 +108,9 @@ class DTP(Weighting):
         """Take in the validation's performance."""
         if self.stage == "train" or trainer.sanity_checking or not self.tasks:
             return
-        values = [trainer.callback_metrics.get(f"val/{self.metric}/{task}") for task in self.tasks]
-        newest = self.performance.new_tensor([torch.nan if value is None else float(value) for value in values])
+        # Not from the Trainer's metrics: those keep an earlier validation's value of a task that this one lacked.
+        scores: dict[str, dict[str, float]] = pl_module.recorder.scores["val"]  # type: ignore[union-attr,index,assignment]
+        newest = self.performance.new_tensor([scores.get(k, {}).get(self.metric, torch.nan) for k in self.tasks])
         self.performance = self._moved(self.performance, newest)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

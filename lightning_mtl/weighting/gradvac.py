@@ -105,20 +105,22 @@ class GradVac(Weighting):
             raise ValueError(f"GradVac(beta={beta}) must be at least 0 and at most 1.")
         self.beta = beta
         self.add_generator("random", seed)
-        self.add_state("targets", torch.tensor(0.0, dtype=torch.float64), per_pair=True)
+        self.add_state("targets", torch.tensor(0.0), per_pair=True)
+        self.add_state("cosines", torch.tensor(torch.nan), per_pair=True)
         self.targets: Tensor
-        self._cosines: Tensor | None = None
+        self.cosines: Tensor
 
     def weigh(self, signals: Signals) -> Tensor:
         """Turn the gradients in this step's orders."""
         assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
         orders = random_orders(signals.num_tasks, self.random_numbers("random"))
-        weights, self._cosines = gradvac_weights(signals.gramian, self.targets, orders)
+        weights, cosines = gradvac_weights(signals.gramian, self.targets, orders)
+        self.cosines = cosines.to(self.cosines)
         return weights
 
     def update(self, signals: Signals) -> None:
-        """Move the targets towards the step's cosines, if it measured any, and go on to the next step's orders."""
-        if self._cosines is not None:
-            self.targets = torch.lerp(self.targets, self._cosines.to(self.targets), self.beta)
-            self._cosines = None
+        """Move the targets towards the step's cosines, where it measured some, and go on to the next step's orders."""
+        moved = torch.lerp(self.targets, self.cosines, self.beta)
+        self.targets = torch.where(self.cosines.isnan(), self.targets, moved)
+        self.cosines = torch.full_like(self.cosines, torch.nan)
         self.advance("random")

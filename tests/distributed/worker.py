@@ -5,10 +5,12 @@ python -m tests.distributed.worker FLAVOUR RANK RENDEZVOUS RESULT
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -26,11 +28,12 @@ from tests.training import flat_parameters, loader
 
 RANKS = 2
 COLLECTIVE_SECONDS = 20
-FLAVOURS: dict[str, dict[str, bool]] = {
-    "default": {},
-    "find_unused_parameters": {"find_unused_parameters": True},
-    "static_graph": {"static_graph": True},
-    "gradient_as_bucket_view": {"gradient_as_bucket_view": True},
+DDP = functools.partial(DDPStrategy, process_group_backend="gloo")
+FLAVOURS: dict[str, Callable[[], Strategy]] = {
+    "default": DDP,
+    "find_unused_parameters": functools.partial(DDP, find_unused_parameters=True),
+    "static_graph": functools.partial(DDP, static_graph=True),
+    "gradient_as_bucket_view": functools.partial(DDP, gradient_as_bucket_view=True),
 }
 
 
@@ -59,10 +62,6 @@ class Diary(Monitor):
         self.weights.append(applied)
 
 
-def strategy(flavour: str) -> Strategy | str:
-    return "auto" if flavour == "single" else DDPStrategy(process_group_backend="gloo", **FLAVOURS[flavour])
-
-
 def parts_for(case: Case, rank: int, ranks: int) -> DataLoader[Any]:
     """A rank's loader; one process stands for two ranks where the mean over ranks is what counts."""
     whole = batches(case.batches, case.pattern)
@@ -86,7 +85,7 @@ def train(case: Case, flavour: str, rank: int = 0) -> dict[str, Any]:
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy=strategy(flavour),
+        strategy="auto" if flavour == "single" else FLAVOURS[flavour](),
         max_epochs=case.epochs,
         callbacks=[diary, *([] if weighting is None else [weighting])],
         logger=False,
@@ -120,7 +119,7 @@ def main(flavour: str, rank: str, rendezvous: str, result: str) -> None:
     )
     trained = {}
     for name, case in cases(flavour).items():
-        print(name, flush=True)  # noqa: T201 - the last line before an error
+        sys.stderr.write(f"{name}\n")
         trained[name] = train(case, flavour, int(rank))
     torch.save(trained, result)
     dist.destroy_process_group()
