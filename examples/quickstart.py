@@ -41,10 +41,14 @@ from multi_digits import TASKS, Splits, load_splits
 
 # Methods that need, or are better off with, arguments.
 ARGUMENTS: dict[str, dict[str, object]] = {
+    "CRMOGM": {"weighting": methods.MGDA()},
     "DTP": {"metric": "accuracy"},
     "StaticWeights": {"weights": {"left": 1.5, "right": 0.5}},
     "UncertaintyWeighting": {"kinds": dict.fromkeys(TASKS, "classification")},
 }
+
+# A method of another library has to be constructed first.
+CHOICES = sorted(set(methods.__all__) - {"FromTorchJD"})
 
 
 class TwoDigits(MultiTaskModule):
@@ -203,7 +207,7 @@ def compare(name: str, found: Sequence[Scores], other: str, baseline: Sequence[S
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Left and right digit of two overlaid scans, learned together.")
     folder = os.environ.get("LIGHTNING_MTL_DATA")
-    parser.add_argument("--weighting", default="GradNorm", choices=sorted(methods.__all__), help="default: GradNorm")
+    parser.add_argument("--weighting", default="GradNorm", choices=CHOICES, help="default: GradNorm")
     parser.add_argument("--epochs", type=positive, default=6, help="passes over the training pairs; default: 6")
     parser.add_argument("--seed", type=int, default=0, help="the first seed: split, pairs, weights and order")
     parser.add_argument("--repeats", type=positive, help="seeds to repeat it all with; default: 3, for MultiMNIST 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -44,6 +45,7 @@ class Optimization:
     def __init__(self) -> None:
         self.window: Window | None = None
         self._closed: Window | None = None
+        self._drops = False
         self.skipped = SkippedSteps()
         self._matrix: Rows | None = None
 
@@ -95,6 +97,14 @@ class Optimization:
         if module.automatic_optimization and self._closed is not None:
             forget_unreached(module, self._closed)
             self._closed = None
+
+    def before_automatic_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the gradients away from an optimizer that Lightning steps whatever they are."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [parameter.grad for parameter in parameters]
+        if self._drops or (gradients and not math.isfinite(float(torch.nn.utils.get_total_norm(gradients)))):
+            for parameter in parameters:
+                parameter.grad = None
 
     def _open(self, module: MultiTaskModule, size: int) -> Window:
         trainer, weighting = module.trainer, module.weighting()
@@ -233,6 +243,7 @@ class Optimization:
             forget_unreached(module, window)
         signals = window.summary()
         finite = self.skipped.check(module, signals)
+        self._drops = not finite
         if not module.automatic_optimization:
             self._step(module, finite=finite)
         if not finite or signals is None:
@@ -261,7 +272,8 @@ class Optimization:
                 optimizer.step()
         else:
             optimizer.zero_grad()
-        step_schedulers(module, module.schedules, "step", plateau=False)
-        if module.trainer.is_last_batch:
-            step_schedulers(module, module.schedules, "epoch", plateau=False)
-        module.recorder.plateau_due()
+        trainer = module.trainer
+        step_schedulers(module, module.schedules, "step", trainer.fit_loop.epoch_loop.batch_idx, plateau=False)
+        if trainer.is_last_batch:
+            step_schedulers(module, module.schedules, "epoch", trainer.current_epoch, plateau=False)
+        module.recorder.plateau_due("step", trainer.fit_loop.epoch_loop.batch_idx)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MetricCollection
@@ -46,12 +46,12 @@ class LossMeans:
             self.totals.index_add_(0, index, (losses * samples).to(self.totals))
             self.counts.index_add_(0, index, torch.ones_like(losses).mul(samples).to(self.totals))
 
-    def means(self, module: pl.LightningModule) -> list[float]:
-        """The mean losses over all ranks, nan for a task without a sample, and begin anew."""
+    def means(self, module: pl.LightningModule) -> list[float | None]:
+        """The mean losses over all ranks, None for a task without a sample, and begin anew."""
         sums: Tensor = module.trainer.strategy.reduce(torch.stack([self.totals, self.counts]), reduce_op="sum")
         self.totals.zero_()
         self.counts.zero_()
-        return [total / count if count else math.nan for total, count in sums.T.tolist()]
+        return [total / count if count else None for total, count in sums.T.tolist()]
 
 
 def sample_counts(outputs: Sequence[TaskOutput]) -> Tensor | float:
@@ -85,7 +85,7 @@ class Recorder(Callback):
         self._vectors: Mapping[str, tuple[Sequence[str], Tensor]] = {}
         self._single: Mapping[str, Tensor] = {}
         self._unlogged = False
-        self._plateau_due = False
+        self._plateau_due: tuple[str, int] | None = None
         self._known_metrics: dict[str, Tensor] = {}
 
     # Steps
@@ -161,14 +161,24 @@ class Recorder(Callback):
         """Finish the step's gradients where Lightning has run the backward pass."""
         pl_module.optimization.after_automatic_backward(pl_module)
 
-    def plateau_due(self) -> None:
-        """Remember that schedulers which follow a metric each few steps are due once this batch's validation ran."""
-        self._plateau_due = True
+    def on_before_optimizer_step(
+        self,
+        trainer: pl.Trainer,
+        pl_module: MultiTaskModule,  # type: ignore[override]
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        """Let no step be taken on what is not finite, where Lightning takes the step."""
+        if pl_module.automatic_optimization:
+            pl_module.optimization.before_automatic_step(optimizer)
+
+    def plateau_due(self, interval: str, index: int) -> None:
+        """Remember that schedulers which follow a metric are due once it has been logged."""
+        self._plateau_due = interval, index
 
     def _step_plateau(self, module: MultiTaskModule) -> None:
-        if self._plateau_due:
-            self._plateau_due = False
-            step_schedulers(module, module.schedules, "step", plateau=True, known=self._known_metrics)
+        if self._plateau_due is not None:
+            due, self._plateau_due = self._plateau_due, None
+            step_schedulers(module, module.schedules, *due, plateau=True, known=self._known_metrics)
             self._known_metrics = {}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
@@ -176,8 +186,20 @@ class Recorder(Callback):
         if self._unlogged:
             self._log_latest(pl_module, on_step=False)
         self._log_stage(pl_module, "train", "loss_epoch")
+        if pl_module.automatic_optimization:
+            return
         self._step_plateau(pl_module)
-        step_schedulers(pl_module, pl_module.schedules, "epoch", plateau=True)
+        self.plateau_due("epoch", trainer.current_epoch)
+        if not is_overridden("on_train_epoch_end", pl_module):  # or what it logs may be what a scheduler follows
+            self._step_plateau(pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
+        """Step the schedulers that waited for what the module logged at the last epoch's end."""
+        self._step_plateau(pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
+        """Step the schedulers that still wait."""
+        self._step_plateau(pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
         """Log the validation's losses, metrics and delta_m."""
@@ -189,7 +211,7 @@ class Recorder(Callback):
 
     def _log_stage(self, module: MultiTaskModule, stage: str, loss_name: str) -> None:
         means = self.losses[stage].means(module)
-        scores = {task: {"loss": mean} for task, mean in zip(self.tasks, means, strict=True) if not math.isnan(mean)}
+        scores = {task: {"loss": mean} for task, mean in zip(self.tasks, means, strict=True) if mean is not None}
         values: dict[str, float | Tensor] = {f"{loss_name}/{task}": score["loss"] for task, score in scores.items()}
         if scores and stage != "train":
             values[f"{stage}/loss"] = sum(score["loss"] for score in scores.values())
@@ -231,7 +253,7 @@ class Recorder(Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: MultiTaskModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         """Keep the metrics that a waiting scheduler follows; Lightning does not."""
-        if self._plateau_due:
+        if self._plateau_due is not None:
             checkpoint["lightning_mtl_plateau_metrics"] = plateau_metrics(pl_module, pl_module.schedules)
 
     def on_load_checkpoint(

@@ -48,6 +48,7 @@ def step_schedulers(
     module: pl.LightningModule,
     configured: list[LRSchedulerConfig],
     interval: str,
+    index: int,
     *,
     plateau: bool,
     known: dict[str, torch.Tensor] | None = None,
@@ -58,11 +59,11 @@ def step_schedulers(
         module: Its trainer holds the schedulers.
         configured: What the user asked for; Lightning's copies have lost what manual optimization does not support.
         interval: ``"step"`` or ``"epoch"``.
+        index: The batch's place in its epoch, or the epoch.
         plateau: Step those that follow a metric, or the others.
         known: Metrics restored from a checkpoint, for a scheduler that was due when it was written.
     """
     trainer = module.trainer
-    index = trainer.fit_loop.epoch_loop.batch_idx if interval == "step" else trainer.current_epoch
     for active in trainer.lr_scheduler_configs:
         # The learning-rate finder puts a scheduler of its own in place of the user's.
         config = next((asked for asked in configured if asked.scheduler is active.scheduler), active)

@@ -48,7 +48,7 @@ class SkippedSteps:
             return True
         self.total += 1
         self.in_a_row += 1
-        culprits = "the gradients"
+        culprits = "a gradient"
         if signals is not None:
             broken = torch.isfinite(signals.losses).logical_not().tolist()
             named = [repr(task) for task, is_broken in zip(signals.tasks, broken, strict=True) if is_broken]

@@ -125,16 +125,20 @@ class TaskState(Callback):
             ValueError: Naming both methods.
         """
         written = [key.removeprefix(_KEY) for key in checkpoint.get("callbacks", {}) if key.startswith(_KEY)]
+        if written and type(self).__name__ not in written:
+            raise self._written_by(written[0])
+
+    def _written_by(self, other: str) -> ValueError:
         name = type(self).__name__
-        if written and name not in written:
-            raise ValueError(
-                f"The checkpoint was written with {written[0]}, the Trainer holds {name}; "
-                f"resume with {written[0]}, or load the model's weights alone to go on with {name}."
-            )
+        return ValueError(
+            f"The checkpoint was written with {other}, the Trainer holds {name}; "
+            f"resume with {other}, or load the model's weights alone to go on with {name}."
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the tasks' names and the declared states."""
+        """What a checkpoint keeps: the method's name, the tasks' names and the declared states."""
         return {
+            "weighting": type(self).__name__,
             "tasks": list(self.tasks),
             "state": {name: getattr(self, name).detach().clone() for name in self._states},
         }
@@ -143,9 +147,11 @@ class TaskState(Callback):
         """Restore what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: If the state is of other tasks, or of other arguments.
+            ValueError: If the state is another method's, of other tasks, or of other arguments.
         """
         name = type(self).__name__
+        if state_dict["weighting"] != name:
+            raise self._written_by(state_dict["weighting"])
         if self.tasks and state_dict["tasks"] != list(self.tasks):
             raise ValueError(
                 f"The checkpoint's {name} balanced the tasks {state_dict['tasks']}, the module has {list(self.tasks)}; "

@@ -146,8 +146,9 @@ class Window:
         signals = self.describe(names, losses, measured)
         if self.weighting is None:
             return Decision(self._keep(names, torch.ones_like(signals.losses)))
-        if measured.gramian is not None and not bool(torch.isfinite(measured.gramian).all()):
-            # No solver sees this; the gradients are as broken as their Gramian, and the step will be skipped.
+        judged = measured.norms if measured.gramian is None else measured.gramian
+        if judged is not None and not bool(torch.isfinite(judged).all()):
+            # No method sees this; the gradients are as broken as what was measured, and the step will be skipped.
             return Decision(torch.ones_like(signals.losses))
         positions = self.positions(names)
         if isinstance(self.weighting, Aggregator) and measured.rows:

@@ -73,11 +73,11 @@ def module(accumulate: int) -> Counted:
     ).double()
 
 
-def samples(number: int, unlabelled: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+def samples(number: int, unlabelled: list[int], task: str = "b") -> tuple[Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(9)
     inputs = torch.randn(number, 3, generator=generator, dtype=torch.float64)
     targets = {task: torch.randn(number, 1, generator=generator, dtype=torch.float64) for task in WEIGHTS}
-    targets["b"][unlabelled] = torch.nan
+    targets[task][unlabelled] = torch.nan
     return inputs, targets
 
 
@@ -89,14 +89,20 @@ def split(whole: tuple[Tensor, dict[str, Tensor]], sizes: list[int]) -> list[Any
 
 @pytest.mark.parametrize("aggregate", [False, True])
 @pytest.mark.parametrize(
-    ("sizes", "unlabelled"),
-    [([2, 2, 2, 2], []), ([1, 4, 3], []), ([3, 3, 2], [0, 4, 5]), ([2, 6], [0, 1])],
-    ids=["equal", "unequal", "partly labelled", "absent from the first"],
+    ("sizes", "unlabelled", "task"),
+    [
+        ([2, 2, 2, 2], [], "b"),
+        ([1, 4, 3], [], "b"),
+        ([3, 3, 2], [0, 4, 5], "b"),
+        ([2, 6], [0, 1], "b"),
+        ([2, 6], [0, 1], "a"),
+    ],
+    ids=["equal", "unequal", "partly labelled", "b later", "a later"],
 )
 def test_rows_of_micro_batches_are_those_of_one_large_batch(
-    sizes: list[int], unlabelled: list[int], aggregate: bool
+    sizes: list[int], unlabelled: list[int], task: str, aggregate: bool
 ) -> None:
-    whole, found = samples(sum(sizes), unlabelled), []
+    whole, found = samples(sum(sizes), unlabelled, task), []
     for accumulate, given in ((1, [whole]), (len(sizes), split(whole, sizes))):
         model, steps = module(accumulate), Steps()
         before = flat_parameters(model)

@@ -152,9 +152,12 @@ def test_one_module_may_be_fitted_again() -> None:
 class Copying(pl.Callback):
     def __init__(self) -> None:
         self.copies: list[Any] = []
+        self.open: list[tuple[bool, bool]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self.copies.append(copy.deepcopy(pl_module))
+        assert isinstance(pl_module, MultiTaskModule)
+        self.open.append((pl_module.opens_window, self.copies[-1].opens_window))
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
@@ -168,6 +171,8 @@ def test_a_module_may_be_copied_during_training(name: str, accumulate: int) -> N
         fit(module, given, callbacks=callbacks if weighting is None else [*callbacks, weighting])
         results.append(flat_parameters(module))
     assert torch.equal(*results)
+    # A copy made in the middle of a window has no part of it.
+    assert copying.open == [(accumulate == 1, True), (True, True), (True, True)]
     copied = copying.copies[1]
     assert not torch.equal(flat_parameters(copied), results[1])
     before = flat_parameters(copied)

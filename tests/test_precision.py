@@ -17,11 +17,11 @@ from torch.nn.functional import mse_loss
 
 from lightning_mtl import Weighting
 from lightning_mtl.weighting import MGDA, StaticWeights
+from tests.plain import WEIGHTS, Plain, momentum
 from tests.small import TASKS, Batch, batch, batches, small, trunk
 from tests.training import History, Steps, fit, flat_parameters, loader
 from tests.weightings import fixed
 
-WEIGHTS = {"a": 2.0, "b": 0.25}
 WAYS: dict[str, Callable[[], Weighting]] = {
     "losses": lambda: StaticWeights(WEIGHTS),
     "features": lambda: fixed(WEIGHTS, "gramian", at="features"),
@@ -61,27 +61,6 @@ class Scales(pl.Callback):
         self.factors.append(plugin.scaler.get_scale())
 
 
-class Plain(pl.LightningModule):
-    """The weighted sum in Lightning's automatic optimization."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        ours = small()
-        self.trunk, self.heads = ours.trunk, ours.heads
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        inputs, targets = batch
-        z = self.trunk(inputs)
-        return torch.stack([WEIGHTS[k] * mse_loss(self.heads[k](z), y) for k, y in targets.items()]).sum()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return sgd(self.parameters())
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-
-
 def with_overflows() -> list[Batch]:
     """Batches, two of which make gradients that float16 cannot hold."""
     found = batches(*[4] * 12)
@@ -96,9 +75,9 @@ def test_a_scaler_grows_backs_off_and_skips_as_in_automatic_optimization(way: st
     scaler = functools.partial(half_on_cpu, growth_interval=3)
     expected, expected_scales, found, scales = History(), Scales(), History(), Scales()
     fit(Plain(), loader(*with_overflows()), callbacks=[expected, expected_scales], plugins=[scaler()])
-    with pytest.warns(UserWarning, match="Step 4 is skipped: the gradients is not finite"):
+    with pytest.warns(UserWarning, match="Step 4 is skipped: a gradient is not finite"):
         fit(
-            small(optimizer=sgd),
+            small(optimizer=momentum),
             loader(*with_overflows()),
             callbacks=[found, scales, WAYS[way]()],
             plugins=[scaler()],

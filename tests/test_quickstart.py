@@ -17,7 +17,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import multi_digits
 import quickstart
 from lightning_mtl import Weighting
-from lightning_mtl import weighting as methods
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +215,7 @@ def test_multimnist_trains_from_the_folder_in_the_environment(
     assert "MultiMNIST: 140 train, 20 val, 40 test pairs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", methods.__all__)
+@pytest.mark.parametrize("name", quickstart.CHOICES)
 def test_every_method_can_be_chosen(name: str) -> None:
     (made,) = quickstart.Run(name, method=quickstart.parse(["--weighting", name]).weighting).weighting()
     assert isinstance(made, Weighting)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_mtl.callbacks import Weighting
@@ -106,7 +107,7 @@ class DTP(Weighting):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take in the validation's performance."""
-        if self.stage == "train" or trainer.sanity_checking or not self.tasks:
+        if self.stage == "train" or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         # Not from the Trainer's metrics: those keep an earlier validation's value of a task that this one lacked.
         scores: dict[str, dict[str, float]] = pl_module.recorder.scores["val"]  # type: ignore[union-attr,index,assignment]

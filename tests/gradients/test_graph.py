@@ -31,12 +31,13 @@ def test_a_root_may_be_a_leaf_or_need_no_gradient() -> None:
     assert reached_leaves([]) == {}
 
 
-def test_a_leaf_counts_by_its_last_use() -> None:
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_leaf_counts_by_its_last_use(swapped: bool) -> None:
     a, b = leaf(), leaf()
-    first = a * 2
-    second = b * first
-    third = (a + second).sum()
-    found = reached_leaves([third])
+    early = (a * 2).exp()
+    middle = b * 3
+    late = a * middle
+    found = reached_leaves([(early + late if swapped else late + early).sum()])
     assert found[a] > found[b]
 
 
