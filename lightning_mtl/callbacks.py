@@ -132,7 +132,7 @@ class Weighting(TaskState, ABC):
                 f"{type(self).__name__}(importance=...) names {sorted(unknown)}, but the tasks are {list(tasks)}."
             )
         self.check(pl_module)
-        if trainer.global_step == 0 or self.tasks != tuple(tasks):
+        if stage == "fit" and (trainer.global_step == 0 or self.tasks != tuple(tasks)):
             self.reset(list(tasks))
 
     def measures_in(self, step: int) -> bool:

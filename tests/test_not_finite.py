@@ -143,7 +143,7 @@ def test_no_solver_sees_what_is_not_finite(at: str, how: How, accumulate: int) -
 
 @pytest.mark.parametrize("how", HOWS)
 def test_one_warning_names_the_task_and_the_step(how: How) -> None:
-    culprit = "the loss of 'b'" if how.endswith("loss") else "the gradients"
+    culprit = "the loss of 'b'" if how.endswith("loss") else "a gradient"
     module = breaking(how, at=(2, 4, 5))
     with pytest.warns(UserWarning, match=f"^Step 2 is skipped: {culprit} (is|are) not finite") as caught:
         trainer = fit(module, loader(*some(8)))
