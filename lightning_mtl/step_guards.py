@@ -90,7 +90,9 @@ def synchronising(module: MultiTaskModule, window: Window, *, closes: bool) -> A
 
 def forget_unreached(module: MultiTaskModule, window: Window) -> None:
     """Leave parameters that no rank's loss depended on without gradients, so that no optimizer moves them."""
-    if window.ranks.size == 1 or window.rows is not None or len(window.present) == len(module.tasks):
+    if window.ranks.size == 1 or len(window.present) == len(module.tasks):
+        return
+    if window.rows is not None and not module.sharded:  # rows know what they reached
         return
     if module.sharded:
         kept = {p for task in window.present for p in module.heads[task].parameters()}

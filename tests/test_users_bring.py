@@ -1,0 +1,253 @@
+"""What users bring along: checkpointed and compiled trunks, outputs as Hugging Face's, heads that write in place."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.checkpoint import checkpoint
+
+from lightning_mtl import MultiTaskModule, Task, Weighting
+from lightning_mtl.weighting import MGDA, GradDrop, GradNorm, PCGrad, UncertaintyWeighting
+from tests.plain import momentum
+from tests.small import TASKS, batches, heads, regressions, small, trunk
+from tests.training import Steps, fit, flat_parameters, loader
+
+WAYS: dict[str, Callable[[], list[Weighting]]] = {
+    "no weighting": list,
+    "losses": lambda: [UncertaintyWeighting(lr=0.1)],
+    "features": lambda: [MGDA(at="features")],
+    "layer": lambda: [GradNorm(lr=0.1)],
+    "rows": lambda: [MGDA()],
+    "now and then": lambda: [PCGrad(every_n_steps=2)],
+    "aggregator": lambda: [GradDrop()],
+}
+
+
+def with_parts(make_trunk: Callable[[nn.Sequential], nn.Module], make_head: Callable[[nn.Module], nn.Module]) -> Any:
+    torch.manual_seed(2)
+    inner, outer = trunk(), heads()
+    return MultiTaskModule(
+        make_trunk(inner), {task: make_head(head) for task, head in outer.items()}, regressions(), optimizer=momentum
+    )
+
+
+def as_it_is(part: nn.Module) -> nn.Module:
+    return part
+
+
+def trained(module: MultiTaskModule, way: str, *callbacks: pl.Callback, **arguments: Any) -> Tensor:
+    fit(module, loader(*batches(4, 3, 4, 4)), callbacks=[*WAYS[way](), *callbacks], **arguments)
+    return flat_parameters(module)
+
+
+def assert_trains_as_without(module: MultiTaskModule, way: str) -> None:
+    expected, found = Steps(), Steps()
+    parameters = trained(with_parts(as_it_is, as_it_is), way, expected)
+    torch.testing.assert_close(trained(module, way, found), parameters, rtol=0, atol=1e-6)
+    for ours, theirs in zip(found.weights, expected.weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+# Checkpointed trunks
+
+
+class Checkpointed(nn.Module):
+    """Forgets its activations, and counts how often it computes them."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+        self.computed = 0
+
+    def compute(self, x: Tensor) -> Tensor:
+        self.computed += 1
+        result: Tensor = self.layers(x)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(self.compute, x, use_reentrant=False)
+        return result
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checkpointed_trunk(way: str) -> None:
+    assert_trains_as_without(with_parts(Checkpointed, as_it_is), way)
+
+
+@pytest.mark.parametrize(("way", "again"), [("losses", 1), ("features", 1), ("rows", len(TASKS))])
+def test_a_checkpointed_trunk_is_computed_again_in_every_backward_pass(way: str, again: int) -> None:
+    module = with_parts(Checkpointed, as_it_is)
+    trained(module, way)
+    assert module.trunk.computed == 4 * (1 + again)
+
+
+# Compiled parts
+
+
+def compiled(part: nn.Module) -> nn.Module:
+    result: nn.Module = torch.compile(part, backend="eager")  # type: ignore[assignment]  # a module it is
+    return result
+
+
+def compiled_in_place(part: nn.Module) -> nn.Module:
+    part.compile(backend="aot_eager")
+    return part
+
+
+@pytest.mark.parametrize("compile_part", [compiled, compiled_in_place], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_trunks_and_heads(way: str, compile_part: Callable[[nn.Module], nn.Module]) -> None:
+    torch.compiler.reset()
+    assert_trains_as_without(with_parts(compile_part, compile_part), way)
+
+
+# Trunks as Hugging Face writes them
+
+
+@dataclass
+class ModelOutput(OrderedDict[str, Any]):
+    """What ``transformers`` returns: a dataclass, a dict without what is None, and a tuple by number."""
+
+    last_hidden_state: Any = None
+    pooler_output: Any = None
+    hidden_states: Any = None
+
+    def __post_init__(self) -> None:
+        first, *others = (getattr(self, field.name) for field in fields(self))
+        if isinstance(first, dict) and all(other is None for other in others):
+            for name, value in first.items():
+                setattr(self, name, value)
+            return
+        for field in fields(self):
+            if (value := getattr(self, field.name)) is not None:
+                super().__setitem__(field.name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return dict(self.items())[key] if isinstance(key, str) else tuple(self[name] for name in self.keys())[key]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.keys() or (isinstance(getattr(self, "last_hidden_state", None), dict) and value is not None):
+            super().__setitem__(name, value)
+        super().__setattr__(name, value)
+
+
+class Encoder(nn.Module):
+    def __init__(self, *, frozen_embedding: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 6)
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.pooler = nn.Linear(6, 6)
+        self.embedding.requires_grad_(not frozen_embedding)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, return_dict: bool = True) -> ModelOutput:
+        embedded = self.embedding(input_ids)
+        hidden = self.layer(embedded, src_key_padding_mask=attention_mask == 0)
+        return ModelOutput(hidden, torch.tanh(self.pooler(hidden[:, 0])), (embedded, hidden))
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(6, 3)
+
+    def forward(self, output: ModelOutput) -> Tensor:
+        result: Tensor = self.classifier(output.pooler_output)
+        return result
+
+
+class Tagger(nn.Module):
+    """Reads by name and by number, the states of other layers among it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(12, 1)
+
+    def forward(self, output: ModelOutput) -> Tensor:
+        states = torch.cat([output["last_hidden_state"], output.hidden_states[0]], dim=-1)
+        assert torch.equal(output[0], output.last_hidden_state)
+        result: Tensor = self.classifier(states).squeeze(-1)
+        return result
+
+
+def texts() -> list[Any]:
+    generator = torch.Generator().manual_seed(4)
+    found = []
+    for length in (5, 7, 4):
+        ids = torch.randint(20, (4, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, length - 2 :] = 0
+        targets = {
+            "topic": torch.randint(3, (4,), generator=generator),
+            "tags": torch.randn(4, length, generator=generator),
+        }
+        found.append(({"input_ids": ids, "attention_mask": mask}, targets))
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_trunk_as_hugging_face_writes_them(way: str, frozen: bool) -> None:
+    torch.manual_seed(3)
+    module = MultiTaskModule(
+        Encoder(frozen_embedding=frozen),
+        {"topic": Pooled(), "tags": Tagger()},
+        {"topic": Task(cross_entropy), "tags": Task(mse_loss)},
+        optimizer=momentum,
+    )
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    trainer = fit(module, loader(*texts()), loader(*texts()), callbacks=WAYS[way]())
+    moved = {name for name, parameter in module.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if not (frozen and "embedding" in name)}
+    assert trainer.callback_metrics["val/loss/tags"].isfinite()
+    assert set(module(texts()[0][0])) == {"topic", "tags"}
+
+
+# Hooks
+
+
+class Hooks(pl.Callback):
+    def __init__(self) -> None:
+        self.after_backward = self.before_step = 0
+
+    def on_after_backward(self, *_: Any) -> None:
+        self.after_backward += 1
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.before_step += 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_hooks_fire_once_a_step(way: str) -> None:
+    hooks = Hooks()
+    trained(small(optimizer=momentum), way, hooks)
+    assert (hooks.after_backward, hooks.before_step) == (4, 4)
+
+
+@pytest.mark.parametrize(("way", "backwards"), [("losses", 4), ("features", 4), ("rows", 2)])
+def test_hooks_of_accumulated_steps(way: str, backwards: int) -> None:
+    hooks = Hooks()
+    trained(small(optimizer=momentum, accumulate_grad_batches=2), way, hooks)
+    assert (hooks.after_backward, hooks.before_step) == (backwards, 2)
+
+
+# Heads that write in place
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_heads_that_begin_in_place(way: str) -> None:
+    """A rectifier twice is a rectifier once, so that every head may write into what the others read."""
+    found = []
+    for in_place in (True, False):
+        torch.manual_seed(2)
+        inner = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4))
+        outer = {task: nn.Sequential(nn.ReLU(inplace=in_place), nn.Linear(4, 1)) for task in TASKS}
+        found.append(trained(MultiTaskModule(inner, outer, regressions(), optimizer=momentum), way))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
