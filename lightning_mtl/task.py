@@ -90,9 +90,9 @@ class TaskOutput:
         loss: The task's loss, a scalar with its graph.
         prediction: What the task's metrics take first; none leaves the metrics alone.
         target: What the task's metrics take second.
-        num_samples: How many labelled samples the loss is a mean over; 0 stands for an absent task. Epoch means, and
-            gradients accumulated or averaged over ranks, are then exact sample means; without it all batches count
-            the same.
+        num_samples: How many labelled samples the loss is a mean over; 0 stands for an absent task. Epoch means,
+            gradients averaged over ranks, and gradients accumulated at the trunk are then exact sample means; without
+            it all batches count the same.
 
     Example:
         >>> import torch

@@ -37,8 +37,10 @@ def mgda_weights(gramian: Tensor, losses: Tensor, normalize: Normalize | None = 
         scales = scales * products.diagonal().sqrt()
     if normalize in ("loss", "loss+"):
         scales = scales * losses.detach().cpu().double()
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return torch.from_numpy(min_norm_weights((products / torch.outer(scales, scales)).numpy()))
+    if normalize is not None:
+        scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+        products = products / torch.outer(scales, scales)
+    return torch.from_numpy(min_norm_weights(products.numpy()))
 
 
 class MGDA(Weighting):
