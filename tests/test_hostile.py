@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl.weighting import MGDA, GradNorm, NashMTL, PCGrad, UncertaintyWeighting, UPGrad
-from tests.contract import ROWS, Row, ask, signals
+from tests.contract import Row
 from tests.small import batch, small
 from tests.training import fit, flat_parameters, loader
 
@@ -79,22 +79,6 @@ def settled(row: Row, num_tasks: int) -> Weighting:
 
 def names(row: Row, num_tasks: int) -> list[str]:
     return (["a", "b", "c"] + [f"task {k}" for k in range(num_tasks)])[:num_tasks]
-
-
-@examples(400)
-@given(st.data())
-def test_no_measurement_makes_a_weight_or_a_state_that_is_no_number(data: st.DataObject) -> None:
-    row = data.draw(st.sampled_from(ROWS), label="row")
-    num_tasks = data.draw(st.sampled_from([1, 2, 3, 4, 7, 16, 64]), label="tasks")
-    weighting = settled(row, num_tasks)
-    for step in range(3):
-        losses, rows = data.draw(steps(num_tasks))
-        given_signals = signals(losses, rows, tasks=names(row, num_tasks), step=step, scores=torch.rand(num_tasks))
-        weights = ask(weighting, given_signals)
-        assert weights.shape == (num_tasks,)
-        assert torch.isfinite(weights).all(), (row.label, step, losses, weights)
-        for key, state in weighting.state_dict()["state"].items():
-            assert not torch.isinf(state.double()).any(), (row.label, key, state)
 
 
 # Through a training

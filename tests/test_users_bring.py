@@ -129,7 +129,7 @@ def compiled_in_place(part: nn.Module, backend: Any) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch._dynamo's
 @pytest.mark.parametrize("compile_part", [compiled, compiled_in_place], ids=lambda function: function.__name__)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["losses", "features"])  # the others go through the trunk again
 def test_compiled_trunks_and_heads(way: str, compile_part: Callable[..., nn.Module]) -> None:
     torch.compiler.reset()
     part = functools.partial(compile_part, backend="aot_eager")
@@ -298,7 +298,7 @@ class OwnFeatures(nn.Module):
         return {task: branch(z) for task, branch in self.branches.items()}
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "layer"])
+@pytest.mark.parametrize("way", ["losses"])  # elsewhere PyTorch refuses it: features are leaves there
 def test_heads_that_begin_in_place(way: str) -> None:
     found = []
     for in_place in (True, False):

@@ -32,7 +32,7 @@ def nash_mtl_weights(gramian: Tensor, max_norm: float | None = None) -> tuple[Te
     solution: Solution = nash_weights(G.numpy())
     weights = torch.from_numpy(solution.weights)
     if max_norm is not None:
-        length = float(weights @ G @ weights) ** 0.5
+        length = max(float(weights @ G @ weights), 0.0) ** 0.5  # rounding may take it below zero
         weights = weights * min(1.0, max_norm / length) if length > 0 else weights
     return weights, solution.stationary
 
