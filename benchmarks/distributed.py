@@ -4,19 +4,19 @@
     python -m benchmarks.distributed --only mlp K=8    # rows whose name holds every word
     python -m benchmarks.distributed --json PATH
 
-Starts two processes that train with DistributedDataParallel over gloo, each with half of the batch. Variants take turns
-in short rounds, and ratios are formed within a round; half the rounds' ratios lie in the brackets. Times are by the clock
-on the wall: two processes wait for each other. Bytes are what a rank puts into collectives in a step, counted where they
-begin: at the reducer's buckets and at ``torch.distributed.all_reduce``.
+Starts two processes that train with DistributedDataParallel over gloo, each with half of the batch. Variants take
+turns in short rounds, and ratios are formed within a round; half the rounds' ratios lie in the brackets. Times are by
+the clock on the wall: the processes wait for each other. Bytes are what a rank puts into collectives in a step, counted
+where they begin: at the reducer's buckets and at ``torch.distributed.all_reduce``. The last column has them over the
+least that must travel, in float32: every gradient once, and K times the trunk's where K rows are averaged.
 """
-
-from __future__ import annotations
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a core for each process
 
 import argparse
+import itertools
 import json
 import logging
 import statistics
@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -73,7 +74,7 @@ class Traffic(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:  # noqa: ANN401
         assert isinstance(trainer.strategy.model, DistributedDataParallel)  # noqa: S101 - what was asked for
         trainer.strategy.model.register_comm_hook(None, self._in_bucket)
-        dist.all_reduce = self._counting  # type: ignore[assignment]
+        dist.all_reduce = self._counting
 
     def on_train_batch_start(self, *_: Any) -> None:  # noqa: ANN401
         self.reducer = self.others = 0
@@ -84,8 +85,9 @@ class Traffic(pl.Callback):
     def on_train_end(self, *_: Any) -> None:  # noqa: ANN401
         dist.all_reduce = self._all_reduce
 
-    def _in_bucket(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _in_bucket(self, _: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         self.reducer += bucket.buffer().nbytes
+        self.others -= bucket.buffer().nbytes  # which the hook is about to add
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None is the default group
 
     def _counting(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -126,7 +128,7 @@ class Fits:
         clock = WallClock()
         self.fit(variant, WARM_UP + STEPS, clock)
         begun = clock.begun[WARM_UP:]
-        return statistics.median(after - before for before, after in zip(begun, begun[1:], strict=False))
+        return statistics.median(after - before for before, after in itertools.pairwise(begun))
 
     def traffic(self, variant: str) -> tuple[int, int]:
         """Bytes of a step: through DDP's reducer, and beside it."""
@@ -172,9 +174,9 @@ def measure(trunk: str, num_tasks: int, rank: int, rounds: int, words: Sequence[
     return found
 
 
-def expected(row: dict[str, Any]) -> int:
-    """The numbers that have to travel: gradients once; rows and heads; or gradients and what is measured."""
-    tasks, shared, heads = row["num_tasks"], row["shared_parameters"], row["head_parameters"]
+def least(row: dict[str, Any]) -> int:
+    """How many numbers have to travel: every gradient once, the trunk's once a task where rows are averaged."""
+    tasks, shared, heads = (int(row[name]) for name in ("num_tasks", "shared_parameters", "head_parameters"))
     return tasks * shared + heads if row["variant"] == "MGDA trunk" else shared + heads
 
 
@@ -183,7 +185,7 @@ def show(row: dict[str, Any]) -> None:
     total = row["reducer_bytes"] + row["other_bytes"]
     print(
         f"{row['trunk']:4} K={row['num_tasks']:<2} {row['variant']:22}{row['step_ms']:9.2f} ms {row['ratio']:7.3f}  "
-        f"[{low:.3f}, {high:.3f}] {row['reducer_bytes']:12,} {row['other_bytes']:12,} {total / 4 / expected(row):8.3f}",
+        f"[{low:.3f}, {high:.3f}] {row['reducer_bytes']:12,} {row['other_bytes']:12,} {total / 4 / least(row):10.3f}",
         flush=True,
     )
 
@@ -196,9 +198,7 @@ def work(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo", init_method=f"file://{options.rendezvous}", rank=options.rank, world_size=RANKS)
     if options.rank == 0:
         print(json.dumps(environment()))
-        print(
-            f"{'':30}{'step':>12} {'ratio':>7}  {'quartiles':14} {'DDP bytes':>12} {'other bytes':>12} {'over floor':>9}"
-        )
+        print(f"{'':30}{'step':>12} {'ratio':>7}  {'quartiles':14} {'DDP bytes':>12} {'others':>12} {'over least':>10}")
     rows = []
     for trunk in TRUNKS:
         for num_tasks in (2, 8):
@@ -219,6 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--rendezvous", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2, for a spread.")
     if options.rank is not None:
         work(options)
         return

@@ -1,0 +1,121 @@
+"""Pictures of tables of numbers, and the way into TensorBoard for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_WRITTEN_CELLS = 12 * 12
+
+
+def require_matplotlib(who: str) -> None:
+    """Refuse to draw where matplotlib is missing, at construction rather than at the first epoch's end.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{who} draws with matplotlib, which is not installed; run pip install 'lightning-mtl[plot]'."
+        ) from error
+
+
+def blank_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches that no global state of pyplot's knows of, so that nothing has to close it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def heatmap(
+    values: Tensor,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str,
+    limits: tuple[float, float] | None = None,
+    colours: str = "RdBu",
+    row_label: str = "",
+    column_label: str = "",
+) -> Figure:
+    """Draw a matrix with a name to each row and column; numbers in the cells while they can be read.
+
+    Args:
+        values: ``[R, C]``; what is not a number stays blank.
+        rows: R names.
+        columns: C names.
+        title: What the matrix shows.
+        limits: The values at the ends of the colour scale; None takes the extremes found.
+        colours: One of matplotlib's colour maps.
+        row_label: What a row is.
+        column_label: What a column is.
+
+    Example:
+        >>> import torch
+        >>> figure = heatmap(torch.eye(2), ["a", "b"], ["a", "b"], title="cosine", limits=(-1, 1))
+        >>> [axis.get_title() for axis in figure.axes[:1]]
+        ['cosine']
+    """
+    table = values.detach().double().cpu().numpy()
+    # Cells keep about the same size from 2 tasks to 40, and names have room.
+    longest = max((len(name) for name in rows), default=1)
+    width = 2.6 + 0.09 * longest + 0.42 * max(len(columns), 3)
+    figure = blank_figure(
+        width, 1.8 + 0.09 * max((len(name) for name in columns), default=1) + 0.38 * max(len(rows), 3)
+    )
+    axes: Any = figure.add_subplot()
+    low, high = limits or (None, None)
+    image = axes.imshow(table, cmap=colours, vmin=low, vmax=high, aspect="auto")
+    upright = all(len(name) <= 4 for name in columns)
+    axes.set_xticks(range(len(columns)), columns, rotation=0 if upright else 60, ha="center" if upright else "right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(labelsize=9, length=0)
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel(column_label)
+    axes.set_ylabel(row_label)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+    if table.size <= MOST_WRITTEN_CELLS:
+        _write_cells(axes, image, table)
+    return figure
+
+
+def _write_cells(axes: Any, image: Any, table: Any) -> None:  # noqa: ANN401 - matplotlib's and NumPy's objects
+    for (row, column), value in _cells(table):
+        red, green, blue, _ = image.cmap(image.norm(value))
+        bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+        axes.text(
+            column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="black" if bright else "white"
+        )
+
+
+def _cells(table: Any) -> list[tuple[tuple[int, int], float]]:  # noqa: ANN401
+    return [
+        ((row, column), float(value))
+        for row, line in enumerate(table)
+        for column, value in enumerate(line)
+        if value == value  # not a number is not equal to itself
+    ]
+
+
+def log_figure(trainer: pl.Trainer, name: str, figure: Figure) -> None:
+    """Show a figure in every TensorBoard logger, at the step where Lightning logs an epoch's end; rank 0 alone."""
+    if not trainer.is_global_zero:
+        return
+    # The axis that Lightning's loggers use: batches that stepped, which is no other than global_step here but for
+    # validation before the first step.
+    step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - 1, 0)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(name, figure, step)

@@ -1,0 +1,102 @@
+"""What the training step asks of a module, beside the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torchmetrics import MetricCollection
+
+from lightning_mtl.batches import present_outputs
+from lightning_mtl.callbacks import Weighting
+from lightning_mtl.gradients.cut import FeatureCut
+from lightning_mtl.optimization import Optimization
+from lightning_mtl.task import Task, TaskOutput
+
+
+class SteppedModule(pl.LightningModule):
+    """The side of a multi-task module that its training step sees; users meet ``MultiTaskModule`` alone."""
+
+    trunk: nn.Module
+    tasks: dict[str, Task]
+    accumulate_grad_batches: int
+    optimization: Optimization
+    _cut: FeatureCut | None
+
+    def task_losses(self, batch: Any) -> Mapping[str, Tensor | TaskOutput]:  # noqa: ANN401
+        """Compute the loss of each task that the batch has labels for."""
+        raise TypeError(f"{type(self).__name__} has no task_losses.")
+
+    @property
+    def micro_batches_a_step(self) -> int:
+        """How many micro-batches an optimizer step takes, whoever accumulates them."""
+        return self.trainer.accumulate_grad_batches if self.automatic_optimization else self.accumulate_grad_batches
+
+    @property
+    def opens_window(self) -> bool:
+        """Whether the next micro-batch begins an optimizer step."""
+        return self.optimization.window is None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are sharded over the ranks (FSDP2)."""
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    @property
+    def data_parallel_group(self) -> ProcessGroup | None:
+        """The processes with different data; None is all of them."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ModelParallelStrategy):
+            return None
+        return strategy.device_mesh["data_parallel"].get_group()
+
+    def weighting(self) -> Weighting | None:
+        """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, Weighting)), None)
+
+    def single_optimizer(self) -> LightningOptimizer:
+        """The one optimizer."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)  # noqa: S101 - for mypy: several were refused at setup
+        return optimizer
+
+    def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
+        """The checked outputs of the tasks that a batch has labels for, in order."""
+        return present_outputs(self.task_losses(batch), list(self.tasks))
+
+    def stage_metrics(self, stage: str) -> dict[str, MetricCollection]:
+        """The metrics of each task that has some, for ``"train"``, ``"val"`` or ``"test"``."""
+        return dict(getattr(self, f"{stage}_metrics").items())
+
+    def update_metrics(
+        self, stage: str, outputs: Mapping[str, TaskOutput], step_metric: str | None = None
+    ) -> dict[str, Tensor] | None:
+        """Count a batch into the stage's metrics; return each task's own value of ``step_metric`` on it, if asked."""
+        collections = self.stage_metrics(stage)
+        scores: dict[str, Tensor] | None = None if step_metric is None else {}
+        for task, output in outputs.items():
+            if task not in collections or output.prediction is None or output.target is None:
+                continue
+            prediction = output.prediction.detach()
+            if scores is None:
+                collections[task].update(prediction, output.target)
+            else:
+                scores[task] = collections[task](prediction, output.target)[step_metric].detach()
+        return scores
+
+    @contextmanager
+    def cutting(self, cut: FeatureCut) -> Iterator[None]:
+        """Cut the graph where the trunk ends, for the forward pass inside the block."""
+        with cut.applied_to(self.trunk):
+            self._cut = cut
+            try:
+                yield
+            finally:
+                self._cut = None
