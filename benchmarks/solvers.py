@@ -42,6 +42,8 @@ from lightning_mtl.solvers import (
     project_on_dual_cone,
     project_rows_on_dual_cone,
 )
+from lightning_mtl.weighting.gradvac import gradvac_weights
+from lightning_mtl.weighting.pcgrad import pcgrad_weights, random_orders
 
 Array = NDArray[np.float64]
 Solve = Callable[[], object]
@@ -49,6 +51,7 @@ Weigh = Callable[[torch.Tensor], object]
 
 MATRICES = 10
 ROUNDS = 15
+ON_TENSORS = ("PCGrad", "GradVac")
 SECONDS = 3.0  # for one solver and K: the conic solver behind TorchJD's Nash-MTL gets fewer rounds
 PACKAGES = ("numpy", "scipy", "torch", "torchjd")
 
@@ -57,7 +60,7 @@ def mean(num_tasks: int) -> Array:
     return np.full(num_tasks, 1 / num_tasks)
 
 
-OURS: dict[str, Callable[[Array], object]] = {
+SOLVERS: dict[str, Callable[[Any], object]] = {
     "MGDA": min_norm_weights,
     "DualProj": lambda gramian: project_on_dual_cone(gramian, mean(len(gramian))),
     "UPGrad": lambda gramian: project_rows_on_dual_cone(gramian, mean(len(gramian))),
@@ -65,6 +68,20 @@ OURS: dict[str, Callable[[Array], object]] = {
     "NashMTL": nash_weights,
     "FairGrad": lambda gramian: fairgrad_weights(gramian, alpha=2.0),
 }
+
+
+def ours(num_tasks: int) -> dict[str, Callable[[Any], object]]:
+    """Our solvers of a Gramian; PCGrad and GradVac take a tensor, as they are called, and draw their orders anew."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.zeros(num_tasks, num_tasks, dtype=torch.float64)
+
+    def pcgrad(gramian: torch.Tensor) -> object:
+        return pcgrad_weights(gramian, random_orders(num_tasks, generator))
+
+    def gradvac(gramian: torch.Tensor) -> object:
+        return gradvac_weights(gramian, targets, random_orders(num_tasks, generator))
+
+    return {**SOLVERS, "PCGrad": pcgrad, "GradVac": gradvac}
 
 
 def torchjd_solvers(num_tasks: int) -> dict[str, Weigh]:
@@ -79,6 +96,8 @@ def torchjd_solvers(num_tasks: int) -> dict[str, Weigh]:
         "CAGrad": lambda: library.CAGradWeighting(c=0.5),
         "NashMTL": lambda: library.NashMTL(n_tasks=num_tasks, max_norm=0.0).weighting,
         "FairGrad": lambda: library.FairGradWeighting(alpha=2.0),
+        "PCGrad": library.PCGradWeighting,
+        "GradVac": lambda: library.GradVacWeighting(beta=0.01),
     }
     return {method: solver for method, build in make.items() if (solver := _built(method, build)) is not None}
 
@@ -100,7 +119,11 @@ def solves(num_tasks: int) -> dict[tuple[str, str], Solve]:
     def through(solve: Callable[[Any], object], inputs: Sequence[Any]) -> Solve:
         return lambda: [solve(value) for value in inputs]
 
-    timed = {(method, "lightning_mtl"): through(solve, gramians) for method, solve in OURS.items()}
+    tensors = [torch.from_numpy(gramian) for gramian in gramians]
+    timed = {
+        (method, "lightning_mtl"): through(solve, tensors if method in ON_TENSORS else gramians)
+        for method, solve in ours(num_tasks).items()
+    }
     for method, solve in torchjd_solvers(num_tasks).items():
         inputs = rows if method == "NashMTL" else gramians
         timed[method, "torchjd"] = through(solve, [torch.from_numpy(matrix) for matrix in inputs])
@@ -152,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\nMicroseconds per solve, ours / TorchJD (ratio). {', '.join(map(' '.join, packages.items()))}.\n")
     print("| method | " + " | ".join(f"K = {num_tasks}" for num_tasks in results) + " |")
     print("|---" * (len(results) + 1) + "|")
-    for method in OURS:
+    for method in (*SOLVERS, *ON_TENSORS):
         cells = [cell(r.get((method, "lightning_mtl")), r.get((method, "torchjd"))) for r in results.values()]
         print(f"| {method} | " + " | ".join(cells) + " |")
 

@@ -51,7 +51,8 @@ class FAMO(Weighting):
 
     Args:
         lr: Step size of the logits' Adam.
-        gamma: γ, how strongly the logits are drawn to 0; the official code's default, its scripts use 0.001 to 0.01.
+        gamma: γ, how strongly the logits are drawn to 0; the official code's default. Its scripts use 0.001 to 0.01 on
+            data, and 0 where the same objective is descended to its end: without noise, a γ above 0 can stall there.
         losses_after: Where D' comes from. ``"forward"`` passes each batch a second time, without gradients, after the
             step, as the official code does; it costs a forward pass, and BatchNorm's buffers, metrics and random
             numbers do not notice; only what an overridden ``task_losses`` logs is logged twice. ``"next_batch"`` is
