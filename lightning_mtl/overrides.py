@@ -40,8 +40,18 @@ def with_recorder(configure: Hook) -> Hook:
 
     @functools.wraps(configure)
     def configure_callbacks(self: MultiTaskModule) -> list[pl.Callback]:
+        _keep_schedules_of_instance(self)
         brought = configure(self)
         callbacks = [brought] if isinstance(brought, pl.Callback) else list(brought)
         return callbacks if self.recorder in callbacks else [*callbacks, self.recorder]
 
     return cast("Hook", configure_callbacks)
+
+
+def _keep_schedules_of_instance(module: MultiTaskModule) -> None:
+    """Wrap what LightningCLI puts on the instance for ``--optimizer`` and ``--lr_scheduler``, past the class."""
+    own = vars(module).get("configure_optimizers")
+    if own is not None and not hasattr(own, "keeps_schedules"):
+        wrapped = functools.partial(keeping_schedules(lambda _: own()), module)
+        wrapped.keeps_schedules = True  # type: ignore[attr-defined]
+        module.configure_optimizers = wrapped  # type: ignore[method-assign]

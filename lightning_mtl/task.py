@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -36,7 +36,7 @@ class Task:
         ['accuracy']
     """
 
-    loss: LossFunction
+    loss: nn.Module | LossFunction
     metrics: Metric | MetricCollection | None = None
     baseline: Mapping[str, float] | None = None
 

@@ -1,0 +1,5 @@
+"""The command line, ``lightning-mtl``: training from YAML, the table of methods, and searches."""
+
+from lightning_mtl.cli.main import MultiTaskCLI, main
+
+__all__ = ["MultiTaskCLI", "main"]
