@@ -39,7 +39,7 @@ import lightning.pytorch as pl
 import torch
 
 from benchmarks import toy_problem
-from benchmarks.toy_problem import LOWER_BOUNDS, STARTS, TASKS, distance_to_front, evaluate, front_x2, toy_losses
+from benchmarks.toy_problem import LOWER_BOUNDS, STARTS, TASKS, distance_to_front, evaluate
 from lightning_mtl import Weighting, __version__
 from lightning_mtl import weighting as methods
 from lightning_mtl.callbacks import Aggregator
@@ -227,31 +227,6 @@ def compare_with_trainer(name: str, start: tuple[float, float], steps: int) -> d
     return {"method": name, "start": list(start), "steps": steps, "x": found, "largest_difference": difference}
 
 
-def plot(name: str, runs: dict[tuple[float, float], Run], folder: Path) -> None:
-    """Draw the contours of L1 + L2, the way from each start, and the front."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    axis = torch.linspace(-11, 11, 221, dtype=torch.float64)
-    x1, x2 = torch.meshgrid(axis, axis, indexing="xy")
-    total = sum(toy_losses(torch.stack([x1, x2], dim=-1)), torch.zeros(()))
-    figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
-    axes.contour(x1.numpy(), x2.numpy(), total.numpy(), levels=30, linewidths=0.5, cmap="viridis")
-    front = torch.linspace(-7, 7, 57).tolist()
-    axes.plot(front, [front_x2(x) for x in front], color="0.5", linewidth=4, label="Pareto front")
-    for start, run in runs.items():
-        axes.plot([x for x, _ in run.path], [y for _, y in run.path], linewidth=1.2)
-        axes.plot(*start, "ko", markersize=4)
-        axes.plot(*run.x, "r*", markersize=8)
-    axes.set(title=name, xlabel="x1", ylabel="x2", xlim=(-11, 11), ylim=(-11, 11))
-    axes.legend(loc="upper left")
-    file_name = "".join(letter if letter.isalnum() else "_" for letter in name).strip("_")
-    figure.savefig(folder / f"{file_name}.png", dpi=120)
-    plt.close(figure)
-
-
 def close(results: Rows) -> None:
     """Say what the papers claim, beside what came out."""
     print("\nThe papers' claims, and x1 where a run ends on the front, - where it does not:")
@@ -276,15 +251,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     starts = STARTS if options.full else (STARTS[2], STARTS[1])
     results: list[dict[str, Any]] = []
     print(f"{'method':20} {'start':13} {'Pareto front':15} {'end':18}  {'L1':>7}  {'L2':>7}")
+    runs: dict[str, dict[tuple[float, float], Run]] = {}
     for name in [name for name in METHODS if any(word in name for word in options.only)]:
-        runs = {}
+        runs[name] = {}
         for start in starts:
-            row, runs[start] = measure(name, start, options.steps)
+            row, runs[name][start] = measure(name, start, options.steps)
             results.append(row)
             show(row)
-        if options.plots:
-            options.plots.mkdir(parents=True, exist_ok=True)
-            plot(name, runs, options.plots)
+    if options.plots:
+        # Not at the top: only pictures need matplotlib.
+        from benchmarks.toy_pictures import plot
+
+        plot(runs, options.plots)
     agreement = compare_with_trainer(options.trainer, STARTS[2], options.trainer_steps)
     print(f"\n{agreement['method']}, {agreement['steps']} steps by the Trainer and by the light loop:")
     print(f"the largest difference is {agreement['largest_difference']:.1e}")
