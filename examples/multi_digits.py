@@ -6,12 +6,15 @@ holds a digit that the model has seen in training.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -19,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 TASKS = ("left", "right")
+PairLoader: TypeAlias = DataLoader[tuple[Tensor, dict[str, Tensor]]]
 EXPECTED = "train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz (the t10k-* pair too, if you have it)"
 
 
@@ -58,7 +62,7 @@ class DigitPairs(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         """The same images with the labels of these tasks alone, for a single-task model."""
         return DigitPairs(self.images, self.labels, self.digits, tasks)
 
-    def loader(self, batch_size: int, *, shuffle: bool = False) -> DataLoader[tuple[Tensor, dict[str, Tensor]]]:
+    def loader(self, batch_size: int, *, shuffle: bool = False) -> PairLoader:
         """A loader that takes a whole batch out of the tensors at once: much faster than item by item.
 
         Shuffled, it leaves the incomplete batch at the end out, whose few images make for a gradient of mere noise.
@@ -75,6 +79,40 @@ class Splits:
     train: DigitPairs
     val: DigitPairs
     test: DigitPairs
+
+
+class MultiDigits(pl.LightningDataModule):
+    """The pairs as a data module, for the command line and for searches.
+
+    Args:
+        batch_size: Images in a training batch.
+        data_dir: A folder with the MNIST files, for MultiMNIST; None takes scikit-learn's scans.
+        seed: How digits are divided and paired.
+        tasks: Which of the two digits have labels.
+    """
+
+    def __init__(
+        self, batch_size: int = 128, data_dir: Path | None = None, seed: int = 0, tasks: Sequence[str] = TASKS
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.data_dir, self.seed, self.tasks = batch_size, data_dir, seed, tuple(tasks)
+
+    @functools.cached_property
+    def splits(self) -> Splits:
+        splits = load_splits(self.data_dir, seed=self.seed)
+        return Splits(*(pairs.only(self.tasks) for pairs in (splits.train, splits.val, splits.test)))
+
+    def train_dataloader(self) -> PairLoader:
+        return self.splits.train.loader(self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> PairLoader:
+        return self.splits.val.loader(1000)
+
+    def test_dataloader(self) -> PairLoader:
+        return self.splits.test.loader(1000)
+
+    def predict_dataloader(self) -> PairLoader:
+        return self.splits.test.loader(1000)
 
 
 def load_splits(data_dir: Path | None = None, *, seed: int = 0) -> Splits:
