@@ -194,12 +194,46 @@ class OwnFeatures(nn.Module):
         return {task: branch(z) for task, branch in self.branches.items()}
 
 
-@pytest.mark.parametrize("way", ["losses"])  # elsewhere PyTorch refuses it: features are leaves there
-def test_heads_that_begin_in_place(way: str) -> None:
-    found = []
-    for in_place in (True, False):
-        torch.manual_seed(2)
-        outer = {task: nn.Sequential(nn.ReLU(inplace=in_place), nn.Linear(4, 1)) for task in TASKS}
-        module = MultiTaskModule(OwnFeatures(trunk()), outer, regressions(), optimizer=momentum)
-        found.append(trained(module, way))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+def with_relus(make_trunk: Callable[[], nn.Module], relus: dict[str, nn.Module | None]) -> MultiTaskModule:
+    torch.manual_seed(2)
+    outer = {task: nn.Sequential(*([] if relu is None else [relu]), nn.Linear(4, 1)) for task, relu in relus.items()}
+    return MultiTaskModule(make_trunk(), outer, regressions(), optimizer=momentum)
+
+
+def flattened() -> nn.Module:
+    """Its output is a view of what its last layer returned."""
+    return nn.Sequential(trunk()[:3], nn.Unflatten(1, (2, 2)), nn.Flatten())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("make_trunk", "writing"),
+    [
+        (lambda: OwnFeatures(trunk()), {"a": nn.ReLU(inplace=True), "b": nn.ReLU(inplace=True)}),
+        # Plain PyTorch hands one tensor to both heads: the second reads what the first has written.
+        (lambda: trunk()[:3], {"a": nn.ReLU(inplace=True), "b": None}),
+        (flattened, {"a": nn.ReLU(inplace=True), "b": None}),
+    ],
+    ids=["features of their own", "shared features", "a view"],
+)
+def test_heads_that_begin_in_place(
+    make_trunk: Callable[[], nn.Module], writing: dict[str, nn.Module | None], way: str
+) -> None:
+    expected, found = Steps(), Steps()
+    parameters = trained(with_relus(make_trunk, dict.fromkeys(TASKS, nn.ReLU())), way, expected)
+    torch.testing.assert_close(trained(with_relus(make_trunk, writing), way, found), parameters, rtol=0, atol=1e-6)
+    for ours, theirs in zip(found.gradients, expected.gradients, strict=True):
+        assert [gradient for gradient in ours.values() if gradient is not None]
+        for gradient, other in zip(ours.values(), theirs.values(), strict=True):
+            torch.testing.assert_close(gradient, other, rtol=0, atol=1e-6)
+    assert len(found.weights) == len(expected.weights) == 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("writer", TASKS)
+def test_what_plain_pytorch_refuses_to_write_is_refused(writer: str, way: str) -> None:
+    """The first head's layer needs what the second one overwrites, or the trunk's tanh does."""
+    module = with_relus(trunk if writer == "a" else lambda: trunk()[:3], dict.fromkeys(TASKS))
+    module.heads[writer] = nn.Sequential(nn.ReLU(inplace=True), module.heads[writer])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        trained(module, way)
