@@ -124,18 +124,53 @@ def compiled_in_place(part: nn.Module, backend: Any) -> nn.Module:
     return whole
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch._dynamo's
-@pytest.mark.parametrize("compile_part", [compiled, compiled_in_place], ids=lambda function: function.__name__)
-@pytest.mark.parametrize("way", ["losses", "features"])  # the others go through the trunk again
+of_torch_dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+in_either_way = pytest.mark.parametrize(
+    ("way", "compile_part"),
+    [*((way, compiled) for way in WAYS), ("losses", compiled_in_place), ("rows", compiled_in_place)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+
+
+@of_torch_dynamo
+@in_either_way
 def test_compiled_trunks_and_heads(way: str, compile_part: Callable[..., nn.Module]) -> None:
     torch.compiler.reset()
     part = functools.partial(compile_part, backend="aot_eager")
     assert_trains_as_without(with_parts(part, part), way)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("compile_part", [compiled, compiled_in_place], ids=lambda function: function.__name__)
-@pytest.mark.parametrize("way", ["losses", "features", "layer", "rows"])
+@of_torch_dynamo
+@pytest.mark.parametrize("way", ["features", "rows"])
+def test_a_compiled_decoder_that_tasks_share(way: str) -> None:
+    def with_decoder(make_part: Callable[[nn.Module], nn.Module]) -> MultiTaskModule:
+        torch.manual_seed(2)
+        inner, decoder = trunk(), make_part(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh()))
+        outer = {task: nn.Sequential(decoder, nn.Linear(4, 1)) for task in TASKS}
+        return MultiTaskModule(inner, outer, regressions(), optimizer=momentum)
+
+    torch.compiler.reset()
+    parameters = trained(with_decoder(as_it_is), way)
+    part = functools.partial(compiled, backend="aot_eager")
+    torch.testing.assert_close(trained(with_decoder(part), way), parameters, rtol=0, atol=1e-6)
+
+
+@of_torch_dynamo
+@pytest.mark.parametrize("way", ["layer", "rows"])
+def test_a_trunk_compiled_for_one_backward_pass_is_refused_where_there_are_several(way: str) -> None:
+    """It would write over what the second pass needs."""
+    torch.compiler.reset()
+    module = with_parts(functools.partial(compiled, backend="aot_eager"), as_it_is)
+    trained(module, "losses")
+    with pytest.raises(ValueError, match=r"Call torch.compiler.reset\(\) before the training"):
+        trained(module, way)
+    torch.compiler.reset()
+    trained(module, way)
+    trained(module, "losses")  # what may be passed again may be passed once
+
+
+@of_torch_dynamo
+@in_either_way
 def test_nothing_is_compiled_anew_in_later_steps(way: str, compile_part: Callable[..., nn.Module]) -> None:
     torch.compiler.reset()
     backend, numbers = Compilations(), []
