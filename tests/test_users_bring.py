@@ -91,13 +91,15 @@ def test_a_checkpointed_trunk_is_computed_again_in_every_backward_pass(way: str,
 
 
 class Compilations:
-    """A backend of ``torch.compile`` that counts how often it is asked."""
+    """A backend of ``torch.compile`` that counts how often it is asked, and for what."""
 
     def __init__(self) -> None:
         self.number = 0
+        self.operations: set[str] = set()
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         self.number += 1
+        self.operations |= {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
         return graph.forward
 
 
@@ -183,6 +185,7 @@ def test_nothing_is_compiled_anew_in_later_steps(way: str, compile_part: Callabl
     fit(with_parts(part, part), loader(*batches(*[4] * 6)), callbacks=[*WAYS[way](), Counting()])
     assert numbers[0] >= 2  # the trunk, and one for all heads, which run the same code
     assert numbers[1:] == [numbers[1]] * 5
+    assert not any("view" in operation or "detach" in operation for operation in backend.operations)  # of ours
 
 
 # Hooks

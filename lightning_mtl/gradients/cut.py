@@ -105,6 +105,8 @@ class FeatureCut:
         own: dict[Tensor, Tensor] = {}  # a tensor that comes twice is one to its reader, too
         return apply_to_collection(features, Tensor, lambda z: own[z] if z in own else own.setdefault(z, self._own(z)))
 
+    # A trunk that is compiled in place would take its hooks along.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say what it returns
     def _on_trunk_output(self, _trunk: nn.Module, _inputs: Any, output: Any) -> Any:  # noqa: ANN401
         self.calls += 1
         first = len(self.outputs)
