@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_mtl.agreement import Agreement, agree, ghost_of_outputs, ghost_of_parameters, stack_losses
 from lightning_mtl.callbacks import Monitor
+from lightning_mtl.gradients.compiled import keeping_buffers
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.gradients.feature_update import feature_objective
 from lightning_mtl.gradients.micro_batch import Decision, Measured, MicroBatch
@@ -64,6 +65,23 @@ class Optimization:
             self.window = self._open(module, size)
         window = self.window
         closes = (batch_idx + 1) % size == 0 or module.trainer.is_last_batch
+        with keeping_buffers() if window.passes_again else nullcontext():
+            objective = self._differentiate(module, window, batch, closes=closes)
+        if closes:
+            self.window = None
+            self._close(module, window)
+        module.recorder.log_step(module)
+        return objective
+
+    def _differentiate(
+        self,
+        module: MultiTaskModule,
+        window: Window,
+        batch: Any,  # noqa: ANN401
+        *,
+        closes: bool,
+    ) -> Tensor | None:
+        """Pass one micro-batch forward and, unless Lightning does it or rows are still collected, backward."""
         cut = FeatureCut()
         watching = cut.watching(module.heads) if module.sharded else nullcontext()
         with watching, nullcontext() if window.way == "losses" else module.cutting(cut):
@@ -86,10 +104,6 @@ class Optimization:
                 with synchronising(module, window, closes=closes):
                     module.manual_backward(objective)
                 objective = objective.detach()
-        if closes:
-            self.window = None
-            self._close(module, window)
-        module.recorder.log_step(module)
         return objective
 
     def after_automatic_backward(self, module: MultiTaskModule) -> None:

@@ -69,6 +69,11 @@ class Window:
         return self.weighting.measures
 
     @property
+    def passes_again(self) -> bool:
+        """Whether some step of the training may pass the trunk, or a decoder that tasks share, more than once."""
+        return self.weighting is not None and (self.weighting.measures != "losses" or not self.weighs_heads)
+
+    @property
     def weighs_heads(self) -> bool:
         """Whether a task's weight scales the gradients of its head."""
         return self.weighting is None or self.weighting.weighs_heads

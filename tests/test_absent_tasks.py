@@ -88,7 +88,7 @@ def test_the_states_of_absent_tasks_wait() -> None:
     def states(*present: tuple[str, ...]) -> list[Tensor]:
         weighting = UncertaintyWeighting(lr=0.1)
         fit(module(), loader(*(labelled(*tasks) for tasks in present)), callbacks=[weighting])
-        return [weighting.log_variances, weighting.mean, weighting.square, weighting.steps]
+        return [weighting.log_variances, weighting.mean, weighting.spread, weighting.steps]
 
     once = states(TASKS)
     longer = states(TASKS, ("a", "c"), ("a",))

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl.weighting import MGDA, GradNorm, NashMTL, PCGrad, UncertaintyWeighting, UPGrad
-from tests.contract import Row
+from tests.contract import ROWS, Row, ask, signals
 from tests.small import batch, small
 from tests.training import fit, flat_parameters, loader
 
@@ -38,9 +38,10 @@ seeds = st.integers(0, 2**32 - 1)
 exponents = st.integers(-30, 30)
 
 
-def _scales(draw: Any, num_tasks: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _scales(draw: Any, num_tasks: int, largest: int = 30) -> np.ndarray[Any, np.dtype[np.float64]]:
     """All of one size, or of sizes between two extremes, some of them zero."""
-    lowest, highest = sorted((draw(exponents), draw(exponents)))
+    exponent = st.integers(-largest, largest)
+    lowest, highest = sorted((draw(exponent), draw(exponent)))
     rng = np.random.default_rng(draw(seeds))
     scales = 10.0 ** rng.uniform(lowest, highest, num_tasks)
     return np.where(rng.random(num_tasks) < draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])), 0.0, scales)
@@ -62,7 +63,8 @@ def jacobians(draw: Any, num_tasks: int) -> Tensor:
         rows -= rows.mean(axis=0)
     elif form == "nearly the same":
         rows = rows[:1] + 1e-9 * rows
-    return torch.from_numpy(rows * _scales(draw, num_tasks)[:, None])
+    # The Gramian holds their squares: 1e-30 to 1e30.
+    return torch.from_numpy(rows * _scales(draw, num_tasks, largest=15)[:, None])
 
 
 @st.composite
@@ -77,8 +79,36 @@ def settled(row: Row, num_tasks: int) -> Weighting:
     return weighting
 
 
+def states(weighting: Weighting) -> dict[str, Tensor]:
+    """What it remembers, and what the method that it wraps remembers."""
+    saved = weighting.state_dict()
+    wrapped = saved.get("wrapped", {"state": {}})["state"]
+    return {**saved["state"], **{f"wrapped {key}": state for key, state in wrapped.items()}}
+
+
 def names(row: Row, num_tasks: int) -> list[str]:
     return (["a", "b", "c"] + [f"task {k}" for k in range(num_tasks)])[:num_tasks]
+
+
+@examples(200)
+@given(st.data())
+def test_no_measurement_makes_a_weight_or_a_state_that_is_no_number(data: st.DataObject) -> None:
+    row = data.draw(st.sampled_from(ROWS), label="row")
+    num_tasks = data.draw(st.sampled_from([1, 2, 3, 4, 7, 16, 64]), label="tasks")
+    weighting = settled(row, num_tasks)
+    fresh = states(weighting)
+    scores = torch.rand(num_tasks, generator=torch.Generator().manual_seed(data.draw(seeds)))
+    for step in range(4):
+        losses, rows = data.draw(steps(num_tasks))
+        given_signals = signals(
+            losses, rows, tasks=names(row, num_tasks), step=step, epoch=step // 2, scores=scores ** (step + 1)
+        )
+        weights = ask(weighting, given_signals)
+        assert weights.shape == (num_tasks,)
+        assert torch.isfinite(weights).all(), (row.label, step, losses, weights)
+        for key, state in states(weighting).items():  # what is not known yet is nan from the start
+            assert torch.isfinite(state[~fresh[key].isnan()]).all(), (row.label, key, state)
+            assert not torch.isinf(state).any(), (row.label, key, state)
 
 
 # Through a training

@@ -91,13 +91,15 @@ def test_a_checkpointed_trunk_is_computed_again_in_every_backward_pass(way: str,
 
 
 class Compilations:
-    """A backend of ``torch.compile`` that counts how often it is asked."""
+    """A backend of ``torch.compile`` that counts how often it is asked, and for what."""
 
     def __init__(self) -> None:
         self.number = 0
+        self.operations: set[str] = set()
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         self.number += 1
+        self.operations |= {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
         return graph.forward
 
 
@@ -124,18 +126,53 @@ def compiled_in_place(part: nn.Module, backend: Any) -> nn.Module:
     return whole
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch._dynamo's
-@pytest.mark.parametrize("compile_part", [compiled, compiled_in_place], ids=lambda function: function.__name__)
-@pytest.mark.parametrize("way", ["losses", "features"])  # the others go through the trunk again
+of_torch_dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+in_either_way = pytest.mark.parametrize(
+    ("way", "compile_part"),
+    [*((way, compiled) for way in WAYS), ("losses", compiled_in_place), ("rows", compiled_in_place)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+
+
+@of_torch_dynamo
+@in_either_way
 def test_compiled_trunks_and_heads(way: str, compile_part: Callable[..., nn.Module]) -> None:
     torch.compiler.reset()
     part = functools.partial(compile_part, backend="aot_eager")
     assert_trains_as_without(with_parts(part, part), way)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("compile_part", [compiled, compiled_in_place], ids=lambda function: function.__name__)
-@pytest.mark.parametrize("way", ["losses", "features", "layer", "rows"])
+@of_torch_dynamo
+@pytest.mark.parametrize("way", ["features", "rows"])
+def test_a_compiled_decoder_that_tasks_share(way: str) -> None:
+    def with_decoder(make_part: Callable[[nn.Module], nn.Module]) -> MultiTaskModule:
+        torch.manual_seed(2)
+        inner, decoder = trunk(), make_part(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh()))
+        outer = {task: nn.Sequential(decoder, nn.Linear(4, 1)) for task in TASKS}
+        return MultiTaskModule(inner, outer, regressions(), optimizer=momentum)
+
+    torch.compiler.reset()
+    parameters = trained(with_decoder(as_it_is), way)
+    part = functools.partial(compiled, backend="aot_eager")
+    torch.testing.assert_close(trained(with_decoder(part), way), parameters, rtol=0, atol=1e-6)
+
+
+@of_torch_dynamo
+@pytest.mark.parametrize("way", ["layer", "rows"])
+def test_a_trunk_compiled_for_one_backward_pass_is_refused_where_there_are_several(way: str) -> None:
+    """It would write over what the second pass needs."""
+    torch.compiler.reset()
+    module = with_parts(functools.partial(compiled, backend="aot_eager"), as_it_is)
+    trained(module, "losses")
+    with pytest.raises(ValueError, match=r"Call torch.compiler.reset\(\) before the training"):
+        trained(module, way)
+    torch.compiler.reset()
+    trained(module, way)
+    trained(module, "losses")  # what may be passed again may be passed once
+
+
+@of_torch_dynamo
+@in_either_way
 def test_nothing_is_compiled_anew_in_later_steps(way: str, compile_part: Callable[..., nn.Module]) -> None:
     torch.compiler.reset()
     backend, numbers = Compilations(), []
@@ -148,6 +185,7 @@ def test_nothing_is_compiled_anew_in_later_steps(way: str, compile_part: Callabl
     fit(with_parts(part, part), loader(*batches(*[4] * 6)), callbacks=[*WAYS[way](), Counting()])
     assert numbers[0] >= 2  # the trunk, and one for all heads, which run the same code
     assert numbers[1:] == [numbers[1]] * 5
+    assert not any("view" in operation or "detach" in operation for operation in backend.operations)  # of ours
 
 
 # Hooks
@@ -194,12 +232,46 @@ class OwnFeatures(nn.Module):
         return {task: branch(z) for task, branch in self.branches.items()}
 
 
-@pytest.mark.parametrize("way", ["losses"])  # elsewhere PyTorch refuses it: features are leaves there
-def test_heads_that_begin_in_place(way: str) -> None:
-    found = []
-    for in_place in (True, False):
-        torch.manual_seed(2)
-        outer = {task: nn.Sequential(nn.ReLU(inplace=in_place), nn.Linear(4, 1)) for task in TASKS}
-        module = MultiTaskModule(OwnFeatures(trunk()), outer, regressions(), optimizer=momentum)
-        found.append(trained(module, way))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+def with_relus(make_trunk: Callable[[], nn.Module], relus: dict[str, nn.Module | None]) -> MultiTaskModule:
+    torch.manual_seed(2)
+    outer = {task: nn.Sequential(*([] if relu is None else [relu]), nn.Linear(4, 1)) for task, relu in relus.items()}
+    return MultiTaskModule(make_trunk(), outer, regressions(), optimizer=momentum)
+
+
+def flattened() -> nn.Module:
+    """Its output is a view of what its last layer returned."""
+    return nn.Sequential(trunk()[:3], nn.Unflatten(1, (2, 2)), nn.Flatten())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("make_trunk", "writing"),
+    [
+        (lambda: OwnFeatures(trunk()), {"a": nn.ReLU(inplace=True), "b": nn.ReLU(inplace=True)}),
+        # Plain PyTorch hands one tensor to both heads: the second reads what the first has written.
+        (lambda: trunk()[:3], {"a": nn.ReLU(inplace=True), "b": None}),
+        (flattened, {"a": nn.ReLU(inplace=True), "b": None}),
+    ],
+    ids=["features of their own", "shared features", "a view"],
+)
+def test_heads_that_begin_in_place(
+    make_trunk: Callable[[], nn.Module], writing: dict[str, nn.Module | None], way: str
+) -> None:
+    expected, found = Steps(), Steps()
+    parameters = trained(with_relus(make_trunk, dict.fromkeys(TASKS, nn.ReLU())), way, expected)
+    torch.testing.assert_close(trained(with_relus(make_trunk, writing), way, found), parameters, rtol=0, atol=1e-6)
+    for ours, theirs in zip(found.gradients, expected.gradients, strict=True):
+        assert [gradient for gradient in ours.values() if gradient is not None]
+        for gradient, other in zip(ours.values(), theirs.values(), strict=True):
+            torch.testing.assert_close(gradient, other, rtol=0, atol=1e-6)
+    assert len(found.weights) == len(expected.weights) == 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("writer", TASKS)
+def test_what_plain_pytorch_refuses_to_write_is_refused(writer: str, way: str) -> None:
+    """The first head's layer needs what the second one overwrites, or the trunk's tanh does."""
+    module = with_relus(trunk if writer == "a" else lambda: trunk()[:3], dict.fromkeys(TASKS))
+    module.heads[writer] = nn.Sequential(nn.ReLU(inplace=True), module.heads[writer])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        trained(module, way)

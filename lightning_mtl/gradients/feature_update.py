@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_mtl.gradients.compiled import check_repeatable
 from lightning_mtl.gradients.heads import HeadPasses
 from lightning_mtl.gradients.inject import inject
 from lightning_mtl.gradients.inner_products import gramian, row_norms
@@ -157,6 +158,7 @@ def _measure_layer(
     layer: Sequence[Tensor],
     wanted: Wanted,
 ) -> Measured:
+    check_repeatable(outputs)
     if wanted == "norms" and batch.ranks.size == 1:
         norms = []
         for head in cotangents:

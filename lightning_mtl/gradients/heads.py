@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_mtl.gradients.compiled import check_repeatable
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.gradients.graph import reached_leaves
 from lightning_mtl.gradients.micro_batch import MicroBatch
@@ -43,6 +44,8 @@ class HeadPasses:
         self._reached = [list(reached_leaves([loss])) for loss in self._losses]
         self.everything = [leaf for leaves in self._reached for leaf in leaves]
         self.disjoint = len(set(self.everything)) == len(self.everything)
+        if not self.disjoint:
+            check_repeatable(self._losses)
         for index, name in enumerate(batch.names):
             if name not in batch.absent and not self.reaches_trunk(index):
                 raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_mtl.gradients.compiled import check_repeatable
 from lightning_mtl.gradients.feature_update import Wanted, gradients_from_cut, in_full_precision
 from lightning_mtl.gradients.graph import reached_leaves
 from lightning_mtl.gradients.heads import HeadPasses
@@ -55,6 +56,8 @@ class RowUpdate:
         heads = HeadPasses(batch)
         upstream = list(reached_leaves(batch.cut.outputs))
         needs_trunk = [index for index in range(len(heads)) if heads.reaches_trunk(index)]
+        if len(needs_trunk) > 1:
+            check_repeatable(batch.cut.outputs)
         for index in range(len(heads)):
             head = heads.one(index)  # one at a time, so that one task's gradient at the cut is held at once
             gradients = dict(head.parameters)

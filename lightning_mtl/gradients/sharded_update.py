@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_mtl.gradients.compiled import check_repeatable
 from lightning_mtl.gradients.feature_update import Wanted, combine, measure_features
 from lightning_mtl.gradients.inject import inject
 from lightning_mtl.gradients.inner_products import gramian
@@ -104,6 +105,7 @@ def _cotangents(batch: MicroBatch) -> list[list[Tensor | None]]:
     """dL_k/dz for each loss, and the penalty last; the graph is kept for the heads' parameters."""
     leaves = list(batch.cut.leaves)
     every_loss = batch.losses if batch.penalty is None else [*batch.losses, batch.penalty]
+    check_repeatable([*every_loss, *batch.cut.outputs])
     found: list[list[Tensor | None]] = []
     for index, loss in enumerate(every_loss):
         seed = batch.seeds[index].to(loss) if batch.seeds is not None and index < len(batch.losses) else None

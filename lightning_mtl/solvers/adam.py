@@ -7,12 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Beyond any gradient that means something, and far enough from float32's end to be divided by 1 - β.
+LARGEST = 1e36
+
 
 class AdamState(NamedTuple):
-    """First moment, second moment and steps taken, ``[K]`` each; all zero at the start."""
+    """First moment, root of the second moment and steps taken, ``[K]`` each; all zero at the start.
+
+    The root, because squares of large gradients leave float32.
+    """
 
     mean: Tensor
-    square: Tensor
+    spread: Tensor
     steps: Tensor
 
 
@@ -52,7 +58,8 @@ def adam_step(
         tensor([-0.1000,  0.1000])
     """
     steps = state.steps + 1
+    gradient = gradient.clamp(-LARGEST, LARGEST)
     mean = torch.lerp(gradient, state.mean, betas[0])
-    square = torch.lerp(gradient.square(), state.square, betas[1])
-    step = (mean / (1 - betas[0] ** steps)) / ((square / (1 - betas[1] ** steps)).sqrt() + eps)
-    return values - lr * step, AdamState(mean, square, steps)
+    spread = torch.hypot(betas[1] ** 0.5 * state.spread, (1 - betas[1]) ** 0.5 * gradient)
+    step = (mean / (1 - betas[0] ** steps)) / (spread / (1 - betas[1] ** steps).sqrt() + eps)
+    return values - lr * step, AdamState(mean, spread, steps)

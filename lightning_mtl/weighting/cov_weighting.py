@@ -11,6 +11,8 @@ from lightning_mtl.callbacks import Weighting
 from lightning_mtl.signals import Signals
 
 EPS = 1e-8
+# A loss may grow from next to nothing by more than its square can be written.
+LARGEST_RATIO = 1e15
 
 
 def cov_weights(mean: Tensor, variance: Tensor) -> Tensor:
@@ -74,6 +76,7 @@ class CoVWeighting(Weighting):
         losses = signals.losses.to(self.mean_loss)
         known = (self.count > 0) & (self.mean_loss != 0)
         ratios = torch.where(known, losses / self.mean_loss, torch.ones_like(losses))
+        ratios = ratios.clamp(-LARGEST_RATIO, LARGEST_RATIO)
         self.count = self.count + 1
         before = self.mean_ratio
         self.mean_ratio = before + (ratios - before) / self.count

@@ -98,11 +98,11 @@ class FAMO(Weighting):
         self.lr, self.gamma, self.min_losses = lr, gamma, dict(min_losses or {})
         self.wants_losses_after = losses_after == "forward"
         self.takes_logarithms = not self.min_losses
-        for name, start in (("logits", 0.0), ("mean", 0.0), ("square", 0.0), ("steps", 0.0), ("last", torch.nan)):
+        for name, start in (("logits", 0.0), ("mean", 0.0), ("spread", 0.0), ("steps", 0.0), ("last", torch.nan)):
             self.add_state(name, torch.tensor(start))
         self.logits: Tensor
         self.mean: Tensor
-        self.square: Tensor
+        self.spread: Tensor
         self.steps: Tensor
         self.last: Tensor
 
@@ -122,7 +122,7 @@ class FAMO(Weighting):
 
     def update(self, signals: Signals) -> None:
         """Keep the moved logits."""
-        self.logits, (self.mean, self.square, self.steps) = self._moved(signals)
+        self.logits, (self.mean, self.spread, self.steps) = self._moved(signals)
         self.last = self._gaps(signals, signals.losses)
 
     def _moved(self, signals: Signals) -> tuple[Tensor, AdamState]:
@@ -130,10 +130,10 @@ class FAMO(Weighting):
         before, after = self.last, self._gaps(signals, signals.losses)
         if self.wants_losses_after:
             if signals.losses_after is None:
-                return self.logits, AdamState(self.mean, self.square, self.steps)
+                return self.logits, AdamState(self.mean, self.spread, self.steps)
             before, after = after, self._gaps(signals, signals.losses_after)
         known = ~before.isnan()
-        state = AdamState(self.mean, self.square, self.steps)
+        state = AdamState(self.mean, self.spread, self.steps)
         gradient = famo_gradient(self.logits, torch.where(known, before, after), after) + self.gamma * self.logits
         moved, adam = adam_step(self.logits, gradient, state, lr=self.lr)
         chosen = [torch.where(known, new, old) for new, old in zip(adam, state, strict=True)]

@@ -92,12 +92,12 @@ class GradNorm(Weighting):
         self.alpha, self.lr, self.min_weight = alpha, lr, min_weight
         self.add_state("weights", torch.tensor(1.0))
         self.add_state("first_losses", torch.tensor(torch.nan))
-        for name in ("mean", "square", "steps"):
+        for name in ("mean", "spread", "steps"):
             self.add_state(name, torch.tensor(0.0))
         self.weights: Tensor
         self.first_losses: Tensor
         self.mean: Tensor
-        self.square: Tensor
+        self.spread: Tensor
         self.steps: Tensor
 
     def weigh(self, signals: Signals) -> Tensor:
@@ -112,7 +112,7 @@ class GradNorm(Weighting):
             return
         ratios = torch.where(self.first_losses > 0, losses / self.first_losses, torch.ones_like(losses))
         gradient = gradnorm_gradient(self.weights, signals.norms.to(self.weights), ratios, self.alpha)
-        state = AdamState(self.mean, self.square, self.steps)
-        moved, (self.mean, self.square, self.steps) = adam_step(self.weights, gradient, state, lr=self.lr)
+        state = AdamState(self.mean, self.spread, self.steps)
+        moved, (self.mean, self.spread, self.steps) = adam_step(self.weights, gradient, state, lr=self.lr)
         clamped = moved.clamp(min=self.min_weight)
         self.weights = clamped * signals.num_tasks / clamped.sum()

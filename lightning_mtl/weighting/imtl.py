@@ -12,7 +12,7 @@ from lightning_mtl.callbacks import Measure, Weighting
 from lightning_mtl.signals import Signals
 from lightning_mtl.solvers.adam import AdamState, adam_step
 from lightning_mtl.weighting.imtlg import imtlg_weights
-from lightning_mtl.weighting.imtll import imtll_gradient
+from lightning_mtl.weighting.imtll import MOST_EXTREME, imtll_gradient
 
 
 def imtl_weights(gramian: Tensor, log_scales: Tensor) -> Tensor:
@@ -75,11 +75,11 @@ class IMTL(Weighting):
         if not lr > 0:
             raise ValueError(f"IMTL(lr={lr}) must be above 0.")
         self.lr = lr
-        for name in ("log_scales", "mean", "square", "steps"):
+        for name in ("log_scales", "mean", "spread", "steps"):
             self.add_state(name, torch.tensor(0.0))
         self.log_scales: Tensor
         self.mean: Tensor
-        self.square: Tensor
+        self.spread: Tensor
         self.steps: Tensor
 
     def weigh(self, signals: Signals) -> Tensor:
@@ -94,5 +94,6 @@ class IMTL(Weighting):
     def update(self, signals: Signals) -> None:
         """Take one Adam step on the scales."""
         gradient = imtll_gradient(self.log_scales, signals.losses.to(self.log_scales))
-        state = AdamState(self.mean, self.square, self.steps)
-        self.log_scales, (self.mean, self.square, self.steps) = adam_step(self.log_scales, gradient, state, lr=self.lr)
+        state = AdamState(self.mean, self.spread, self.steps)
+        moved, (self.mean, self.spread, self.steps) = adam_step(self.log_scales, gradient, state, lr=self.lr)
+        self.log_scales = moved.clamp(-MOST_EXTREME, MOST_EXTREME)

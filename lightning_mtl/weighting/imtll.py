@@ -11,6 +11,9 @@ from lightning_mtl.callbacks import Weighting
 from lightning_mtl.signals import Signals
 from lightning_mtl.solvers.adam import AdamState, adam_step
 
+# A loss that stays 0 would let its scale grow without end; e^30 is beyond any scale in use, and finite.
+MOST_EXTREME = 30.0
+
 
 def imtll_gradient(log_scales: Tensor, losses: Tensor) -> Tensor:
     r"""Compute the derivative of :math:`\sum_k e^{s_k} L_k - s_k` by each s, ``[K]``.
@@ -55,11 +58,11 @@ class IMTLL(Weighting):
         if not lr > 0:
             raise ValueError(f"IMTLL(lr={lr}) must be above 0.")
         self.lr = lr
-        for name in ("log_scales", "mean", "square", "steps"):
+        for name in ("log_scales", "mean", "spread", "steps"):
             self.add_state(name, torch.tensor(0.0))
         self.log_scales: Tensor
         self.mean: Tensor
-        self.square: Tensor
+        self.spread: Tensor
         self.steps: Tensor
 
     def weigh(self, signals: Signals) -> Tensor:
@@ -69,5 +72,6 @@ class IMTLL(Weighting):
     def update(self, signals: Signals) -> None:
         """Take one Adam step on the scales."""
         gradient = imtll_gradient(self.log_scales, signals.losses.to(self.log_scales))
-        state = AdamState(self.mean, self.square, self.steps)
-        self.log_scales, (self.mean, self.square, self.steps) = adam_step(self.log_scales, gradient, state, lr=self.lr)
+        state = AdamState(self.mean, self.spread, self.steps)
+        moved, (self.mean, self.spread, self.steps) = adam_step(self.log_scales, gradient, state, lr=self.lr)
+        self.log_scales = moved.clamp(-MOST_EXTREME, MOST_EXTREME)

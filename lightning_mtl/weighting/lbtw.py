@@ -11,6 +11,9 @@ from torch import Tensor
 from lightning_mtl.callbacks import Weighting
 from lightning_mtl.signals import Signals
 
+# A first loss that is next to nothing would make of a later one a weight that no number stands for.
+LARGEST = 1e30
+
 
 def lbtw_weights(losses: Tensor, first_losses: Tensor, alpha: float) -> Tensor:
     """Compute ``(L_k / L_k(0)) ** alpha``, ``[K]``; a first loss of 0 gives weight 1.
@@ -20,7 +23,7 @@ def lbtw_weights(losses: Tensor, first_losses: Tensor, alpha: float) -> Tensor:
         tensor([0.5000, 1.0000])
     """
     ratios = torch.where(first_losses > 0, losses / first_losses, torch.ones_like(losses))
-    return ratios.clamp(min=0) ** alpha
+    return (ratios.clamp(min=0) ** alpha).clamp(max=LARGEST)
 
 
 class LBTW(Weighting):

@@ -91,11 +91,11 @@ class UncertaintyWeighting(Weighting):
         if regularizer not in ("log", "log1p"):
             raise ValueError(f"UncertaintyWeighting(regularizer={regularizer!r}) must be 'log' or 'log1p'.")
         self.kinds, self.lr, self.regularizer = dict(kinds or {}), lr, regularizer
-        for name in ("log_variances", "mean", "square", "steps"):
+        for name in ("log_variances", "mean", "spread", "steps"):
             self.add_state(name, torch.tensor(0.0))
         self.log_variances: Tensor
         self.mean: Tensor
-        self.square: Tensor
+        self.spread: Tensor
         self.steps: Tensor
 
     def check(self, pl_module: pl.LightningModule) -> None:
@@ -113,8 +113,8 @@ class UncertaintyWeighting(Weighting):
         gradient = uncertainty_gradient(
             self.log_variances, signals.losses.to(self.log_variances), self._factors(signals), self.regularizer
         )
-        state = AdamState(self.mean, self.square, self.steps)
-        moved, (self.mean, self.square, self.steps) = adam_step(self.log_variances, gradient, state, lr=self.lr)
+        state = AdamState(self.mean, self.spread, self.steps)
+        moved, (self.mean, self.spread, self.steps) = adam_step(self.log_variances, gradient, state, lr=self.lr)
         self.log_variances = moved.clamp(-MOST_EXTREME, MOST_EXTREME)
 
     def _factors(self, signals: Signals) -> Tensor:
