@@ -1,0 +1,9 @@
+"""Trunks for several tasks; each returns one tensor for all heads, or a dict with an entry a task."""
+
+from lightning_mtl.architectures.cross_stitch import CrossStitch
+from lightning_mtl.architectures.soft_sharing import SoftSharing
+
+__all__ = [
+    "CrossStitch",
+    "SoftSharing",
+]
