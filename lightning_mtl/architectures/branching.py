@@ -33,6 +33,9 @@ class LTB(nn.Module):
     micro-batch and after a resume. :class:`Branching`, a callback, draws it, lowers the temperature and hardens;
     without it, call :meth:`sample` before each training step. The trunk returns ``{task: features}``.
 
+    Methods that measure gradients see the whole of it at the trunk and at the features. ``at="last_layer"`` means the
+    logits until it is hardened, since no node's layer serves all tasks.
+
     Args:
         stages: The nodes of each stage, in the order the stages run. Nodes of the first stage take the trunk's inputs,
             the others one tensor. All nodes of a stage return the same shape. Nodes that start alike stay alike for
@@ -199,12 +202,13 @@ class LTB(nn.Module):
         needed = [{tree[-1][self.tasks.index(task)] for task in wanted}]
         for parents in reversed(tree[:-1]):
             needed.insert(0, {parents[child] for child in needed[0]})
+        idle = None
+        if self.training and is_available() and is_initialized():
+            # DDP waits for the gradients of every parameter that it was made with. Before the nodes run, so that the
+            # layer that runs last is one of theirs.
+            idle = torch.stack([(p * 0).sum() for p in self.parameters() if p.requires_grad]).sum()
         values = {node: self._nodes(0)[node](*inputs, **named) for node in sorted(needed[0])}
         for depth in range(1, len(self.stages)):
             values = {node: self._nodes(depth)[node](values[tree[depth - 1][node]]) for node in sorted(needed[depth])}
         found = {task: values[tree[-1][self.tasks.index(task)]] for task in wanted}
-        if self.training and is_available() and is_initialized():
-            # DDP waits for the gradients of every parameter that it was made with.
-            idle = torch.stack([(p * 0).sum() for p in self.parameters() if p.requires_grad]).sum()
-            found = {task: value + idle.to(value.dtype) for task, value in found.items()}
-        return found
+        return found if idle is None else {task: value + idle.to(value.dtype) for task, value in found.items()}

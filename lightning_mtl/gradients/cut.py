@@ -20,6 +20,7 @@ class FeatureCut:
         outputs: The trunk's outputs, still on the trunk's graph, over all its calls in the step.
         leaves: Every leaf handed to a head, with the index of the output that it stands for.
         head_outputs: What the heads returned, where they were watched.
+        readers: For each reader that was given a view of its own, the indices of the outputs that it may read.
 
     Example:
         >>> import torch
@@ -35,6 +36,7 @@ class FeatureCut:
         self.leaves: dict[Tensor, int] = {}
         self.calls = 0
         self.head_outputs: dict[str, list[Tensor]] = {}
+        self.readers: list[frozenset[int]] = []
 
     @contextmanager
     def applied_to(self, trunk: nn.Module) -> Iterator[FeatureCut]:
@@ -64,7 +66,10 @@ class FeatureCut:
 
     def own_view(self, features: Any) -> Any:  # noqa: ANN401 - any nested structure of tensors
         """The same features behind leaves of their own, so that one backward pass tells the readers apart."""
-        return apply_to_collection(features, Tensor, self._fresh_leaf)
+        before = len(self.leaves)
+        view = apply_to_collection(features, Tensor, self._fresh_leaf)
+        self.readers.append(frozenset(list(self.leaves.values())[before:]))
+        return view
 
     def _on_trunk_output(self, _trunk: nn.Module, _inputs: Any, output: Any) -> Any:  # noqa: ANN401
         self.calls += 1

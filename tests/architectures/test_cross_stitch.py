@@ -21,7 +21,7 @@ def images() -> list[nn.Module]:
 
 def written_out(trunk: CrossStitch, x: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Sums of products, a unit after every stage but the last."""
-    own = [list(trunk.get_submodule(f"backbones.{task}")) for task in trunk.tasks]  # type: ignore[arg-type]
+    own = [list(trunk.get_submodule(f"backbones.{task}").children()) for task in trunk.tasks]
     values = [stages[0](x) for stages in own]
     for stage in range(1, len(own[0])):
         unit = trunk.units[stage - 1]

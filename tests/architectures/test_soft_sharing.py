@@ -74,7 +74,7 @@ def test_copies_are_moved_alike(kind: Any) -> None:
     assert any(gradient.any() for gradient in gradients[0]) is (kind == "trace_norm")
 
 
-def alone(strength: float, steps: int, lr: float = 0.1) -> tuple[SoftSharing, list[nn.Module]]:
+def alone(strength: float, steps: int, lr: float = 0.1) -> tuple[SoftSharing, list[nn.Sequential]]:
     """A soft-sharing trunk and independent networks from the same start, trained on the same batches."""
     torch.manual_seed(0)
     trunk = soft_sharing(strength=strength)
@@ -95,7 +95,7 @@ def test_strength_zero_is_independent_networks() -> None:
     trunk, networks = alone(0.0, steps=8)
     assert trunk.penalties() == {}
     for task, network in zip(TASKS, networks, strict=True):
-        close(list(trunk.backbones[task].parameters()), list(network[0].parameters()))  # type: ignore[index]
+        close(list(trunk.backbones[task].parameters()), list(network[0].parameters()))
 
 
 def test_large_strength_makes_the_parameters_equal() -> None:
@@ -121,7 +121,7 @@ def test_penalty_is_logged_by_its_name_and_never_weighed() -> None:
 def test_a_frozen_backbone_only_pulls() -> None:
     trunk = soft_sharing(strength=1.0)
     trunk.backbones["a"].requires_grad_(False)
-    trunk.penalties()["soft_sharing"].backward()  # type: ignore[no-untyped-call]
+    trunk.penalties()["soft_sharing"].backward()
     assert all(p.grad is None for p in trunk.backbones["a"].parameters())
     assert all(p.grad is not None for p in trunk.backbones["b"].parameters())
     trunk.requires_grad_(False)
