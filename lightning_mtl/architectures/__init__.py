@@ -3,11 +3,15 @@
 from lightning_mtl.architectures.branch_schedule import Branching
 from lightning_mtl.architectures.branching import LTB
 from lightning_mtl.architectures.cross_stitch import CrossStitch
+from lightning_mtl.architectures.report import Cost, ParameterReport, parameter_report
 from lightning_mtl.architectures.soft_sharing import SoftSharing
 
 __all__ = [
     "LTB",
     "Branching",
+    "Cost",
     "CrossStitch",
+    "ParameterReport",
     "SoftSharing",
+    "parameter_report",
 ]

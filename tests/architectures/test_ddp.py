@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.architectures.worker import CASES, RANKS, train
+from tests.architectures.worker import CASES, train
 from tests.distributed.pairs import run_together
+from tests.distributed.worker import RANKS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
