@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig, LRSchedulerPLType
 from torch import Tensor, nn
 
-from lightning_mtl.batches import call_trunk_with, is_joint, is_per_task, refuse_batch
+from lightning_mtl.batches import is_joint, is_per_task, refuse_batch
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.optimization import Optimization
 from lightning_mtl.overrides import keeping_schedules, with_recorder
@@ -18,6 +18,14 @@ from lightning_mtl.recorder import Recorder, sample_counts
 from lightning_mtl.setup_checks import check_arguments
 from lightning_mtl.stepped_module import SteppedModule
 from lightning_mtl.task import Task, TaskOutput
+from lightning_mtl.trunks import (
+    Penalised,
+    call_trunk,
+    penalised_parts,
+    penalties_of,
+    shared_parameters_of,
+    takes_tasks,
+)
 
 OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
 LRSchedulerCallable = Callable[[torch.optim.Optimizer], LRSchedulerPLType]
@@ -94,6 +102,7 @@ class MultiTaskModule(SteppedModule):
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
         self.optimization = Optimization()
         self._cut: FeatureCut | None = None
+        self._penalised: tuple[nn.Module, list[tuple[str, Penalised]]] | None = None
         # A loss with buffers or parameters of its own moves with the module and is saved with it.
         self.loss_modules = nn.ModuleDict(
             {k: task.loss for k, task in tasks.items() if isinstance(task.loss, nn.Module)}
@@ -116,11 +125,12 @@ class MultiTaskModule(SteppedModule):
         return self._predict(inputs, self.tasks)
 
     def _predict(self, inputs: Any, tasks: Iterable[str]) -> dict[str, Tensor]:  # noqa: ANN401
-        positional, named = call_trunk_with(inputs)
-        features = self.trunk(*positional, **named)
-        split = isinstance(features, Mapping) and features.keys() >= self.heads.keys()
+        wanted = list(tasks)
+        features = call_trunk(self.trunk, inputs, wanted)
+        needed = set(wanted) if takes_tasks(self.trunk) else self.heads.keys()
+        split = isinstance(features, Mapping) and features.keys() >= needed
         predictions = {}
-        for task in tasks:
+        for task in wanted:
             own = features[task] if split else features
             predictions[task] = self.heads[task](own if self._cut is None else self._cut.own_view(own))
         return predictions
@@ -155,12 +165,21 @@ class MultiTaskModule(SteppedModule):
         return TaskOutput(self.tasks[task].loss(prediction, target), prediction, target)
 
     def penalties(self) -> dict[str, Tensor]:
-        """Scalars added to the objective with weight 1, logged as ``penalty/<name>``; they are no tasks to balance."""
-        return {}
+        """Scalars added to the objective with weight 1, logged as ``penalty/<name>``; they are no tasks to balance.
+
+        By default those of the trunk and its parts, where these have a method ``penalties()`` of their own; an override
+        adds to them: ``{**super().penalties(), "name": value}``.
+        """
+        if self._penalised is None or self._penalised[0] is not self.trunk:
+            self._penalised = (self.trunk, penalised_parts(self.trunk))  # looked for once, not in every step
+        return penalties_of(self._penalised[1])
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """The parameters that tasks share, whose gradients the methods balance: by default all of the trunk's."""
-        return list(self.trunk.parameters())
+        """The parameters that tasks share, whose gradients the methods balance.
+
+        By default those that the trunk's own ``shared_parameters()`` names, or all of the trunk's where it has none.
+        """
+        return shared_parameters_of(self.trunk)
 
     # Lightning's steps
 

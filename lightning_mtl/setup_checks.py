@@ -39,7 +39,7 @@ def check_arguments(
             if not isinstance(value, kind):
                 raise TypeError(f"{name}[{task!r}] must be a {kind.__name__}, found {type(value).__name__}.")
     for task in tasks:
-        _check_task_name(task)
+        check_task_name(task)
     _check_names_match(heads, tasks)
     _check_step_arguments(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
 
@@ -62,7 +62,7 @@ def _check_step_arguments(accumulate_grad_batches: object, clip_val: float | Non
         raise ValueError(f"gradient_clip_algorithm={clip_algorithm!r} must be 'norm' or 'value'.")
 
 
-def _check_task_name(task: object) -> None:
+def check_task_name(task: object) -> None:
     """Task names become module names, so that what ``nn.ModuleDict`` cannot hold is refused."""
     rule = "Task names become names of modules: a non-empty string without dots that is no attribute of nn.ModuleDict"
     if not isinstance(task, str) or not task or "." in task:

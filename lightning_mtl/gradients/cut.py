@@ -50,6 +50,7 @@ class FeatureCut:
         outputs: The trunk's outputs, still on the trunk's graph, over all its calls in the step.
         leaves: Every leaf that a reader's graph ends in, with the index of the output that it stands for.
         head_outputs: What the heads returned, where they were watched.
+        readers: For each reader that was given a view of its own, the indices of the outputs that it may read.
 
     Example:
         >>> trunk, cut = nn.Linear(2, 3), FeatureCut()
@@ -66,6 +67,7 @@ class FeatureCut:
         self._readings: dict[Tensor, _Reading] = {}
         self.calls = 0
         self.head_outputs: dict[str, list[Tensor]] = {}
+        self.readers: list[frozenset[int]] = []
 
     @contextmanager
     def applied_to(self, trunk: nn.Module) -> Iterator[FeatureCut]:
@@ -103,7 +105,9 @@ class FeatureCut:
     def own_view(self, features: Any) -> Any:  # noqa: ANN401 - any nested structure of tensors
         """The same features behind leaves of their own, so that one backward pass tells the readers apart."""
         own: dict[Tensor, Tensor] = {}  # a tensor that comes twice is one to its reader, too
-        return apply_to_collection(features, Tensor, lambda z: own[z] if z in own else own.setdefault(z, self._own(z)))
+        view = apply_to_collection(features, Tensor, lambda z: own[z] if z in own else own.setdefault(z, self._own(z)))
+        self.readers.append(frozenset(self._readings[z].origin for z in own if z in self._readings))
+        return view
 
     # A trunk that is compiled in place would take its hooks along.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say what it returns

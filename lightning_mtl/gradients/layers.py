@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lightning_mtl.gradients.cut import FeatureCut
@@ -27,27 +28,38 @@ def named_parameters_at(module: nn.Module, names: Sequence[str]) -> list[Tensor]
     return list(found)
 
 
-def last_layer(trunk: nn.Module, cut: FeatureCut, ranks: Ranks | None = None) -> list[Tensor]:
+def last_layer(
+    trunk: nn.Module, cut: FeatureCut, ranks: Ranks | None = None, *, among: Iterable[Tensor] | None = None
+) -> list[Tensor]:
     """Find the trainable parameters of the trunk module with weights that ran last, the same on all ranks.
 
     Weights are parameters of two or more dimensions. What ran last is read off this step's autograd graph; where a
-    compiled trunk is a single operation of it, the module defined last is taken.
+    compiled trunk is a single operation of it, the module defined last is taken. Only those in ``among`` count. Where
+    heads read features of their own, the last module before each head's features counts, which may be several.
 
     Raises:
         ValueError: If no such parameter took part in the forward pass.
     """
-    order = reached_leaves(cut.outputs)
+    wanted = set(trunk.parameters() if among is None else among)
     modules = list(trunk.modules())
-    last, latest = -1, 0
-    for index, child in enumerate(modules):
-        for parameter in child.parameters(recurse=False):
-            if parameter.ndim >= 2 and order.get(parameter, -1) >= latest:
-                last, latest = index, order[parameter]
-    # A rank whose batch is empty has no graph to read.
-    last = last if ranks is None else ranks.largest(last, next(trunk.parameters()).device)
-    if last < 0:
+    weights = [[p for p in child.parameters(recurse=False) if p.ndim >= 2 and p in wanted] for child in modules]
+    found = torch.zeros(len(modules))
+    for outputs in {reader for reader in cut.readers if reader} or {frozenset(range(len(cut.outputs)))}:
+        order = reached_leaves([cut.outputs[index] for index in sorted(outputs)])
+        latest = [max((order.get(p, -1) for p in own), default=-1) for own in weights]
+        if max(latest, default=-1) >= 0:
+            found[_last_argmax(latest)] = 1
+    if ranks is not None and ranks.size > 1:  # a rank whose batch is empty has no graph to read
+        found = ranks.sum(found.to(next(trunk.parameters()).device))
+    if not found.any():
         raise ValueError(
             "at='last_layer' found no trainable weight of two or more dimensions in the trunk that its output depends "
             "on; unfreeze one, or measure at 'features'."
         )
-    return [p for p in modules[last].parameters(recurse=False) if p.requires_grad]
+    layers = [modules[index] for index in found.nonzero().flatten().tolist()]
+    return list(dict.fromkeys(p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad))
+
+
+def _last_argmax(numbers: Sequence[int]) -> int:
+    largest = max(numbers)
+    return max(index for index, number in enumerate(numbers) if number == largest)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,14 +35,6 @@ class Ranks:
         """Sum a tensor over the ranks, in place; its shape must agree on all of them."""
         self.begin_sum(tensor)()
         return tensor
-
-    def largest(self, number: int, device: torch.device) -> int:
-        """The largest of the ranks' numbers."""
-        if self.size == 1:
-            return number
-        found = torch.tensor(number, device=device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
-        return int(found)
 
     def begin_sum(self, tensor: Tensor) -> Callable[[], object]:
         """Begin to sum a tensor over the ranks, in place; call what is returned before reading it."""

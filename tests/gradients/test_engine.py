@@ -99,10 +99,11 @@ def test_every_parameter_gets_its_weighted_sum(
 def test_measured_at_a_layer(kind: str, by_name: bool) -> None:
     for num_tasks, _, measures in SETTINGS:
         case = build(kind, num_tasks, seed=num_tasks)
-        layer = LAST.get(kind, f"branches.{num_tasks - 1}")
-        parameters = list(case.module.trunk.get_submodule(layer).parameters())
+        # Where heads read features of their own, each task's last layer counts.
+        layers = [LAST[kind]] if kind in LAST else [f"branches.{task}" for task in range(num_tasks)]
+        parameters = [p for layer in layers for p in case.module.trunk.get_submodule(layer).parameters()]
         rows = rows_at(case.module, task_gradients(case.module, case.batch), parameters)
-        at: Any = [f"trunk.{layer}"] if by_name else "last_layer"
+        at: Any = [f"trunk.{layer}" for layer in layers] if by_name else "last_layer"
         weighting = fixed(weights_for(case, num_tasks), measures, at=at)
         one_step(case, weighting)
         assert_measured(weighting, rows, measures)

@@ -1,0 +1,238 @@
+"""What a multi-task model costs beside a model for each task: parameters, multiply-adds, time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_mtl.architectures.costs import as_trained, latency_ms, multiply_adds, parameters_behind
+from lightning_mtl.batches import call_trunk_with
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lightning_mtl.module import MultiTaskModule
+
+COLUMNS = ("", "parameters", "shared", "own", "multiply-adds", "ms")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs; for all tasks at once, or for one.
+
+    Attributes:
+        name: The task, or what the row sums up.
+        parameters: All that take part in its predictions.
+        shared: Those of them that several tasks of the multi-task model use.
+        own: Those that one task alone uses.
+        multiply_adds: Of a forward pass: matrix products, convolutions and attention; what is element by element is not
+            counted.
+        milliseconds: The median forward pass.
+    """
+
+    name: str
+    parameters: int
+    shared: int
+    own: int
+    multiply_adds: int
+    milliseconds: float
+
+    def cells(self) -> tuple[str, ...]:
+        """The row of a table."""
+        counts = (self.parameters, self.shared, self.own, self.multiply_adds)
+        return (self.name, *(f"{count:,}" for count in counts), f"{self.milliseconds:.3f}")
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """The multi-task model, the model of each task alone, and their sum; ``print`` it, or ``rich.print`` it.
+
+    Attributes:
+        multi_task: All tasks by one model.
+        single_task: ``{task: cost}`` of each task's model.
+        idle: Parameters of the multi-task model that no prediction depends on.
+        assumption: What the single-task models were taken to be.
+    """
+
+    multi_task: Cost
+    single_task: Mapping[str, Cost]
+    idle: int
+    assumption: str
+
+    @property
+    def single_task_total(self) -> Cost:
+        """All tasks by a model each, one after the other."""
+        costs = list(self.single_task.values())
+        return Cost(
+            f"{len(costs)} single-task models",
+            sum(cost.parameters for cost in costs),
+            sum(cost.shared for cost in costs),
+            sum(cost.own for cost in costs),
+            sum(cost.multiply_adds for cost in costs),
+            sum(cost.milliseconds for cost in costs),
+        )
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Multi-task over the sum of the single-task models; below 1 the multi-task model is cheaper."""
+        one, many = self.multi_task, self.single_task_total
+        return {
+            name: getattr(one, name) / getattr(many, name) if getattr(many, name) else float("nan")
+            for name in ("parameters", "multiply_adds", "milliseconds")
+        }
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table's lines as text, in the order of :data:`COLUMNS`."""
+        ratios = self.ratios
+        last = (
+            f"{ratios['parameters']:.2f}",
+            "",
+            "",
+            f"{ratios['multiply_adds']:.2f}",
+            f"{ratios['milliseconds']:.2f}",
+        )
+        costs = [*self.single_task.values(), self.single_task_total, self.multi_task]
+        return [*(cost.cells() for cost in costs), ("multi-task / single-task", *last)]
+
+    def __str__(self) -> str:
+        lines = [COLUMNS, *self.rows()]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
+        text = [
+            "  ".join(
+                [
+                    line[0].ljust(widths[0]),
+                    *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+                ]
+            )
+            for line in lines
+        ]
+        return "\n".join([*text, self._caption()])
+
+    def _caption(self) -> str:
+        idle = f" {self.idle:,} parameters take part in no prediction." if self.idle else ""
+        return f"{self.assumption}{idle}"
+
+    def table(self) -> Table:
+        """The same as a table of rich's.
+
+        Raises:
+            ModuleNotFoundError: If rich is not installed.
+        """
+        try:
+            from rich.table import Table
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "ParameterReport.table() needs rich, which is not installed; run pip install 'lightning-mtl[tables]', "
+                "or print the report as it is."
+            ) from error
+        table = Table(title="Cost of a forward pass", caption=self._caption(), caption_justify="left")
+        for column in COLUMNS:
+            table.add_column(column, justify="right" if column else "left")
+        rows = self.rows()
+        for position, row in enumerate(rows):
+            table.add_row(*row, end_section=position in (len(rows) - 4, len(rows) - 2))
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+
+def parameter_report(
+    module: MultiTaskModule,
+    inputs: Any,  # noqa: ANN401 - whatever the trunk takes
+    *,
+    single_task: Mapping[str, nn.Module] | None = None,
+    repeats: int = 30,
+) -> ParameterReport:
+    """Compare a multi-task model with a model for each of its tasks: parameters, multiply-adds and time.
+
+    Everything is measured in evaluation mode, without gradients, on the device and in the precision that the module
+    has. The multi-task model's parameters are those that some prediction depends on: what a hardened branching trunk
+    left aside is counted as idle.
+
+    Args:
+        module: A multi-task module.
+        inputs: A batch's inputs, as the trunk takes them; times and multiply-adds are for this batch.
+        single_task: ``{task: module}``, each called with ``inputs``: the models to compare with. None derives them: a
+            trunk's ``single_task(task)`` with the task's head, where it has such a method (``SoftSharing``,
+            ``CrossStitch``, ``LTB``); else the trunk and the task's head, without the parts that only other tasks use.
+            Their multiply-adds are left out, as far as they are done by modules with parameters; the time is that of
+            the whole trunk.
+        repeats: Forward passes behind each median.
+
+    Raises:
+        ValueError: If ``repeats`` is below 1, or ``single_task`` does not name the module's tasks.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.functional import mse_loss
+        >>> from lightning_mtl import MultiTaskModule, Task
+        >>> heads = {"a": nn.Linear(8, 1), "b": nn.Linear(8, 2)}
+        >>> module = MultiTaskModule(nn.Linear(4, 8), heads, {task: Task(mse_loss) for task in heads})
+        >>> report = parameter_report(module, torch.zeros(10, 4), repeats=3)
+        >>> report.multi_task.parameters, report.multi_task.shared, report.multi_task.multiply_adds
+        (67, 40, 560)
+        >>> report.single_task_total.parameters, round(report.ratios["parameters"], 2)
+        (107, 0.63)
+    """
+    if repeats < 1:
+        raise ValueError(f"parameter_report(repeats={repeats}) must be at least 1.")
+    tasks = list(module.tasks)
+    if single_task is not None and single_task.keys() != set(tasks):
+        raise ValueError(f"parameter_report(single_task=...) names {sorted(single_task)}, but the tasks are {tasks}.")
+    alone = {task: single_task[task] if single_task else _alone(module, task) for task in tasks}
+    with as_trained(module, *alone.values()):
+        used = {task: parameters_behind(module, partial(module._predict_one, task, inputs)) for task in tasks}
+        users = Counter(parameter for parameters in used.values() for parameter in parameters)
+        costs = {}
+        for task, model in alone.items():
+            run = partial(module._predict_one, task, inputs) if model is module else partial(model, inputs)
+            needed = parameters_behind(model, run)
+            costs[task] = _cost(task, model, run, needed, users, repeats)
+        whole = _cost("multi-task model", module, partial(module, inputs), list(users), users, repeats)
+    held = sum(p.numel() for part in (module.trunk, module.heads) for p in part.parameters())
+    return ParameterReport(whole, costs, held - whole.parameters, _assumption(module, single_task))
+
+
+def _cost(
+    name: str,
+    model: nn.Module,
+    run: Callable[[], Any],
+    needed: Sequence[nn.Parameter],
+    users: Mapping[nn.Parameter, int],
+    repeats: int,
+) -> Cost:
+    total = sum(p.numel() for p in needed)
+    shared = sum(p.numel() for p in needed if users.get(p, 0) > 1)
+    adds = multiply_adds(model, run, needed)
+    return Cost(name, total, shared, total - shared, adds, latency_ms(model, run, repeats))
+
+
+class _Through(nn.Module):
+    """The part of a trunk that a task has to itself, and the task's head."""
+
+    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head
+
+    def forward(self, inputs: Any) -> Any:  # noqa: ANN401 - whatever the trunk takes and the head returns
+        positional, named = call_trunk_with(inputs)
+        return self.head(self.trunk(*positional, **named))
+
+
+def _alone(module: MultiTaskModule, task: str) -> nn.Module:
+    own = getattr(module.trunk, "single_task", None)
+    return _Through(own(task), module.heads[task]) if callable(own) else module
+
+
+def _assumption(module: MultiTaskModule, single_task: Mapping[str, nn.Module] | None) -> str:
+    if single_task is not None:
+        return "Single-task models: as given."
+    if callable(getattr(module.trunk, "single_task", None)):
+        return f"Single-task models: what {type(module.trunk).__name__} has for one task, and the task's head."
+    return "Single-task models: the trunk, without what only other tasks use, and the task's head."

@@ -1,0 +1,186 @@
+"""A backbone of its own for each task, and a penalty that keeps their parameters close."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_mtl.architectures.parameter_penalties import Found, distance_to_mean, pairwise_distance, trace_norm
+from lightning_mtl.architectures.stages import per_task, wanted_tasks
+from lightning_mtl.gradients.inject import inject
+
+Penalty = Literal["distance_to_mean", "pairwise", "trace_norm"]
+PENALTIES: Mapping[str, Callable[[Sequence[Sequence[Tensor]], Sequence[float]], Found]] = {
+    "distance_to_mean": distance_to_mean,
+    "pairwise": pairwise_distance,
+    "trace_norm": trace_norm,
+}
+
+
+class SoftSharing(nn.Module):
+    r"""One backbone a task; what the tasks share is that a penalty keeps the backbones' parameters close.
+
+    .. math:: \sum_k L_k + \sum_l s_l\, \Omega(\theta_{1l}, \dots, \theta_{Kl})
+
+    for the parameters l of a backbone, with strength :math:`s_l` and :math:`\Omega` one of
+
+    - ``"distance_to_mean"``: :math:`\sum_k \lVert\theta_{kl} - \bar\theta_l\rVert^2`;
+    - ``"pairwise"``: :math:`\sum_{i<j} \lVert\theta_{il} - \theta_{jl}\rVert^2`, which is K times the former;
+    - ``"trace_norm"``: the sum of the singular values of the matrix with columns :math:`\mathrm{vec}\,\theta_{kl}`; it
+      asks for a common subspace, not for equality, and shrinks the parameters, too.
+
+    The penalty is no task: it is added with weight 1 and logged as ``penalty/soft_sharing``. The trunk returns
+    ``{task: features}``, and strength 0 makes it K independent networks.
+
+    Methods that measure gradients at the trunk see all backbones' parameters as the shared ones. No two tasks have a
+    gradient in the same place, so that the Gramian is diagonal: gradients never conflict, PCGrad and its kin change
+    nothing, and the others weigh by the norms alone.
+
+    Args:
+        backbones: ``{task: module}``, a list of modules, or one module that is copied for each of ``tasks``.
+        tasks: The tasks' names where ``backbones`` does not have them.
+        penalty: The :math:`\Omega` of the list above.
+        strength: One number for every parameter, or ``{prefix: number}`` with the names of layers or parameters, as
+            ``named_parameters()`` of one backbone has them; the longest prefix that fits counts, ``""`` stands for the
+            rest, and what nothing names is free. Only parameters with a strength above 0 have to be alike.
+
+    Raises:
+        TypeError: If the backbones are no modules.
+        ValueError: If backbones differ in the name or shape of a parameter that is penalised, a prefix fits none, or an
+            argument is out of its range.
+
+    Source: Duong et al., Low Resource Dependency Parsing: Cross-lingual Parameter Sharing in a Neural Network Parser,
+    2015 (squared distances); Yang and Hospedales, Trace Norm Regularised Deep Multi-Task Learning, 2016,
+    arXiv:1606.04038 (the trace norm of the last axis' flattening).
+
+    Deviations: the gradient of the trace norm where the matrix has not full rank is the subgradient of least norm; the
+    paper leaves the choice to the singular value decomposition. Second derivatives of the penalty are not available.
+
+    Example:
+        >>> trunk = SoftSharing(nn.Linear(4, 3), tasks=["near", "far"], strength={"weight": 0.5})
+        >>> {task: list(features.shape) for task, features in trunk(torch.zeros(2, 4)).items()}
+        {'near': [2, 3], 'far': [2, 3]}
+        >>> _ = trunk.backbones["near"].weight.data.fill_(0.0), trunk.backbones["far"].weight.data.fill_(1.0)
+        >>> trunk.penalties()["soft_sharing"].item()  # 0.5 times 2 * 12 differences of 0.5, squared
+        3.0
+    """
+
+    takes_tasks: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        backbones: Mapping[str, nn.Module] | Sequence[nn.Module] | nn.Module,
+        tasks: Sequence[str] | None = None,
+        *,
+        penalty: Penalty = "distance_to_mean",
+        strength: float | Mapping[str, float] = 1e-3,
+    ) -> None:
+        super().__init__()
+        if penalty not in PENALTIES:
+            raise ValueError(f"SoftSharing(penalty={penalty!r}) must be one of {list(PENALTIES)}.")
+        given = per_task("SoftSharing", backbones, tasks)
+        for task, backbone in given.items():
+            if not isinstance(backbone, nn.Module):
+                raise TypeError(
+                    f"SoftSharing: the backbone of task {task!r} must be a module, found {type(backbone).__name__}; "
+                    "wrap stages in nn.Sequential."
+                )
+        self.tasks = tuple(given)
+        self.penalty = penalty
+        self.backbones = nn.ModuleDict(given)
+        strengths = _strength_of_each(given.values(), strength)
+        _check_alike(given, strengths)
+        self._strengths = list(strengths.values())
+        # The parameters' owners: what moves or shards a module may replace the parameters themselves.
+        self._owners = [[_owner(backbone, name) for name in strengths] for backbone in given.values()]
+
+    def forward(self, *inputs: Any, tasks: Sequence[str] | None = None, **named: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Run the backbones of ``tasks``, all of them where None."""
+        wanted = wanted_tasks("SoftSharing", self.tasks, tasks)
+        return {task: self.backbones[task](*inputs, **named) for task in wanted}
+
+    def penalties(self) -> dict[str, Tensor]:
+        """``{"soft_sharing": penalty}``; empty where nothing has a strength, or there is one task.
+
+        Raises:
+            TypeError: If parameters are sharded.
+        """
+        networks = [[getattr(owner, name) for owner, name in parameters] for parameters in self._owners]
+        trained = [[p.requires_grad for p in parameters] for parameters in networks]
+        if len(networks) == 1 or not any(map(any, trained)):
+            return {}
+        if isinstance(networks[0][0], DTensor):
+            raise TypeError(
+                "SoftSharing compares whole parameters, of which a sharded model has parts; leave the trunk unsharded "
+                "with strategy='ddp', or set strength=0."
+            )
+        with torch.no_grad(), torch.autocast(networks[0][0].device.type, enabled=False):
+            value, gradients = PENALTIES[self.penalty](networks, self._strengths)
+        moved = list(_flat_where(networks, trained))
+        known = list(_flat_where(gradients, trained))
+        return {"soft_sharing": inject(value, moved, lambda outer: torch._foreach_mul(known, outer))}
+
+    def single_task(self, task: str) -> nn.Module:
+        """The backbone of one task."""
+        return self.backbones[task]
+
+
+def _flat_where(rows: Sequence[Sequence[Tensor]], mask: Sequence[Sequence[bool]]) -> Iterator[Tensor]:
+    for row, kept in zip(rows, mask, strict=True):
+        yield from (tensor for tensor, keep in zip(row, kept, strict=True) if keep)
+
+
+def _strength_of_each(backbones: Iterable[nn.Module], strength: float | Mapping[str, float]) -> dict[str, float]:
+    """The strength of each parameter that has one above 0."""
+    names = list(dict.fromkeys(name for backbone in backbones for name, _ in backbone.named_parameters()))
+    by_prefix = dict(strength) if isinstance(strength, Mapping) else {"": strength}
+    for prefix, value in by_prefix.items():
+        if not (math.isfinite(value) and value >= 0):
+            where = f"{{{prefix!r}: {value}}}" if isinstance(strength, Mapping) else value
+            raise ValueError(f"SoftSharing(strength={where}) must be finite and at least 0.")
+        if not any(_fits(prefix, name) for name in names):
+            raise ValueError(
+                f"SoftSharing(strength=...) names {prefix!r}, which is no parameter or layer of a backbone; it has "
+                f"{names}."
+            )
+    found = {}
+    for name in names:
+        fitting = [prefix for prefix in by_prefix if _fits(prefix, name)]
+        value = by_prefix[max(fitting, key=len)] if fitting else 0.0
+        if value > 0:
+            found[name] = float(value)
+    return found
+
+
+def _fits(prefix: str, name: str) -> bool:
+    return prefix in ("", name) or name.startswith(f"{prefix}.")
+
+
+def _check_alike(backbones: Mapping[str, nn.Module], strengths: Mapping[str, float]) -> None:
+    """Refuse backbones whose penalised parameters do not lie side by side."""
+    shapes = {task: {name: p.shape for name, p in backbone.named_parameters()} for task, backbone in backbones.items()}
+    for name in strengths:
+        first = next(task for task in backbones if name in shapes[task])
+        for task in backbones:
+            if name not in shapes[task]:
+                raise ValueError(
+                    f"SoftSharing: parameter {name!r} of task {first!r} has no counterpart in the backbone of task "
+                    f"{task!r}, which has {list(shapes[task])}; penalise common layers alone with strength={{prefix: "
+                    "number}}."
+                )
+            if shapes[task][name] != shapes[first][name]:
+                raise ValueError(
+                    f"SoftSharing: parameter {name!r} has shape {list(shapes[first][name])} for task {first!r} and "
+                    f"{list(shapes[task][name])} for task {task!r}; make them alike, or leave the layer out with "
+                    "strength={prefix: number}."
+                )
+
+
+def _owner(backbone: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return backbone.get_submodule(path), attribute
