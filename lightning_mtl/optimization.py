@@ -219,6 +219,7 @@ class Optimization:
             wanted=wanted,
             layer=None if wanted == "nothing" else window.layer(module, batch.cut),
             weighs_heads=window.weighs_heads,
+            shared=module.shared_parameters,
         )
 
     def _row_objective(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import lightning_mtl.weighting
 from lightning_mtl import Aggregator, Signals, Weighting
-from tests.contract import AGGREGATORS, ROWS, Golden, Row, ask, course, names, run, signals
+from tests.contract import Golden, Row, ask, course, names, run, signals
+from tests.contract_rows import AGGREGATORS, ROWS
 
 SCALES = [1e-8, 1e-4, 1.0, 1e4, 1e8]
 each = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.label)

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl.weighting import MGDA, GradNorm, NashMTL, PCGrad, UncertaintyWeighting, UPGrad
-from tests.contract import ROWS, Row, ask, signals
+from tests.contract import Row, ask, signals
+from tests.contract_rows import ROWS
 from tests.small import batch, small
 from tests.training import fit, flat_parameters, loader
 

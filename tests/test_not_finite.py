@@ -13,7 +13,7 @@ from torch.nn.functional import mse_loss
 
 from lightning_mtl import Aggregator, MultiTaskModule, Task, Weighting
 from lightning_mtl.weighting import MGDA, GradNorm, UncertaintyWeighting
-from tests.contract import AGGREGATORS, ROWS
+from tests.contract_rows import AGGREGATORS, ROWS
 from tests.small import Batch, batch, batches, binary, small
 from tests.training import History, Steps, fit, flat_parameters, loader
 from tests.weightings import WeightedSum, fixed

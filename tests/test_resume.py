@@ -16,7 +16,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_mtl import MultiTaskModule, Weighting
 from lightning_mtl.weighting import DTP, DWA, MGDA, GradNorm, UncertaintyWeighting
-from tests.contract import ROWS, Row
+from tests.contract import Row
+from tests.contract_rows import ROWS
 from tests.small import Batch, batch, binary, small
 from tests.training import Memory, fit, flat_parameters, loader
 

@@ -34,6 +34,7 @@ def feature_objective(
     wanted: Wanted,
     layer: Sequence[Tensor] | None,
     weighs_heads: bool,
+    shared: Callable[[], Sequence[Tensor]],
 ) -> Tensor:
     r"""Build the scalar whose one backward pass applies the weights at the trunk's output z.
 
@@ -47,6 +48,8 @@ def feature_objective(
         wanted: What to measure.
         layer: The parameters to measure at; None measures c_k itself.
         weighs_heads: Whether each head's gradients are scaled by its task's weight, too.
+        shared: Lists the shared parameters: what a head does with one of them, as where weights are tied, is weighted
+            in any case.
 
     Returns:
         The weighted sum of the losses plus the penalty, with that backward pass.
@@ -65,6 +68,9 @@ def feature_objective(
     measured = _measure(batch, cotangents, outputs, layer, wanted)
     decision = decide(measured)
     parameters = list(dict.fromkeys(p for head in every_head for p in head.parameters))
+    head_weights = decision.for_heads(weighs_heads=weighs_heads)
+    per_task = [head.parameters for head in heads]
+    tied = [] if head_weights is decision.weights else _split_off(per_task, shared())
 
     def gradients(scaled: Tensor) -> list[Tensor]:
         outer = batch.unscaled(scaled)
@@ -74,9 +80,9 @@ def feature_objective(
             down = [direction * outer for direction in decision.directions]
         else:
             down = combine(cotangents, measured.rows, outputs, decision.weights * outer)
-        above = weighted_head_gradients(
-            [head.parameters for head in heads], decision.for_heads(weighs_heads=weighs_heads), outer
-        )
+        above = weighted_head_gradients(per_task, head_weights, outer)
+        if tied:
+            above.update(weighted_head_gradients(tied, decision.weights, outer))
         for penalty in penalty_heads:
             for direction, i in zip(down, used, strict=True):
                 if (cotangent := penalty.cotangents[i]) is not None:
@@ -91,6 +97,12 @@ def feature_objective(
     if batch.penalty is not None:
         value = value + batch.penalty.detach()
     return inject(value, [*outputs, *parameters], lambda outer: in_full_precision(gradients, outer))
+
+
+def _split_off(per_task: Sequence[dict[Tensor, Tensor]], shared: Sequence[Tensor]) -> list[dict[Tensor, Tensor]]:
+    """Take the gradients of shared parameters out of those of the heads; empty where no head uses any."""
+    tied = {parameter for gradients in per_task for parameter in gradients}.intersection(shared)
+    return [{p: gradients.pop(p) for p in tied if p in gradients} for gradients in per_task] if tied else []
 
 
 def in_full_precision(gradients: Callable[[Tensor], list[Tensor]], outer: Tensor) -> list[Tensor]:

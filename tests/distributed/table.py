@@ -13,7 +13,7 @@ from torch import Tensor
 import lightning_mtl.weighting
 from lightning_mtl import Aggregator, TaskOutput, Weighting
 from lightning_mtl.weighting import DTP, MGDA, GradientNormBalance, GradNorm, UncertaintyWeighting
-from tests.contract import inverse_norms
+from tests.contract_rows import inverse_norms
 from tests.distributed.data import Faces, Part, Pattern, Trunk
 from tests.weightings import WeightedSum, fixed
 

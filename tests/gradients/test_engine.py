@@ -69,8 +69,6 @@ def rows_of(case: Case, place: str) -> Tensor:
 def test_every_parameter_gets_its_weighted_sum(
     kind: str, place: str, num_tasks: int, weighs_heads: bool, measures: str
 ) -> None:
-    if kind == "tied" and place in ("features", "last_layer"):
-        weighs_heads = True  # at the features, what the tied weight does inside a head counts as the head's
     if place == "losses":
         weighs_heads, measures = True, "losses"
     seed = 100 * KINDS.index(kind) + num_tasks

@@ -23,7 +23,7 @@ from lightning_mtl.weighting import (
     StaticWeights,
     UncertaintyWeighting,
 )
-from tests.contract import ROWS
+from tests.contract_rows import ROWS
 from tests.small import batch, heads, trunk
 from tests.training import fit, loader
 from tests.weightings import WeightedSum

@@ -29,7 +29,8 @@ from lightning_mtl.weighting.cagrad import cagrad_weights
 from lightning_mtl.weighting.config import config_weights
 from lightning_mtl.weighting.imtlg import imtlg_weights
 from lightning_mtl.weighting.upgrad import upgrad_weights
-from tests.contract import J1, ask, names, signals
+from tests.contract import ask, names, signals
+from tests.contract_rows import J1
 from tests.small import batch, batches, small
 from tests.solvers.families import FAMILIES
 from tests.training import Steps, fit, loader
