@@ -155,12 +155,20 @@ class MultiTaskModule(SteppedModule):
         return TaskOutput(self.tasks[task].loss(prediction, target), prediction, target)
 
     def penalties(self) -> dict[str, Tensor]:
-        """Scalars added to the objective with weight 1, logged as ``penalty/<name>``; they are no tasks to balance."""
-        return {}
+        """Scalars added to the objective with weight 1, logged as ``penalty/<name>``; they are no tasks to balance.
+
+        By default those of the trunk, where it defines ``penalties()``.
+        """
+        penalties = getattr(self.trunk, "penalties", None)
+        return {} if penalties is None else dict(penalties())
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """The parameters that tasks share, whose gradients the methods balance: by default all of the trunk's."""
-        return list(self.trunk.parameters())
+        """The parameters that tasks share, whose gradients the methods balance: by default all of the trunk's.
+
+        A trunk that holds parts of single tasks defines ``shared_parameters()`` to leave them out.
+        """
+        shared = getattr(self.trunk, "shared_parameters", None)
+        return list(self.trunk.parameters() if shared is None else shared())
 
     # Lightning's steps
 

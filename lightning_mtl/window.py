@@ -122,7 +122,7 @@ class Window:
         if at == "features":
             return None
         if at == "last_layer":
-            return last_layer(module.trunk, cut, self.ranks)
+            return last_layer(module.trunk, cut, self.ranks, among=module.shared_parameters())
         return named_parameters_at(module, [at] if isinstance(at, str) else at)
 
     def describe(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Signals:

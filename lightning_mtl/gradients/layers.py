@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -27,21 +27,25 @@ def named_parameters_at(module: nn.Module, names: Sequence[str]) -> list[Tensor]
     return list(found)
 
 
-def last_layer(trunk: nn.Module, cut: FeatureCut, ranks: Ranks | None = None) -> list[Tensor]:
+def last_layer(
+    trunk: nn.Module, cut: FeatureCut, ranks: Ranks | None = None, *, among: Iterable[Tensor] | None = None
+) -> list[Tensor]:
     """Find the trainable parameters of the trunk module with weights that ran last, the same on all ranks.
 
     Weights are parameters of two or more dimensions. What ran last is read off this step's autograd graph; where a
-    compiled trunk is a single operation of it, the module defined last is taken.
+    compiled trunk is a single operation of it, the module defined last is taken. Only those in ``among`` count, so that
+    the layer is one that tasks share.
 
     Raises:
         ValueError: If no such parameter took part in the forward pass.
     """
     order = reached_leaves(cut.outputs)
+    shared = set(trunk.parameters() if among is None else among)
     modules = list(trunk.modules())
     last, latest = -1, 0
     for index, child in enumerate(modules):
         for parameter in child.parameters(recurse=False):
-            if parameter.ndim >= 2 and order.get(parameter, -1) >= latest:
+            if parameter.ndim >= 2 and parameter in shared and order.get(parameter, -1) >= latest:
                 last, latest = index, order[parameter]
     # A rank whose batch is empty has no graph to read.
     last = last if ranks is None else ranks.largest(last, next(trunk.parameters()).device)
