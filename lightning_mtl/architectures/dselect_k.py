@@ -14,7 +14,7 @@ from lightning_mtl.architectures.mmoe import usage_of
 from lightning_mtl.architectures.shapes import check_tasks
 from lightning_mtl.gate_statistics import GateMeter, GateTable
 
-# As in the official code: keeps the logarithm of a probability of 0, which the smooth step reaches, finite.
+# Keeps logarithm and inverse of a probability of 0, which the smooth step reaches, finite.
 EPSILON = 1e-6
 
 
@@ -123,7 +123,8 @@ class DSelectK(nn.Module):
     Multi-Task Learning, NeurIPS 2021, arXiv:2106.03760.
 
     Deviation: penalties are means over the samples, where the official code adds them up; λ does not depend on the size
-    of a batch then. λ is constant.
+    of a batch then. λ is constant. 1e-6 is added to Σ_e r_e, as to what a logarithm is taken of: a selector that has
+    landed on a code without an expert does not make the objective infinite.
 
     Example:
         >>> trunk = DSelectK(lambda: nn.Linear(10, 4), ["a", "b"], num_selected=2, num_experts=6, entropy=0.1)
@@ -199,7 +200,7 @@ class DSelectK(nn.Module):
         selectors = torch.cat([torch.cat(found, 1) for found in passes])  # [B, K k, E]
         terms = {"gate_entropy": self.entropy * -(selectors * (selectors + EPSILON).log()).sum((1, 2)).mean()}
         if self.num_experts & (self.num_experts - 1):
-            terms["gate_reachable"] = (1 / selectors.sum(2)).sum(1).mean()
+            terms["gate_reachable"] = (1 / (selectors.sum(2) + EPSILON)).sum(1).mean()
         return terms
 
     def shared_parameters(self) -> list[nn.Parameter]:
