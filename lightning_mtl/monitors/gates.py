@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from lightning_mtl.callbacks import Monitor
@@ -93,7 +94,7 @@ class GateUsage(Monitor):
         values_on_all = trainer.strategy.reduce(table.values.detach().float().to(pl_module.device), reduce_op="mean")
         table = GateTable(torch.as_tensor(values_on_all).cpu(), table.rows, table.columns, table.limits)
         self.latest[name] = table
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             figure = heatmap(
                 table.values, table.rows, table.columns, title=name, limits=table.limits, colours="viridis"
             )
@@ -106,12 +107,14 @@ def _named(values: Tensor, tasks: tuple[str, ...]) -> GateTable:
 
 
 def _reporters(pl_module: nn.Module) -> dict[str, ReportsGates]:
-    """The modules with statistics, the trunk itself by an empty name."""
-    return {
-        path.removeprefix("trunk").removeprefix("."): module
-        for path, module in pl_module.named_modules()
-        if isinstance(module, ReportsGates)
-    }
+    """The modules with statistics by their path, the trunk itself by an empty one."""
+    found: dict[str, ReportsGates] = {}
+    for path, module in pl_module.named_modules():
+        if isinstance(module, ReportsGates):
+            # A compiled module answers for the one it holds, under whose name it is shown.
+            parts = [part for part in path.split(".") if part != "_orig_mod"]
+            found["/".join(parts[1:] if parts[:1] == ["trunk"] else parts)] = module
+    return found
 
 
 def _meters(pl_module: nn.Module) -> list[GateMeter]:

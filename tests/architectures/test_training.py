@@ -14,6 +14,7 @@ from torch import nn
 from torch._functorch import config as functorch
 
 from lightning_mtl import Weighting
+from lightning_mtl.monitors import GateUsage
 from lightning_mtl.weighting import MGDA, UncertaintyWeighting
 from tests.architectures.models import TASKS, TRUNKS, batch, build
 from tests.contract import AGGREGATORS, ROWS
@@ -124,8 +125,13 @@ def test_compiled(kind: str) -> None:
         whole: Any = torch.compile(compiled.trunk, backend="aot_eager", fullgraph=True)
         assert isinstance(whole, nn.Module)
         compiled.trunk = whole
+        usages = []
         for module in (plain, compiled):
-            fit(module, loader(given, given), callbacks=[UncertaintyWeighting()])
+            usages.append(GateUsage())
+            fit(module, loader(given, given), max_epochs=2, callbacks=[UncertaintyWeighting(), usages[-1]])
+    assert list(usages[0].latest) == list(usages[1].latest)
+    for name, table in usages[0].latest.items():
+        torch.testing.assert_close(usages[1].latest[name].values, table.values, equal_nan=True)
     torch.testing.assert_close(flat_parameters(compiled), flat_parameters(plain), rtol=0, atol=1e-10)
 
 
