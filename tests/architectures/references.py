@@ -13,13 +13,13 @@ State = Mapping[str, Tensor]
 
 
 def mlp(state: State, name: str, x: Tensor, expert: int | None = None) -> Tensor:
-    """Linear, tanh, linear; of an expert of its own, or of one in a stack."""
+    """Linear, tanh, linear; of an expert of its own, or of one in a stack, whose weights lie the other way round."""
 
-    def parameter(which: str) -> Tensor:
-        return state[f"{name}.{which}"] if expert is None else state[f"{name}.{which}"][expert]
+    def linear(layer: int, y: Tensor) -> Tensor:
+        weight, bias = state[f"{name}.{layer}.weight"], state[f"{name}.{layer}.bias"]
+        return y @ weight.T + bias if expert is None else y @ weight[expert] + bias[expert]
 
-    hidden = torch.tanh(x @ parameter("0.weight").T + parameter("0.bias"))
-    return hidden @ parameter("2.weight").T + parameter("2.bias")
+    return linear(2, torch.tanh(linear(0, x)))
 
 
 def softmax(scores: Tensor) -> Tensor:
