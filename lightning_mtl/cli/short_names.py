@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
-ROOMS = ("weighting", "architectures")
+ROOMS = ("weighting", "architectures", "monitors")
 
 
 def load_short_names() -> dict[str, str]:

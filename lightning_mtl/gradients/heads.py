@@ -66,7 +66,8 @@ class HeadPasses:
         leaves = self._reached[index]
         if not leaves:
             return _sort([], [], self._batch.cut)
-        keeps = not self.disjoint and index < len(self) - 1
+        # A penalty may come from inside the trunk, whose graph is needed once more.
+        keeps = (not self.disjoint and index < len(self) - 1) or index >= len(self._batch.losses)
         gradients = torch.autograd.grad(self._losses[index], leaves, self._seeds[index], retain_graph=keeps)
         return _sort(leaves, gradients, self._batch.cut)
 
@@ -76,7 +77,9 @@ class HeadPasses:
             return [self.one(index) for index in range(len(self))]
         with_graph = [index for index, leaves in enumerate(self._reached) if leaves]
         losses, seeds = [self._losses[i] for i in with_graph], [self._seeds[i] for i in with_graph]
-        remaining = iter(torch.autograd.grad(losses, self.everything, seeds))
+        # A penalty may come from inside the trunk, whose graph is needed once more.
+        keeps = self._batch.penalty is not None
+        remaining = iter(torch.autograd.grad(losses, self.everything, seeds, retain_graph=keeps))
         return [_sort(leaves, [next(remaining) for _ in leaves], self._batch.cut) for leaves in self._reached]
 
 

@@ -62,9 +62,9 @@ class RowUpdate:
             head = heads.one(index)  # one at a time, so that one task's gradient at the cut is held at once
             gradients = dict(head.parameters)
             if index in needs_trunk:
-                found = gradients_from_cut(
-                    batch.cut.outputs, head.cotangents, upstream, retain_graph=index != needs_trunk[-1]
-                )
+                # A penalty, which comes last, may come from inside the trunk.
+                keeps = index != needs_trunk[-1] or (batch.penalty is not None and index < len(batch.names))
+                found = gradients_from_cut(batch.cut.outputs, head.cotangents, upstream, retain_graph=keeps)
                 reached = {p: g for p, g in zip(upstream, found, strict=True) if g is not None}
                 add_gradients(gradients, reached, list(reached.values()))
             if index < len(batch.names):

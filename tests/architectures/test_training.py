@@ -16,7 +16,7 @@ from lightning_mtl import MultiTaskModule
 from lightning_mtl.architectures import LTB, Branching, SoftSharing
 from lightning_mtl.weighting import MGDA, GradDrop, PCGrad
 from tests.architectures.trunks import TASKS, TRUNKS, build, close, ltb, module_of, regression, soft_sharing
-from tests.contract import ROWS
+from tests.contract_rows import ROWS
 from tests.small import TASKS as SMALL_TASKS
 from tests.training import Steps, fit, flat_parameters, loader
 from tests.weightings import fixed

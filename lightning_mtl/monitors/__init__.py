@@ -1,0 +1,7 @@
+"""Callbacks that only look."""
+
+from lightning_mtl.monitors.gates import GateUsage
+
+__all__ = [
+    "GateUsage",
+]

@@ -1,0 +1,27 @@
+"""Two processes with half a batch each follow one with the whole, to the bit the same on both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.architectures.experts_worker import CASES, RANKS, train
+from tests.distributed.pairs import run_together
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_follow_one(tmp_path: Path) -> None:
+    results = [tmp_path / f"{rank}.pt" for rank in range(RANKS)]
+    commands = [
+        ["-m", "tests.architectures.experts_worker", str(rank), str(tmp_path / "rendezvous"), str(result)]
+        for rank, result in enumerate(results)
+    ]
+    run_together(commands, tmp_path, seconds=120)
+    first, second = (torch.load(result, weights_only=True) for result in results)
+    for case in CASES:
+        assert first[case]["parameters"].equal(second[case]["parameters"]), case
+        alone = train(*case, rank=0, ranks=1)
+        torch.testing.assert_close(first[case], alone, rtol=1e-5, atol=1e-5, equal_nan=True)
