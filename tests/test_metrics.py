@@ -153,7 +153,7 @@ def test_the_coverage_with_few_seeds_is_what_the_docstring_says() -> None:
     for _ in range(200):
         _, low, high = bootstrap_interval(generator.normal(size=5).tolist(), num_resamples=999)
         hits += low <= 0 <= high
-    assert 0.84 == pytest.approx(hits / 200, abs=0.08)
+    assert pytest.approx(hits / 200, abs=0.08) == 0.84
 
 
 def test_one_seed_has_no_interval() -> None:
