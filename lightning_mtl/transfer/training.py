@@ -118,8 +118,9 @@ def fit_and_score(
     seed: int,
     stage: Stage,
     ckpt_path: str | None = None,
+    watched: bool = True,
 ) -> TaskScores:
-    """Train this very module with this Trainer under a seed, and score the tasks that it learns."""
+    """Train this very module with this Trainer under a seed, validating or not, and score the tasks that it learns."""
     evaluate = trainer.validate if stage == "val" else trainer.test
     # The module is made under the seed as well; here it begins anew, so that the data come in the same order whoever
     # made the module.
@@ -128,7 +129,7 @@ def fit_and_score(
             trainer.fit(model, datamodule=data)
             evaluate(model, datamodule=data, ckpt_path=ckpt_path, verbose=False)
         else:
-            trainer.fit(model, *data)
+            trainer.fit(model, data[0], data[1] if watched else None)
             evaluate(model, data[1], ckpt_path=ckpt_path, verbose=False)
     return task_scores(trainer, stage)
 
