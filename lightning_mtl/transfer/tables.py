@@ -86,7 +86,7 @@ def rich_table(grid: Grid, *, title: str, caption: str) -> Table:
     colours = {"better": "green", "worse": "red", "": ""}
     table = Table(title=title, caption=caption, caption_justify="left")
     for position, name in enumerate(grid.header):
-        table.add_column(Text(name), justify="right" if position else "left")
+        table.add_column(Text(name), justify="right" if position else "left", no_wrap=position == 0, overflow="fold")
     for position, row in enumerate(grid.rows):
         # An interval below its mean leaves room for more columns.
         cells = [Text(cell.text.replace(" [", "\n["), style=colours[cell.verdict]) for cell in row]

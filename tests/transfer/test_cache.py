@@ -49,7 +49,7 @@ def test_a_second_call_trains_nothing(tmp_path: Path, factory: Callable[[], pl.T
     "changed",
     [
         {"key": "other data"},
-        {"seeds": (2, 3)},
+        {"seeds": (2,)},
         {"stage": "test"},
         {"module": small(optimizer=functools.partial(torch.optim.SGD, lr=0.5))},
         {"module": small(accumulate_grad_batches=2)},
@@ -62,9 +62,10 @@ def test_a_second_call_trains_nothing(tmp_path: Path, factory: Callable[[], pl.T
 def test_whatever_a_run_depends_on_has_it_repeated(
     changed: dict[str, Any], tmp_path: Path, factory: Callable[[], pl.Trainer]
 ) -> None:
-    cached(tmp_path, factory)
-    cached(tmp_path, changed.get("factory", factory), **{k: v for k, v in changed.items() if k != "factory"})
-    assert Counted.fits == 8
+    cached(tmp_path, factory, seeds=(0,))
+    arguments = {"seeds": (0,)} | {name: value for name, value in changed.items() if name != "factory"}
+    cached(tmp_path, changed.get("factory", factory), **arguments)
+    assert Counted.fits == 4
 
 
 def test_other_weights_have_a_run_repeated_and_progress_bars_do_not(
