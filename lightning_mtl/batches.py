@@ -52,6 +52,16 @@ def is_per_task(batch: Any, tasks: Collection[str]) -> bool:  # noqa: ANN401
     )
 
 
+def without_others(batch: Any, tasks: Collection[str], learned: Collection[str]) -> Any:  # noqa: ANN401
+    """Take the inputs of tasks that do not train out of a batch that has some for each task; None takes their place.
+
+    A trunk with batch normalization would otherwise learn from them. Inputs that all tasks share stay as they are.
+    """
+    if is_joint(batch, tasks) or not is_per_task(batch, tasks):
+        return batch
+    return {task: pair if task in learned else None for task, pair in batch.items()}
+
+
 def refuse_batch(batch: Any, tasks: Collection[str]) -> ValueError:  # noqa: ANN401
     """The error for a batch of any other form."""
     found = type(batch).__name__

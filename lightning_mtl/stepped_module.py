@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torchmetrics import MetricCollection
 
-from lightning_mtl.batches import present_outputs
+from lightning_mtl.batches import present_outputs, without_others
 from lightning_mtl.callbacks import Weighting
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.optimization import Optimization
@@ -28,6 +28,8 @@ class SteppedModule(pl.LightningModule):
     accumulate_grad_batches: int
     optimization: Optimization
     _cut: FeatureCut | None
+    learned_tasks: frozenset[str] | None = None
+    """The tasks that train; the others count as absent from every batch. None stands for all."""
 
     def task_losses(self, batch: Any) -> Mapping[str, Tensor | TaskOutput]:  # noqa: ANN401
         """Compute the loss of each task that the batch has labels for."""
@@ -69,7 +71,11 @@ class SteppedModule(pl.LightningModule):
 
     def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
         """The checked outputs of the tasks that a batch has labels for, in order."""
-        return present_outputs(self.task_losses(batch), list(self.tasks))
+        learned = self.learned_tasks
+        if learned is None:
+            return present_outputs(self.task_losses(batch), list(self.tasks))
+        outputs = present_outputs(self.task_losses(without_others(batch, self.tasks, learned)), list(self.tasks))
+        return {task: output for task, output in outputs.items() if task in learned}
 
     def stage_metrics(self, stage: str) -> dict[str, MetricCollection]:
         """The metrics of each task that has some, for ``"train"``, ``"val"`` or ``"test"``."""

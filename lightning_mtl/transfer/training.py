@@ -1,0 +1,191 @@
+"""Train a module, or some of its tasks alone, and score it: the same way for all that will be compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.optimization import Optimization
+from lightning_mtl.recorder import Recorder
+from lightning_mtl.transfer.scores import Stage, TaskScores, task_scores
+
+Module = MultiTaskModule | Callable[[int], MultiTaskModule]
+"""A module, whose present weights every run begins with, or a function of the seed that makes one."""
+Data = pl.LightningDataModule | tuple[Any, Any] | Callable[[int], "pl.LightningDataModule | tuple[Any, Any]"]
+"""A datamodule, a pair of loaders (to train with, to evaluate with), or a function of the seed that makes either."""
+TrainerFactory = Callable[[], pl.Trainer]
+
+
+def only_tasks(module: MultiTaskModule, tasks: Collection[str]) -> MultiTaskModule:
+    """Copy a module so that only some of its tasks train; the others count as absent from every batch.
+
+    The copy has the same architecture and the same weights. The trunk learns from the chosen tasks alone; the other
+    heads stay, untouched, so that whatever a subclass's ``task_losses``, ``forward``, ``penalties`` or
+    ``configure_optimizers`` do with them goes on working: the losses of other tasks are dropped after they are
+    computed. That costs their forward pass, and nothing else.
+
+    What a subclass must see to: where tasks have loaders of their own, a batch ``{task: (inputs, target)}`` has None
+    for the other tasks, as it has for a loader that has run out; an overridden ``task_losses`` must skip them. From
+    batches of a form of its own it must not let other tasks' inputs reach the trunk, if that normalizes over batches.
+    Losses computed from several tasks at once, ``penalties`` among them, stay as they are.
+
+    Args:
+        module: Any ``MultiTaskModule``, trained or not; it is left as it is.
+        tasks: The names of the tasks to train.
+
+    Raises:
+        ValueError: If none is named, or one that the module does not have.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_mtl import Task
+        >>> module = MultiTaskModule(
+        ...     nn.Linear(2, 2),
+        ...     {"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)},
+        ...     {"a": Task(nn.MSELoss()), "b": Task(nn.MSELoss())},
+        ... )
+        >>> sorted(only_tasks(module, ["a"]).learned_tasks)
+        ['a']
+    """
+    if isinstance(tasks, str) or not tasks or (unknown := [task for task in tasks if task not in module.tasks]):
+        named = repr(tasks) if isinstance(tasks, str) or not tasks else unknown
+        raise ValueError(f"only_tasks takes a list of one task or more among {list(module.tasks)}; found {named}.")
+    # What a fit has left behind stays out of the copy: an unfinished window, schedulers, recorded scores.
+    memo: dict[int, Any] = {
+        id(module.optimization): Optimization(),
+        id(module.schedules): [],
+        id(module.recorder): None,
+    }
+    copy = deepcopy(module, memo)
+    copy.recorder = Recorder(copy.tasks)
+    copy.learned_tasks = None if set(tasks) == set(copy.tasks) else frozenset(tasks)
+    return copy
+
+
+def train_and_score(
+    module: Module,
+    datamodule: Data,
+    trainer_factory: TrainerFactory,
+    *,
+    tasks: Collection[str] | None = None,
+    seed: int = 0,
+    stage: Stage = "val",
+    ckpt_path: str | None = None,
+) -> TaskScores:
+    """Train a copy of a module with a fresh Trainer, evaluate it, and return each task's scores.
+
+    :func:`single_task_baselines` runs through it, too. So with the same arguments, a multi-task model begins with the
+    weights, and sees the data in the order, that its baselines had. The random state outside is left as it was.
+
+    Args:
+        module: The module, left untrained, or a function of the seed that makes one.
+        datamodule: A datamodule, a pair ``(train_loader, evaluation_loader)``, or a function of the seed that makes
+            one of both.
+        trainer_factory: Called without arguments for a Trainer that has not run. The weighting is among its callbacks.
+        tasks: Train these tasks alone, as by :func:`only_tasks`; None trains all.
+        seed: Of the weights, if the module is made here, of the data's order, and of everything else that is random.
+        stage: Score on the datamodule's validation or test data; of a pair of loaders the second serves for both.
+        ckpt_path: ``"best"`` scores the checkpoint that the Trainer's ``ModelCheckpoint`` found best; None the last
+            weights.
+
+    Raises:
+        ValueError: If the Trainer has run before, or the module has not such tasks.
+
+    Example:
+        >>> train_and_score(Faces(), (loader, val_loader), trainer, seed=1)  # doctest: +SKIP
+        {'age': {'loss': 0.26}, 'smile': {'loss': 0.5}}
+    """
+    with seeded(seed):
+        made = module if isinstance(module, MultiTaskModule) else module(seed)
+    data = made_data(datamodule, seed)
+    model = only_tasks(made, made.tasks if tasks is None else tasks)
+    return fit_and_score(model, data, fresh(trainer_factory()), seed=seed, stage=stage, ckpt_path=ckpt_path)
+
+
+def fit_and_score(
+    model: MultiTaskModule,
+    data: pl.LightningDataModule | tuple[Any, Any],
+    trainer: pl.Trainer,
+    *,
+    seed: int,
+    stage: Stage,
+    ckpt_path: str | None = None,
+    watched: bool = True,
+) -> TaskScores:
+    """Train this very module with this Trainer under a seed, validating or not, and score the tasks that it learns."""
+    evaluate = trainer.validate if stage == "val" else trainer.test
+    # The module is made under the seed as well; here it begins anew, so that the data come in the same order whoever
+    # made the module.
+    with seeded(seed):
+        if isinstance(data, pl.LightningDataModule):
+            trainer.fit(model, datamodule=data)
+            evaluate(model, datamodule=data, ckpt_path=ckpt_path, verbose=False)
+        else:
+            trainer.fit(model, data[0], data[1] if watched else None)
+            evaluate(model, data[1], ckpt_path=ckpt_path, verbose=False)
+    return task_scores(trainer, stage)
+
+
+def made_data(datamodule: Data, seed: int) -> pl.LightningDataModule | tuple[Any, Any]:
+    """The data of a seed: a datamodule or a pair of loaders.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    data: Any = datamodule
+    if not isinstance(data, pl.LightningDataModule | tuple) and callable(data):
+        with seeded(seed):
+            data = data(seed)
+    if isinstance(data, pl.LightningDataModule):
+        return data
+    if isinstance(data, tuple) and len(data) == 2:
+        return data[0], data[1]
+    raise TypeError(
+        "datamodule must be a LightningDataModule, a pair (train_loader, evaluation_loader), or a function of the seed "
+        f"that returns one; found {type(data).__name__}."
+    )
+
+
+def fresh(trainer: pl.Trainer) -> pl.Trainer:
+    """Refuse what is no Trainer, or one that has run before, whose state would reach into the next run.
+
+    Raises:
+        TypeError: If it is no Trainer.
+        ValueError: If it has run.
+    """
+    if not isinstance(trainer, pl.Trainer):
+        raise TypeError(f"trainer_factory must return a lightning.pytorch.Trainer, found {type(trainer).__name__}.")
+    if trainer.state.status != TrainerStatus.INITIALIZING:
+        raise ValueError(
+            "trainer_factory returned a Trainer that has run before; construct a new one, with new callbacks, in each "
+            "call: lambda: Trainer(...)."
+        )
+    return trainer
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch, NumPy and Python inside the block, and put their states back after it.
+
+    Lightning's processes seed themselves from environment variables; these are put back, too.
+    """
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    before = {name: os.environ.get(name) for name in names}
+    with isolate_rng():
+        try:
+            pl.seed_everything(seed, verbose=False)
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
