@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner.tuning import Tuner
 from torch.nn.functional import mse_loss
@@ -89,10 +89,14 @@ def test_a_step_that_fails_leaves_the_rates(automatic: bool, tmp_path: Any) -> N
 
     module = small(optimizer=functools.partial(Fails, lr=0.5))
     module.automatic_optimization = automatic
-    saving = OnExceptionCheckpoint(tmp_path)
+
+    class Saves(pl.Callback):
+        def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+            trainer.save_checkpoint(tmp_path / "on_exception.ckpt")
+
+    rates = TaskLearningRate(Importance({"a": 0.1}))
     with pytest.raises(RuntimeError, match="out of memory"):
-        rates = TaskLearningRate(Importance({"a": 0.1}))
-        fit(module, loader(*BATCHES), callbacks=[rates, saving], enable_checkpointing=True)
+        fit(module, loader(*BATCHES), callbacks=[Saves(), rates])
     assert rates_of(module) == [0.5] * 3
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert [group["lr"] for group in saved["optimizer_states"][0]["param_groups"]] == [0.5] * 3
