@@ -21,7 +21,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torch.utils.data import DataLoader, StackDataset
+from torch.utils.data import DataLoader
 
 from lightning_mtl import MultiTaskModule, Task
 from lightning_mtl.learning_rates import Importance, TaskLearningRate
@@ -43,12 +43,16 @@ class StepLengths(pl.Callback):
 
     def __init__(self) -> None:
         self.lengths: list[float] = []
-        self._before: Tensor | None = None
+        self._before = torch.zeros(0)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
         self._before = self._parameters(pl_module)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
         self.lengths.append(float((self._parameters(pl_module) - self._before).norm()))
 
     def _parameters(self, module: pl.LightningModule) -> Tensor:
@@ -76,7 +80,11 @@ def mean_step(optimizer: str, way: str, factor: float, steps: int) -> float:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(StackDataset(inputs, StackDataset(**targets)), batch_size=32))
+    batches = [
+        (x, dict(zip(targets, ys, strict=True)))
+        for x, *ys in zip(inputs.split(32), *(target.split(32) for target in targets.values()), strict=True)
+    ]
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     return sum(lengths.lengths) / len(lengths.lengths)
 
 
@@ -102,7 +110,9 @@ def main() -> None:
     for name, row in found.items():
         print(name.ljust(28), *(f"{value:8.2f}" for value in row))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"factors": FACTORS, "steps": arguments.steps, "relative": found}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"factors": FACTORS, "steps": arguments.steps, "relative": found}, indent=1)
+        )
 
 
 if __name__ == "__main__":

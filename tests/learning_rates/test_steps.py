@@ -70,7 +70,7 @@ def test_a_gradient_scaler(automatic: bool) -> None:
 @pytest.mark.parametrize("automatic", [False, True], ids=["manual", "automatic"])
 def test_norms_are_those_before_clipping(automatic: bool) -> None:
     rates, steps = TaskLearningRate(GradientNorm(decay=0.0)), Steps()
-    module = small(**({} if automatic else {"gradient_clip_val": 1e-3}))
+    module = small(gradient_clip_val=None if automatic else 1e-3)
     module.automatic_optimization = automatic
     other = small()
     fit(module, loader(BATCHES[0]), callbacks=[rates], **({"gradient_clip_val": 1e-3} if automatic else {}))
