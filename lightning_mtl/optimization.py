@@ -75,7 +75,7 @@ class Optimization:
             window.batches.append(batch)
         step_metric = None if window.weighting is None else window.weighting.step_metric
         scores = module.update_metrics("train", outputs, step_metric)
-        self.steering.collect(module, window, outputs)
+        self.steering.collect(module, window, batch, outputs)
         # Gradients are taken as automatic optimization takes them: outside autocast.
         with torch.autocast(module.device.type, enabled=False):
             losses = stack_losses([output.loss for output in outputs.values()], module.device)

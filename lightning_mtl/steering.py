@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_mtl.batches import is_per_task
 from lightning_mtl.group_rates import GroupRates
 from lightning_mtl.samples import aligned, of_all_ranks
 from lightning_mtl.signals import Signals
@@ -39,10 +40,18 @@ class Steering:
             return None
         return rates.current(step).to(module.device, torch.float32)
 
-    def collect(self, module: MultiTaskModule, window: Window, outputs: Mapping[str, TaskOutput]) -> None:
+    def collect(
+        self, module: MultiTaskModule, window: Window, batch: object, outputs: Mapping[str, TaskOutput]
+    ) -> None:
         """Keep what is asked for of a micro-batch's targets and predictions."""
-        if (rates := module.task_rates()) is None:
+        rates = module.task_rates()
+        if rates is None or not rates.collects:
             return
+        if is_per_task(batch, module.tasks):
+            raise ValueError(
+                "The relatedness of tasks is measured on targets of the same samples, and each task has samples of its "
+                "own where a batch is {task: (inputs, target)}; measure Relatedness('gradient_cosine')."
+            )
         for what, limit in rates.collects.items():
             newest = aligned(outputs, tuple(module.tasks), what, limit, module.device)
             window.samples.setdefault(what, []).append(newest)

@@ -247,6 +247,13 @@ def test_targets_that_do_not_fit(measure: Any, targets: tuple[int, int], message
         fit(small(cls=Uneven), loader(batch(4)), callbacks=[TaskLearningRate(Relatedness(measure))])
 
 
+def test_batches_of_each_tasks_own_samples() -> None:
+    inputs, targets = batch(4)
+    own = {task: (inputs, target) for task, target in targets.items()}
+    with pytest.raises(ValueError, match="measure Relatedness\\('gradient_cosine'\\)"):
+        fit(small(), loader(own), callbacks=[TaskLearningRate(Relatedness("target_correlation"))])
+
+
 def test_losses_without_targets() -> None:
     class Bare(MultiTaskModule):
         def task_losses(self, batch: Any) -> Any:

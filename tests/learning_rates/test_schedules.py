@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning_mtl import MultiTaskModule
 from lightning_mtl.learning_rates import GradientNorm, Importance, TaskLearningRate
 from lightning_mtl.weighting import StaticWeights
 from tests.learning_rates.by_hand import BY_HAND, DECAY, descend, double_batches, double_small
+from tests.small import batch, small
 from tests.training import History, Memory, fit, flat_parameters, loader
 from tests.weightings import fixed
 
@@ -164,3 +166,15 @@ def test_logged_are_the_effective_rates(monkeypatch: pytest.MonkeyPatch) -> None
     for task, factor in BY_HAND.items():
         assert [line[f"lr/{task}"] for line in lines] == pytest.approx([LR * 0.8**t * factor for t in range(STEPS)])
         assert [line[f"lr-SGD/head/{task}"] for line in monitored] == pytest.approx([LR * 0.8**t for t in range(STEPS)])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"fused": True}, {"fused": True, "lr": torch.tensor(LR)}, {"foreach": True}, {"lr": torch.tensor(LR)}]
+)
+def test_implementations_of_an_optimizer_agree(settings: dict[str, Any]) -> None:
+    found = []
+    for chosen in (settings, {"foreach": False}):
+        module = small(optimizer=functools.partial(torch.optim.Adam, **({"lr": LR} | chosen)))
+        fit(module, loader(*[batch(4, seed) for seed in range(4)]), callbacks=[own_rates()])
+        found.append(flat_parameters(module))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
