@@ -15,6 +15,7 @@ from tests.small import batches, heads, regressions, trunk
 from tests.training import loader
 
 CONFIG = """
+seed_everything: 1
 model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.25}}}
 trainer:
   accelerator: cpu
@@ -41,11 +42,10 @@ class Configured(MultiTaskModule):
         return loader(*batches(4, 4))
 
 
-# What jsonargparse and Lightning say of each other's newer releases: nothing of ours.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_factors_from_a_configuration(tmp_path: Path) -> None:
+def test_factors_from_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.yaml").write_text(CONFIG)
-    cli = LightningCLI(Configured, args=["fit", "-c", str(tmp_path / "run.yaml")], save_config_callback=None)
+    monkeypatch.setattr("sys.argv", ["main.py", "fit", "-c", str(tmp_path / "run.yaml")])
+    cli = LightningCLI(Configured, save_config_callback=None)
     assert [group["name"] for group in cli.trainer.optimizers[0].param_groups] == ["trunk", "head/a", "head/b"]
     metrics = cli.trainer.callback_metrics
     assert [float(metrics[f"lr/{task}"]) for task in ("a", "b")] == [0.125, 0.25]
