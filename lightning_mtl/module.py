@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_mtl.batches import is_joint, is_per_task, refuse_batch
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.optimization import Optimization
-from lightning_mtl.overrides import keeping_schedules, with_recorder
+from lightning_mtl.overrides import keeping_schedules, putting_rates_back, with_recorder
+from lightning_mtl.parameter_groups import Rate, parameter_groups
 from lightning_mtl.recorder import Recorder, sample_counts
 from lightning_mtl.setup_checks import check_arguments
 from lightning_mtl.stepped_module import SteppedModule
@@ -117,6 +118,8 @@ class MultiTaskModule(SteppedModule):
         # calling super() would lose the logging: both are put back around whatever the subclass defines.
         cls.configure_optimizers = keeping_schedules(cls.configure_optimizers)  # type: ignore[method-assign]
         cls.configure_callbacks = with_recorder(cls.configure_callbacks)  # type: ignore[method-assign]
+        if "optimizer_step" in cls.__dict__:
+            cls.optimizer_step = putting_rates_back(cls.optimizer_step)
 
     # The model
 
@@ -218,10 +221,43 @@ class MultiTaskModule(SteppedModule):
         positions = [list(self.tasks).index(task) for task in outputs]
         self.recorder.losses[stage].add(losses, sample_counts(list(outputs.values())), positions)
 
+    optimizer_step = putting_rates_back(pl.LightningModule.optimizer_step)
+
+    def parameter_groups(
+        self,
+        lr: Rate | None = None,
+        *,
+        trunk_lr: Rate | None = None,
+        head_lr: Mapping[str, Rate] | None = None,
+        weight_decay: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Give an optimizer one named group for each part: ``"trunk"``, ``"head/<task>"``, and ``"rest"``.
+
+        Each parameter is in one group. What several heads share, and what belongs to neither trunk nor heads, such as
+        a loss's parameters, is the rest's; what the trunk shares with a head is the trunk's.
+
+        Args:
+            lr: The learning rate of all groups; None leaves it to the optimizer.
+            trunk_lr: The trunk's, instead.
+            head_lr: ``{task: learning rate}`` of single heads, instead.
+            weight_decay: The weight decay of all groups; None leaves it to the optimizer.
+
+        Raises:
+            ValueError: If a number is negative or not finite, or ``head_lr`` names an unknown task.
+
+        Example:
+            ``return torch.optim.Adam(self.parameter_groups(1e-3, head_lr={"age": 1e-4}))`` in configure_optimizers.
+        """
+        return parameter_groups(self, lr, trunk_lr=trunk_lr, head_lr=head_lr or {}, weight_decay=weight_decay)
+
     @keeping_schedules
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - any of the forms that Lightning takes
-        """Build the optimizer and scheduler given as arguments; override it as in any LightningModule."""
-        optimizer = self._make_optimizer(self.parameters())
+        """Build the optimizer and scheduler given as arguments; override it as in any LightningModule.
+
+        Where a callback gives tasks learning rates of their own, the optimizer gets :meth:`parameter_groups`.
+        """
+        grouped = self._trainer is not None and self.task_rates() is not None
+        optimizer = self._make_optimizer(self.parameter_groups() if grouped else self.parameters())
         if self._make_scheduler is None:
             return optimizer
         scheduler = self._make_scheduler(optimizer)

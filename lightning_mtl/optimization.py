@@ -23,6 +23,7 @@ from lightning_mtl.gradients.rows import Rows
 from lightning_mtl.gradients.sharded_update import ShardedRowUpdate, sharded_feature_objective
 from lightning_mtl.recorder import sample_counts
 from lightning_mtl.schedules import step_schedulers
+from lightning_mtl.steering import Steering
 from lightning_mtl.step_guards import (
     SkippedSteps,
     check_cut,
@@ -49,6 +50,7 @@ class Optimization:
         self._drops = False
         self.skipped = SkippedSteps()
         self._matrix: Rows | None = None
+        self.steering = Steering()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimization:
         # A copied module, of weight averaging for instance, has no step under way and needs no second matrix of rows.
@@ -91,6 +93,7 @@ class Optimization:
             window.batches.append(batch)
         step_metric = None if window.weighting is None else window.weighting.step_metric
         scores = module.update_metrics("train", outputs, step_metric)
+        self.steering.collect(module, window, batch, outputs)
         # Gradients are taken as automatic optimization takes them: outside autocast.
         with torch.autocast(module.device.type, enabled=False):
             losses = stack_losses([output.loss for output in outputs.values()], module.device)
@@ -112,18 +115,22 @@ class Optimization:
             forget_unreached(module, self._closed)
             self._closed = None
 
-    def before_automatic_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the gradients away from an optimizer that Lightning steps whatever they are."""
+    def before_automatic_step(self, module: MultiTaskModule, optimizer: torch.optim.Optimizer) -> None:
+        """Take gradients that are not finite away from an optimizer that Lightning steps whatever they are."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [parameter.grad for parameter in parameters]
         if self._drops or (gradients and not math.isfinite(float(torch.nn.utils.get_total_norm(gradients)))):
             for parameter in parameters:
                 parameter.grad = None
+        else:
+            self.steering.before_step(module, optimizer)
+        self.steering.groups.apply(optimizer)
 
     def _open(self, module: MultiTaskModule, size: int) -> Window:
         trainer, weighting = module.trainer, module.weighting()
         ranks = Ranks(module.data_parallel_group) if trainer.world_size > 1 else ALONE
-        window = Window(tuple(module.tasks), weighting, trainer.global_step, trainer.current_epoch, size, ranks)
+        step, epoch = trainer.global_step, trainer.current_epoch
+        window = Window(tuple(module.tasks), weighting, step, epoch, size, ranks, self.steering.shares(module, step))
         if not module.automatic_optimization:
             module.single_optimizer().zero_grad()
         if window.way == "rows":
@@ -259,10 +266,12 @@ class Optimization:
         signals = window.summary()
         finite = self.skipped.check(module, signals)
         self._drops = not finite
+        self.steering.choose(module, window)
         if not module.automatic_optimization:
             self._step(module, finite=finite)
         if not finite or signals is None:
             return
+        self.steering.observe(module, window, signals)
         for names, losses, samples in window.local:
             module.recorder.losses["train"].add(losses, samples, window.positions(names))
         if window.weighting is not None:
@@ -271,19 +280,21 @@ class Optimization:
             window.weighting.observe(signals, window.positions(signals.tasks))
         for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Monitor):
-                callback.observe(module.trainer, module, signals, window.weights)
+                callback.observe(module.trainer, module, signals, window.applied_weights)
         vectors: dict[str, tuple[Sequence[str], Tensor]] = {"loss": (signals.tasks, signals.losses)}
         if signals.norms is not None:
             vectors["grad_norm"] = (signals.tasks, signals.norms)
-        if window.weights is not None:
-            vectors["weight"] = (signals.tasks, window.weights[window.positions(signals.tasks)])
+        if (weights := window.applied_weights) is not None:
+            vectors["weight"] = (signals.tasks, weights[window.positions(signals.tasks)])
+        if self.steering.effective is not None:
+            vectors["lr"] = self.steering.effective
         module.recorder.record_step(vectors, {f"penalty/{name}": value for name, value in window.penalties.items()})
 
     def _step(self, module: MultiTaskModule, *, finite: bool) -> None:
         optimizer = module.single_optimizer()
         if finite or getattr(module.trainer.precision_plugin, "scaler", None) is not None:
             # A scaler has to see gradients that are not finite: it skips the step, and lowers its factor.
-            with clipping(module, optimizer):
+            with self.steering.around_step(module, finite=finite), clipping(module, optimizer):
                 optimizer.step()
         else:
             optimizer.zero_grad()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.core.optimizer import LightningOptimizer
 
 from lightning_mtl.schedules import for_manual_optimization, parse_optimizer_config
 
@@ -33,6 +34,23 @@ def keeping_schedules(configure: Hook) -> Hook:
         return returned if self.automatic_optimization else for_manual_optimization(optimizer, self.schedules)
 
     return cast("Hook", configure_optimizers)
+
+
+def putting_rates_back(step: Hook) -> Hook:
+    """Let ``optimizer_step`` of automatic optimization leave the learning rates as it found them."""
+
+    @functools.wraps(step)
+    def optimizer_step(
+        self: MultiTaskModule,
+        epoch: int,
+        batch_idx: int,
+        optimizer: LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the hook returns
+        with self.optimization.steering.groups.putting_back(optimizer.optimizer):
+            return step(self, epoch, batch_idx, optimizer, optimizer_closure)
+
+    return cast("Hook", optimizer_step)
 
 
 def with_recorder(configure: Hook) -> Hook:

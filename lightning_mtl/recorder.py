@@ -131,6 +131,7 @@ class Recorder(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
         """Lay out TensorBoard's custom scalars: all tasks' weights on one chart, all losses on another."""
         check_model(pl_module, trainer)
+        pl_module.optimization.steering.begin(pl_module)
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(self.tensorboard_layout())
@@ -141,6 +142,7 @@ class Recorder(Callback):
             "weights": "weight",
             "losses": "loss",
             "gradient norms": "grad_norm",
+            "learning rates": "lr",
             "epoch losses": "loss_epoch",
             "validation losses": "val/loss",
         }
@@ -169,7 +171,7 @@ class Recorder(Callback):
     ) -> None:
         """Let no step be taken on what is not finite, where Lightning takes the step."""
         if pl_module.automatic_optimization:
-            pl_module.optimization.before_automatic_step(optimizer)
+            pl_module.optimization.before_automatic_step(pl_module, optimizer)
 
     def plateau_due(self, interval: str, index: int) -> None:
         """Remember that schedulers which follow a metric are due once it has been logged."""

@@ -132,15 +132,17 @@ def check_cut(module: MultiTaskModule, batch: MicroBatch, window: Window) -> Non
     cut = batch.cut
     if len(batch.absent) == len(batch.names):
         return
-    name, at = type(window.weighting).__name__, getattr(window.weighting, "at", None)
+    called = f"{type(window.weighting).__name__}(at={getattr(window.weighting, 'at', None)!r}) measures gradients"
+    if window.shares is not None and window.way == "features":
+        called = "A callback that shares_trunk weighs gradients"
     if not cut.calls:
         raise ValueError(
-            f"{name}(at={at!r}) measures gradients at the trunk, but the trunk was not called in this step; call "
+            f"{called} at the trunk, but the trunk was not called in this step; call "
             "self(inputs) or self.trunk(inputs) in task_losses, not one of the trunk's parts."
         )
     if not cut.outputs:
         raise ValueError(
-            f"{name}(at={at!r}) measures gradients at the trunk, but nothing the trunk returned requires a gradient; "
+            f"{called} at the trunk, but nothing the trunk returned requires a gradient; "
             "unfreeze some of it, or weigh by the losses alone."
         )
 

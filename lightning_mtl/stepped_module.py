@@ -18,6 +18,7 @@ from lightning_mtl.callbacks import Weighting
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.optimization import Optimization
 from lightning_mtl.task import Task, TaskOutput
+from lightning_mtl.task_rates import TaskRates
 
 
 class SteppedModule(pl.LightningModule):
@@ -62,6 +63,11 @@ class SteppedModule(pl.LightningModule):
         """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         return next((callback for callback in callbacks if isinstance(callback, Weighting)), None)
+
+    def task_rates(self) -> TaskRates | None:
+        """The Trainer's callback for learning rates of the tasks' own, if there is one."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, TaskRates)), None)
 
     def single_optimizer(self) -> LightningOptimizer:
         """The one optimizer."""

@@ -20,6 +20,7 @@ from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.row_update import RowUpdate
 from lightning_mtl.gradients.sharded_update import ShardedRowUpdate
 from lightning_mtl.signals import Signals
+from lightning_mtl.task_rates import Collected
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
@@ -38,15 +39,25 @@ class Window:
         epoch: The present epoch.
         size: Micro-batches in a full window.
         ranks: The processes that train together.
+        shares: ``[K]``, what multiplies each task's weight in the shared gradient, and there alone; None for 1.
     """
 
     def __init__(
-        self, tasks: Sequence[str], weighting: Weighting | None, step: int, epoch: int, size: int, ranks: Ranks
+        self,
+        tasks: Sequence[str],
+        weighting: Weighting | None,
+        step: int,
+        epoch: int,
+        size: int,
+        ranks: Ranks,
+        shares: Tensor | None = None,
     ) -> None:
         self.weighting = weighting
-        self.step, self.epoch, self.size, self.ranks = step, epoch, size, ranks
+        self.step, self.epoch, self.size, self.ranks, self.shares = step, epoch, size, ranks, shares
         self.measures = weighting is not None and weighting.measures_in(step)
         self.way = _way(weighting, step, measures=self.measures)
+        if shares is not None and self.way == "losses":
+            self.way = "features"  # the heads keep the weights as they are
         self.rows: RowUpdate | ShardedRowUpdate | None = None
         self.micro_batches = 0
         self.penalties: dict[str, Tensor] = {}
@@ -54,6 +65,7 @@ class Window:
         self._asked: list[Signals] = []
         self.weights: Tensor | None = None
         self.batches: list[Any] = []
+        self.samples: dict[Collected, list[Tensor]] = {}
         self.local: list[tuple[list[str], Tensor, Tensor | float]] = []
         self.reached: set[Tensor] = set()
         self._tasks = tuple(tasks)
@@ -144,8 +156,20 @@ class Window:
         self._asked.append(signals)
         return signals
 
+    @property
+    def applied_weights(self) -> Tensor | None:
+        """What multiplied each task's shared gradient, ``[K]``."""
+        return self.weights if self.weights is None or self.shares is None else self.weights * self.shares
+
     def decide(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Decision:
         """Ask the weighting, or let the weights serve that it gave to the window's earlier micro-batches."""
+        decision = self._decide(names, losses, measured)
+        if self.shares is None:
+            return decision
+        shared = decision.weights * self.shares[self.positions(names)].to(decision.weights)
+        return replace(decision, weights=shared, head_weights=decision.for_heads(weighs_heads=self.weighs_heads))
+
+    def _decide(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Decision:
         if self.weights is not None and self._weighed.issuperset(names):
             return self._with_heads(names, self.weights[self.positions(names)])
         signals = self.describe(names, losses, measured)

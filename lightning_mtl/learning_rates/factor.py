@@ -1,0 +1,91 @@
+"""The base of whatever makes a task learn faster or slower than its neighbours."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_mtl.callbacks import Weighting
+from lightning_mtl.signals import Signals
+from lightning_mtl.task_rates import Collected
+from lightning_mtl.task_state import TaskState
+
+
+class Factor(TaskState, ABC):
+    """One reason for a task's learning rate; a :class:`TaskLearningRate` multiplies several.
+
+    A subclass implements :meth:`values`. What it remembers between steps it declares with :meth:`add_state` and changes
+    in :meth:`update`, or in one of the other methods that are told what happens; all of them see the same numbers on
+    every rank.
+
+    Raises:
+        TypeError: If it is given to the Trainer by itself.
+
+    Example:
+        >>> class Difficulty(Factor):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.add_state("newest", torch.tensor(1.0))
+        ...
+        ...     def update(self, signals):
+        ...         self.newest = signals.losses
+        ...
+        ...     def values(self):
+        ...         return self.newest / self.newest.mean()
+        >>> difficulty = Difficulty()
+        >>> difficulty.reset(["a", "b"])
+        >>> difficulty.update(Signals(("a", "b"), torch.tensor([1.0, 3.0]), step=0, epoch=0))
+        >>> difficulty.values()
+        tensor([0.5000, 1.5000])
+    """
+
+    reads_heads: bool = False
+    """Whether :meth:`update_heads` wants to be called."""
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """Compute the factor of every task from the state, ``[K]``, at least 0; 1 where nothing is known yet."""
+
+    @property
+    def collects(self) -> Mapping[Collected, int]:
+        """What :meth:`update_samples` wants, ``"targets"`` or ``"predictions"``, and of how many samples."""
+        return {}
+
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse, at setup, what cannot work."""
+
+    def update(self, signals: Signals) -> None:
+        """Take in an optimizer step's measurements; the tasks' states are cut to the present tasks meanwhile."""
+
+    def update_heads(self, norms: Tensor) -> None:
+        """Take in the norm of the gradient of each task's head, ``[K]``, nan for a task that is absent."""
+
+    def update_samples(self, what: Collected, values: Tensor) -> None:
+        """Take in targets or predicted classes of the same samples, ``[K, n]``, nan where a task has none."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a factor that nothing multiplies."""
+        name = type(self).__name__
+        raise TypeError(f"{name} is a factor, no callback; give the Trainer TaskLearningRate([{name}(...)]).")
+
+
+def weighting_of(trainer: pl.Trainer) -> Weighting | None:
+    """The Trainer's weighting, whose measurements a factor may read."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, Weighting)), None)
+
+
+def moved(before: Tensor, newest: Tensor, decay: float) -> Tensor:
+    """Compute the running mean after a new value; what is nan in either counts for nothing.
+
+    Example:
+        >>> moved(torch.tensor([1.0, torch.nan, 1.0]), torch.tensor([2.0, 2.0, torch.nan]), decay=0.9)
+        tensor([1.1000, 2.0000, 1.0000])
+    """
+    newest = newest.to(before)
+    mixed = decay * before + (1 - decay) * newest
+    return torch.where(newest.isnan(), before, torch.where(before.isnan(), newest, mixed))

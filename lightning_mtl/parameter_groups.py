@@ -1,0 +1,92 @@
+"""An optimizer's parameters, grouped by the part of the model that they belong to."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_mtl.module import MultiTaskModule
+
+Rate = float | Tensor
+
+
+def own_parameters(module: MultiTaskModule) -> dict[str, list[nn.Parameter]]:
+    """Each head's own parameters: those that neither the shared part nor another head has, too."""
+    shared = {*module.trunk.parameters(), *module.shared_parameters()}
+    heads = {task: list(module.heads[task].parameters()) for task in module.tasks}
+    counts = Counter(parameter for parameters in heads.values() for parameter in parameters)
+    return {task: [p for p in parameters if counts[p] == 1 and p not in shared] for task, parameters in heads.items()}
+
+
+def parameter_groups(
+    module: MultiTaskModule,
+    lr: Rate | None,
+    *,
+    trunk_lr: Rate | None,
+    head_lr: Mapping[str, Rate],
+    weight_decay: float | None,
+) -> list[dict[str, Any]]:
+    """Build the groups that :meth:`~lightning_mtl.MultiTaskModule.parameter_groups` describes."""
+    if unknown := head_lr.keys() - module.tasks.keys():
+        raise ValueError(
+            f"parameter_groups(head_lr=...) names {sorted(unknown)}, but the tasks are {list(module.tasks)}."
+        )
+    named = {"lr": lr, "trunk_lr": trunk_lr, **{f"head_lr[{task!r}]": rate for task, rate in head_lr.items()}}
+    for name, value in {**named, "weight_decay": weight_decay}.items():
+        if isinstance(value, float | int) and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"parameter_groups({name}={value}) must be finite and at least 0.")
+    trunk = list(module.trunk.parameters())
+    heads = own_parameters(module)
+    taken = {*trunk, *(parameter for parameters in heads.values() for parameter in parameters)}
+    parts: list[tuple[str, Iterable[nn.Parameter], Rate | None]] = [
+        ("trunk", trunk, lr if trunk_lr is None else trunk_lr),
+        *((f"head/{task}", parameters, head_lr.get(task, lr)) for task, parameters in heads.items()),
+        ("rest", [parameter for parameter in module.parameters() if parameter not in taken], lr),
+    ]
+    groups: list[dict[str, Any]] = []
+    for name, parameters, rate in parts:
+        group: dict[str, Any] = {"params": list(parameters), "name": name}
+        if rate is not None:
+            # A tensor of its own for each group: schedulers write into it.
+            group["lr"] = rate.clone() if isinstance(rate, Tensor) else rate
+        if weight_decay is not None:
+            group["weight_decay"] = weight_decay
+        if group["params"]:
+            groups.append(group)
+    return groups
+
+
+def groups_of_heads(module: MultiTaskModule, optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
+    """Find the places of each head's groups among the optimizer's; none for a head that is not in it, a frozen one.
+
+    Raises:
+        ValueError: If a head shares a group with other parameters, so that its learning rate is not its own.
+    """
+    owner = {parameter: task for task, parameters in own_parameters(module).items() for parameter in parameters}
+    found: dict[str, list[int]] = {task: [] for task in module.tasks}
+    for index, group in enumerate(optimizer.param_groups):
+        owners = {owner.get(parameter) for parameter in group["params"]}
+        tasks = sorted(task for task in owners if task is not None)
+        if not tasks:
+            continue
+        name = repr(group["name"]) if "name" in group else f"number {index}"
+        if len(owners) > 1:
+            others = f"that of {tasks[1]!r}" if len(tasks) > 1 else "parameters that are no head's own"
+            raise ValueError(
+                f"The optimizer's parameter group {name} holds the head of {tasks[0]!r} together with {others}, so "
+                "that no task has a learning rate of its own. Have configure_optimizers build the optimizer from "
+                "self.parameter_groups(lr), or pass the module optimizer=... and leave configure_optimizers alone."
+            )
+        if not isinstance(group.get("lr"), float | int | Tensor):
+            raise ValueError(
+                f"{type(optimizer).__name__}'s parameter group {name} has the learning rate {group.get('lr')!r}, "
+                "which nothing can scale; give the optimizer a number, or leave TaskLearningRate out."
+            )
+        found[tasks[0]].append(index)
+    return found

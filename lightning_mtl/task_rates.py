@@ -1,0 +1,90 @@
+"""What the training step asks of learning rates of the tasks' own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_mtl.signals import Signals
+from lightning_mtl.task_state import TaskState
+
+Collected = Literal["targets", "predictions"]
+
+
+class TaskRates(TaskState, ABC):
+    """Gives each task a multiplier of its learning rate; the base of ``learning_rates.TaskLearningRate``.
+
+    The module calls it, in this order, once an optimizer step: :meth:`current` before the step, then, with what the
+    step has shown, the ``observe`` methods. Steps that are skipped are not observed.
+    """
+
+    shares_trunk: bool = False
+    """Whether a task's multiplier also multiplies its weight in the gradient of the shared parameters."""
+
+    @abstractmethod
+    def current(self, step: int) -> Tensor:
+        """The multipliers of optimizer step ``step``, ``[K]`` for all tasks, float64 on the CPU, none negative."""
+
+    @abstractmethod
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse, at setup, what cannot work."""
+
+    @property
+    def reads_heads(self) -> bool:
+        """Whether :meth:`observe_heads` wants to be called."""
+        return False
+
+    @property
+    def collects(self) -> Mapping[Collected, int]:
+        """What :meth:`observe_samples` wants, and how many samples of it."""
+        return {}
+
+    def observe(self, signals: Signals, present: Sequence[int]) -> None:
+        """Take in a step's measurements of the present tasks."""
+
+    def observe_heads(self, norms: Tensor) -> None:
+        """Take in the norms of the gradients of all heads, ``[K]``, nan where a head has none."""
+
+    def observe_samples(self, what: Collected, values: Tensor) -> None:
+        """Take in targets or predicted classes of the same samples, ``[K, n]``, nan where a task has none."""
+
+    # What is the same for all of them.
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Meet the module's tasks; refuse what cannot work.
+
+        Raises:
+            TypeError: If the module has no tasks.
+            ValueError: If the Trainer holds several, or :meth:`check` refuses.
+        """
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        others = [callback for callback in callbacks if isinstance(callback, TaskRates)]
+        if len(others) > 1:
+            raise ValueError(
+                f"The Trainer holds {len(others)} callbacks for tasks' learning rates; give one of them all factors."
+            )
+        tasks = getattr(pl_module, "tasks", None)
+        if not isinstance(tasks, Mapping):
+            raise TypeError(
+                f"{type(self).__name__} scales the learning rates of the tasks of a lightning_mtl.MultiTaskModule, "
+                f"found {type(pl_module).__name__}; subclass MultiTaskModule."
+            )
+        if stage != "fit":
+            return
+        self.check(trainer, pl_module)
+        if trainer.global_step == 0 or self.tasks != tuple(tasks):
+            self.reset(list(tasks))
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint; not that of a weighting's."""
+        return f"lightning_mtl.TaskRates:{type(self).__name__}"
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take any checkpoint: one without learning rates of the tasks' own begins them anew."""
