@@ -135,14 +135,20 @@ class MultiTaskDataModule(pl.LightningDataModule):
             for part in STAGES[stage]:
                 if (data := self.task_data(part)) is not None:
                     check_names(part, list(data), list(module.tasks), complete=part == "train")
+        # Whether there is validation Lightning tells by this hook being overridden; as in LightningDataModule's own
+        # from_datasets, the instance says.
+        vars(self).pop("val_dataloader", None)
         if stage == "fit":
             self._loader = self._restored = None
+            if self.task_data("val") is None:
+                self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     # The loaders
 
     def train_dataloader(self) -> MixedLoader:
         """The loader that mixes the tasks."""
-        state = self.state_dict()
+        # By hand every loader begins anew; a Trainer may ask again in the midst of training.
+        state = self.state_dict() if self._fitting else self._restored or {}
         seed = state.get("seed", self._seed())
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         streams = self._streams("train", seed, shuffle=not overfit)
@@ -153,22 +159,19 @@ class MultiTaskDataModule(pl.LightningDataModule):
             self._loader.load_state_dict(state)
         return self._loader
 
-    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+    def val_dataloader(self) -> EvaluationLoader:
         """The loader of all tasks' validation data."""
         return self._evaluation("val")
 
-    def test_dataloader(self) -> EvaluationLoader | list[Any]:
+    def test_dataloader(self) -> EvaluationLoader:
         """The loader of all tasks' test data."""
         return self._evaluation("test")
 
-    def predict_dataloader(self) -> EvaluationLoader | list[Any]:
+    def predict_dataloader(self) -> EvaluationLoader:
         """The loader of all tasks' data to predict from."""
         return self._evaluation("predict", as_pair)
 
-    def _evaluation(self, stage: Stage, read: Callable[[Any], Any] | None = None) -> EvaluationLoader | list[Any]:
-        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if stage == "val" and fitting and self.task_data(stage) is None:
-            return []
+    def _evaluation(self, stage: Stage, read: Callable[[Any], Any] | None = None) -> EvaluationLoader:
         streams = self._streams(stage, self._seed(), shuffle=False)
         unknown = any(not stream.alike_on_ranks for stream in streams.values())
         return EvaluationLoader(streams, self._anyone if unknown and self._shard().ranks > 1 else None, read)
@@ -193,6 +196,10 @@ class MultiTaskDataModule(pl.LightningDataModule):
                 source, self._shard(), seed, shuffle=shuffle, shard_iterables=self.shard_iterables
             )
         return streams
+
+    @property
+    def _fitting(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
     # The ranks
 
