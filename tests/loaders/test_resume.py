@@ -79,7 +79,7 @@ def test_after_a_validation_in_the_midst_of_an_epoch(save_after: int, tmp_path: 
 
 @pytest.mark.parametrize("after_validation", [False, True])
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_from_an_epochs_end(epoch: int, after_validation: bool, tmp_path: Path) -> None:  # noqa: FBT001
+def test_from_an_epochs_end(epoch: int, after_validation: bool, tmp_path: Path) -> None:
     make = functools.partial(made, Proportional(temperature=3), val={"b": Numbered(9)})
     saving = SaveAtEpochEnd(epoch, tmp_path / "end.ckpt", after_validation=after_validation)
     whole = train(make(), tasks=TASKS, max_epochs=EPOCHS, callbacks=[saving])
