@@ -5,10 +5,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Sampler
 
 
@@ -19,8 +19,7 @@ def seeded(seed: int, *words: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(low + (high << 32))
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """How much of a dataset all ranks together have seen: whole passes, and samples of the one under way."""
 
     passes: int = 0
@@ -42,6 +41,11 @@ class PassOrder:
     Rank r of R takes every R-th sample of a global batch, from the r-th on: together they see what one process with
     batch size B x R would, no sample twice, and all take the same number of batches. A pass's last global batch may be
     smaller, on some ranks by one sample, or empty there.
+
+    Attributes:
+        global_batch: B x R.
+        used: The samples of a pass that are in a batch.
+        batches: The global batches of a pass.
     """
 
     size: int
@@ -51,23 +55,16 @@ class PassOrder:
     name: str
     shuffle: bool
     drop_last: bool = False
-    _permutation: Tensor = field(init=False, repr=False)
+    global_batch: int = field(init=False)
+    used: int = field(init=False)
+    batches: int = field(init=False)
+    _permutation: np.ndarray[Any, np.dtype[np.int64]] = field(init=False, repr=False)
     _permuted_pass: int = field(init=False, default=-1, repr=False)
 
-    @property
-    def global_batch(self) -> int:
-        """B x R."""
-        return self.batch_size * self.shard.ranks
-
-    @property
-    def used(self) -> int:
-        """The samples of a pass that are in a batch."""
-        return self.size - self.size % self.global_batch if self.drop_last else self.size
-
-    @property
-    def batches(self) -> int:
-        """The global batches of a pass."""
-        return -(-self.used // self.global_batch)
+    def __post_init__(self) -> None:
+        self.global_batch = self.batch_size * self.shard.ranks
+        self.used = self.size - self.size % self.global_batch if self.drop_last else self.size
+        self.batches = -(-self.used // self.global_batch)
 
     def after(self, place: Place) -> Place:
         """Where the next global batch begins."""
@@ -85,7 +82,7 @@ class PassOrder:
             return list(share)
         if self._permuted_pass != place.passes:
             generator = seeded(self.seed, "order", self.name, place.passes)
-            self._permutation = torch.randperm(self.size, generator=generator)
+            self._permutation = torch.randperm(self.size, generator=generator).numpy()
             self._permuted_pass = place.passes
         found: list[int] = self._permutation[share.start : share.stop : share.step].tolist()
         return found
