@@ -13,12 +13,12 @@ the process, which other work disturbs less than the clock on the wall.
 from __future__ import annotations
 
 import argparse
-import functools
+import itertools
 import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from lightning_mtl.data import MultiTaskDataModule
 from lightning_mtl.data.mixed_loader import MixedLoader
 
 TO_REACH = 0.95
+STEPS_A_ROUND = 60
 SIZES = (8_000, 2_000, 500)
 
 
@@ -88,27 +89,29 @@ CASES = [
 ]
 
 
-def epoch(loader: CombinedLoader | MixedLoader, number: int, clock: Callable[[], float]) -> float:
-    """Steps a second of an epoch; workers have been started before the first that counts."""
-    if isinstance(loader, MixedLoader):
-        loader.set_epoch(number)
-    began, steps = clock(), 0
-    for _ in loader:
-        steps += 1
-    return steps / (clock() - began)
+def endless(loader: CombinedLoader | MixedLoader) -> Iterator[object]:
+    """Epoch after epoch, as a Trainer goes through them."""
+    for epoch in itertools.count():
+        if isinstance(loader, MixedLoader):
+            loader.set_epoch(epoch)
+        yield from loader
+
+
+def speed(steps: Iterator[object], clock: Callable[[], float]) -> float:
+    """Steps a second, over the next of them."""
+    began = clock()
+    for _ in itertools.islice(steps, STEPS_A_ROUND):
+        pass
+    return STEPS_A_ROUND / (clock() - began)
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    sides: dict[str, Any] = {"plain": case.plain(), "ours": case.ours()}
     clock = time.perf_counter if case.workers else time.process_time
+    sides = {"plain": endless(case.plain()), "ours": endless(case.ours())}
     order, speeds = random.Random(0), {side: list[float]() for side in sides}
-    for number in range(rounds + 1):
-        turns: list[tuple[str, Callable[[], float]]] = [
-            (side, functools.partial(epoch, loader, number, clock)) for side, loader in sides.items()
-        ]
-        order.shuffle(turns)
-        for side, turn in turns:
-            speeds[side].append(turn())
+    for _ in range(rounds + 1):  # the first starts workers and does not count
+        for side in order.sample(sorted(sides), len(sides)):
+            speeds[side].append(speed(sides[side], clock))
     ratios = [ours / plain for ours, plain in zip(speeds["ours"][1:], speeds["plain"][1:], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
@@ -124,7 +127,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, help="only cases with so many workers a task")
-    parser.add_argument("--rounds", type=int, default=15, help="epochs of each side; default: 15")
+    parser.add_argument("--rounds", type=int, default=41, help="rounds of 60 steps of each side; default: 41")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there, too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -104,7 +104,7 @@ class Count(pl.Callback):
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Mapping[str, object], *_: object
-    ) -> None:  # type: ignore[override]
+    ) -> None:
         self.batches.update(batch.keys())
         self.first = [*self.first, tuple(batch)][:SHOWN]
         self.steps += 1

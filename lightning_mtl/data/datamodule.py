@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import Dataset
 
 from lightning_mtl.batches import as_pair
 from lightning_mtl.data.argument_checks import check_arguments, check_names, per_task
@@ -22,7 +23,7 @@ from lightning_mtl.data.streams import Stream, open_stream
 from lightning_mtl.stepped_module import SteppedModule
 
 Stage = Literal["train", "val", "test", "predict"]
-Data = Mapping[str, Iterable[Any]]
+Data = Mapping[str, Dataset[Any] | Iterable[Any]]
 
 # The loaders that each of the Trainer's functions asks for.
 STAGES: dict[str, tuple[Stage, ...]] = {

@@ -13,6 +13,16 @@ import torch
 from lightning_mtl.data import Joint, Mixing, MultiTaskDataModule, Proportional, Ratios, RoundRobin, Schedule
 from tests.loaders.samples import Flowing, Numbered
 
+
+def wrong(mode: Any, argument: Any) -> Any:
+    """A mode with an argument that a type checker would refuse."""
+    return mode(argument)
+
+
+def with_mixing(mixing: Any) -> MultiTaskDataModule:
+    return MultiTaskDataModule({"a": Numbered(3)}, mixing=mixing)
+
+
 SIZES: dict[str, int | None] = {"a": 38, "b": 10, "c": 2}
 
 
@@ -91,8 +101,8 @@ def test_a_schedule_has_the_mode_of_its_epoch_and_the_steps_of_the_first() -> No
         (lambda: Ratios({"a": -1}), "Ratios gives 'a' the ratio -1; it must be a finite number"),
         (lambda: Ratios({"a": math.inf}), "must be a finite number"),
         (lambda: Ratios({"a": 0, "b": 0}), "draws no task at all"),
-        (lambda: Joint("longer"), "Joint(until='longer') must be 'longest' or 'shortest'"),
-        (lambda: RoundRobin(3), "RoundRobin(until=3) must be"),
+        (lambda: wrong(Joint, "longer"), "Joint(until='longer') must be 'longest' or 'shortest'"),
+        (lambda: wrong(RoundRobin, 3), "RoundRobin(until=3) must be"),
         (lambda: Schedule({1: Joint()}), "say one for epoch 0"),
         (lambda: Schedule({0: Joint(), -1: Joint()}), "say one for epoch 0"),
     ],
@@ -106,13 +116,16 @@ def test_wrong_values_are_refused(make: Any, words: str) -> None:
     ("make", "words"),
     [
         (lambda: Ratios({}), "Ratios must get {task: number}"),
-        (lambda: Ratios([1, 2]), "Ratios must get {task: number}"),
-        (lambda: Schedule({0: "joint"}), "Schedule has 'joint' for epoch 0, where a mode such as Joint() belongs"),
+        (lambda: wrong(Ratios, [1, 2]), "Ratios must get {task: number}"),
+        (
+            lambda: wrong(Schedule, {0: "joint"}),
+            "Schedule has 'joint' for epoch 0, where a mode such as Joint() belongs",
+        ),
         (lambda: Schedule({0: Schedule({0: Joint()})}), "where a mode such as Joint() belongs"),
-        (lambda: Schedule(3), "must get {first epoch: mode} or a function of the epoch"),
-        (lambda: Schedule(lambda epoch: epoch).in_epoch(0), "Schedule has 0 for epoch 0"),
-        (lambda: MultiTaskDataModule({"a": Numbered(3)}, mixing="joint"), "mixing must be Joint(), RoundRobin()"),  # type: ignore[arg-type]
-        (lambda: MultiTaskDataModule({"a": Numbered(3)}, mixing=Joint), "mixing must be Joint(), RoundRobin()"),  # type: ignore[arg-type]
+        (lambda: wrong(Schedule, 3), "must get {first epoch: mode} or a function of the epoch"),
+        (lambda: wrong(Schedule, lambda epoch: epoch).in_epoch(0), "Schedule has 0 for epoch 0"),
+        (lambda: with_mixing("joint"), "mixing must be Joint(), RoundRobin()"),
+        (lambda: with_mixing(Joint), "mixing must be Joint(), RoundRobin()"),
     ],
 )
 def test_what_is_no_mode_is_refused(make: Any, words: str) -> None:

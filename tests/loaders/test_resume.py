@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ class Listed:
         return self.batches
 
 
-ITERABLES = {
+ITERABLES: dict[str, Callable[[], dict[str, Any]]] = {
     "read again": lambda: {"a": Flowing(9), "b": Sized(6), "c": Numbered(3)},
     "with a state": lambda: {"a": Remembering(9), "b": Remembering(5), "c": Numbered(3)},
     "own loaders": lambda: {"a": Listed(3), "b": StatefulDataLoader(Numbered(9), batch_size=2), "c": Numbered(3)},

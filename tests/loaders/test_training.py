@@ -31,7 +31,8 @@ def datasets() -> dict[str, Numbered]:
 
 
 def data(**arguments: Any) -> MultiTaskDataModule:
-    return MultiTaskDataModule(**({"train": datasets(), "batch_size": 4} | arguments))
+    settings: dict[str, Any] = {"train": datasets(), "batch_size": 4}
+    return MultiTaskDataModule(**(settings | arguments))
 
 
 @pytest.mark.parametrize(
@@ -206,9 +207,8 @@ def test_a_plain_dict_of_evaluation_loaders_keeps_the_names_too() -> None:
     assert {name: value for each in found for name, value in each.items()} == pytest.approx(expected)
     predictions: Any = trainer.predict(model, loaders)
     assert [[list(step) for step in each] for each in predictions] == [[["a"]] * 6, [["b"]] * 2, [["c"]]]
-    inputs: Any = trainer.predict(
-        model, {"b": DataLoader(torch.randn(4, 3), batch_size=2), "c": DataLoader(torch.randn(2, 3), batch_size=2)}
-    )
+    alone: Any = {"b": torch.randn(4, 3), "c": torch.randn(2, 3)}  # inputs without targets
+    inputs: Any = trainer.predict(model, {task: DataLoader(x, batch_size=2) for task, x in alone.items()})
     assert [[list(step) for step in each] for each in inputs] == [[["b"]] * 2, [["c"]]]
 
 
