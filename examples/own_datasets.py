@@ -145,14 +145,14 @@ def table_of(results: dict[str, list[Outcome]]) -> Table:
     seeds = len(next(iter(results.values())))
     test = len(scans(0)[1]["digit"])
     title = f"Accuracy in percent on {test} test scans, mean ± standard deviation over {seeds} seeds"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in ("mixing", "steps", "passes", *SAMPLES, "mean"):
         table.add_column(heading, justify="left" if heading == "mixing" else "right", no_wrap=True)
     for name, outcomes in results.items():
         passes = (f"{outcomes[0].seen.batches[task] // (size // BATCH)}" for task, size in SAMPLES.items())
         own = [spread([outcome.accuracy[task] for outcome in outcomes]) for task in SAMPLES]
-        means = spread([statistics.mean(outcome.accuracy.values()) for outcome in outcomes])
-        table.add_row(name, str(outcomes[0].seen.steps), "/".join(passes), *own, means)
+        mean = statistics.mean(value for outcome in outcomes for value in outcome.accuracy.values())
+        table.add_row(name, str(outcomes[0].seen.steps), "/".join(passes), *own, f"{mean:.1f}")
     return table
 
 
