@@ -62,6 +62,34 @@ def without_others(batch: Any, tasks: Collection[str], learned: Collection[str])
     return {task: pair if task in learned else None for task, pair in batch.items()}
 
 
+def under_its_name(batch: Any, loaders: Any, dataloader_idx: int, tasks: Collection[str]) -> Any:  # noqa: ANN401
+    """Give a batch of one of ``{task: loader}``, which Lightning hands over without a name, its name back.
+
+    Example:
+        >>> under_its_name(("x", "y"), {"a": "its loader", "b": "its loader"}, 1, ["a", "b", "c"])
+        {'b': ('x', 'y')}
+        >>> under_its_name(("x", "y"), "one loader", 0, ["a", "b"])
+        ('x', 'y')
+    """
+    if not isinstance(loaders, Mapping) or not set(loaders) <= set(tasks):
+        return batch
+    if is_joint(batch, tasks) or is_per_task(batch, tasks):
+        return batch
+    return {list(loaders)[dataloader_idx]: batch}
+
+
+def as_pair(batch: Any) -> Any:  # noqa: ANN401 - whatever the dataset yields, collated
+    """Inputs alone, as one predicts from, in the form ``(inputs, target)`` of a batch.
+
+    Example:
+        >>> as_pair("inputs"), as_pair(("inputs",)), as_pair(("inputs", "target"))
+        (('inputs', None), ('inputs', None), ('inputs', 'target'))
+    """
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2):
+        return (*batch, None)[:2]
+    return batch, None
+
+
 def refuse_batch(batch: Any, tasks: Collection[str]) -> ValueError:  # noqa: ANN401
     """The error for a batch of any other form."""
     found = type(batch).__name__

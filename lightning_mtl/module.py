@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig, LRSchedulerPLType
 from torch import Tensor, nn
 
-from lightning_mtl.batches import is_joint, is_per_task, refuse_batch
+from lightning_mtl.batches import as_pair, is_joint, is_per_task, refuse_batch, under_its_name
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.optimization import Optimization
 from lightning_mtl.overrides import keeping_schedules, putting_rates_back, with_recorder
@@ -199,7 +199,9 @@ class MultiTaskModule(SteppedModule):
         self._evaluate("test", batch, dataloader_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:  # noqa: ANN401
-        """Predict every task of a batch of inputs, with or without targets beside them."""
+        """Predict every task of a batch of inputs, with or without targets; a task with a loader of its own, alone."""
+        named = self._under_its_name("predict", batch, dataloader_idx)
+        batch = batch if named is batch else {task: as_pair(own) for task, own in named.items()}
         if is_joint(batch, self.tasks):
             return self.forward(batch[0])
         if is_per_task(batch, self.tasks):
@@ -207,11 +209,17 @@ class MultiTaskModule(SteppedModule):
             return {task: self._predict_one(task, pair[0]) for task, pair in pairs.items()}
         return self.forward(batch)
 
+    def _under_its_name(self, stage: str, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401
+        loaders = None if self._trainer is None else getattr(self.trainer, f"{stage}_dataloaders")
+        return under_its_name(batch, loaders, dataloader_idx, self.tasks)
+
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
-        if dataloader_idx > 0:
+        batch = self._under_its_name(stage, batch, dataloader_idx)
+        if dataloader_idx > 0 and not is_per_task(batch, self.tasks):
             raise ValueError(
-                "Several evaluation loaders would be averaged into one figure. Give each task its loader in one "
-                'CombinedLoader({task: loader, ...}, "max_size"), or evaluate the loaders one at a time.'
+                "Several evaluation loaders would be averaged into one figure. Give each task its loader, as {task: "
+                'loader, ...}, in a MultiTaskDataModule or a CombinedLoader({task: loader, ...}, "max_size"), or '
+                "evaluate the loaders one at a time."
             )
         outputs = self.present_outputs(batch)
         if not outputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
-ROOMS = ("weighting", "architectures", "monitors", "learning_rates")
+ROOMS = ("weighting", "architectures", "monitors", "learning_rates", "data")
 
 
 def load_short_names() -> dict[str, str]:

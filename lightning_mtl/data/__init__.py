@@ -1,0 +1,7 @@
+"""A dataset for each task: loaders that keep the tasks' names, and the ways to mix them."""
+
+from lightning_mtl.data.datamodule import MultiTaskDataModule
+from lightning_mtl.data.mixing import Joint, Mixing, Proportional, Ratios, RoundRobin
+from lightning_mtl.data.schedule import Schedule
+
+__all__ = ["Joint", "Mixing", "MultiTaskDataModule", "Proportional", "Ratios", "RoundRobin", "Schedule"]

@@ -1,0 +1,237 @@
+"""The data module that holds a dataset for each task."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import Dataset
+
+from lightning_mtl.batches import as_pair
+from lightning_mtl.data.argument_checks import check_arguments, check_names, per_task
+from lightning_mtl.data.evaluation_loader import EvaluationLoader
+from lightning_mtl.data.mixed_loader import MixedLoader
+from lightning_mtl.data.mixing import Joint, Mixing
+from lightning_mtl.data.order import Shard
+from lightning_mtl.data.sources import read_source
+from lightning_mtl.data.streams import Stream, open_stream
+from lightning_mtl.stepped_module import SteppedModule
+
+Stage = Literal["train", "val", "test", "predict"]
+Data = Mapping[str, Dataset[Any] | Iterable[Any]]
+
+# The loaders that each of the Trainer's functions asks for.
+STAGES: dict[str, tuple[Stage, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+
+
+class MultiTaskDataModule(pl.LightningDataModule):
+    """A LightningDataModule with a dataset, or a loader, for each task.
+
+    A training batch is ``{task: (inputs, target)}`` with the tasks that the mixing mode takes in that step. Validation,
+    test and prediction take a batch of every task a step, until all are at their end, so that figures and predictions
+    keep the tasks' names: ``val/loss/<task>``, ``trainer.predict(...)[0]["<task>"]``.
+
+    On R ranks each sees other samples: together, those of one process with R times the batch size, and none twice.
+    (``Trainer(use_distributed_sampler=...)`` makes no difference: the samplers are ours.) The order of tasks and
+    samples is a function of the seed alone; a run that is resumed from a checkpoint, in the midst of an epoch, too,
+    goes on with the batches that the uninterrupted one would have had, with any number of workers.
+
+    Args:
+        train: ``{task: data}`` for all tasks of the module, the data being a map-style or iterable dataset that yields
+            ``(inputs, target)``, or a DataLoader, of which dataset and settings are taken, or any loader of batches
+            with an order of its own, which is used as it is.
+        val: The same for validation, for some of the tasks or all.
+        test: The same for testing.
+        predict: The same for prediction, where inputs alone suffice.
+        mixing: Which tasks a training step takes: ``Joint()``, ``RoundRobin()``, ``Proportional()``, ``Ratios(...)`` or
+            ``Schedule(...)`` of :mod:`lightning_mtl.data`.
+        batch_size: Samples a batch of each rank, one number or ``{task: number}``; loaders bring their own.
+        steps_per_epoch: Training steps an epoch; by default what the mode says. A task's next epoch goes on where the
+            last one stopped.
+        drop_last: Leave the incomplete batch at the end of a training pass out.
+        num_workers: Processes that load each task's data. Those of training live as long as the training.
+        pin_memory: Copy batches to page-locked memory, from where a GPU fetches them faster.
+        persistent_workers: Keep the workers of validation and test from one validation to the next.
+        shard_iterables: How several ranks or workers read an iterable dataset: True, each keeps every n-th sample of
+            the whole; False, the dataset tells them apart itself. Without an answer they are refused.
+        seed: Of the order of samples and tasks; by default that of ``seed_everything``, or 0. A resumed run
+            goes on with the seed of its checkpoint.
+
+    Raises:
+        TypeError, ValueError: If an argument is of the wrong kind or out of range, data are empty, or names differ; at
+            setup, if the names are not those of the module's tasks.
+
+    Resuming: map-style data go on at the next unseen sample, on another number of ranks or with another batch size,
+    too. An iterable dataset with ``state_dict`` and ``load_state_dict`` (of tensors and plain numbers) goes on from its
+    state if it has no workers; so does a loader that has them, torchdata's ``StatefulDataLoader`` for one. Other
+    iterables are read again, and what had been consumed thrown away. Random augmentation is not part of any of this.
+
+    To make the datasets late, override :meth:`task_data`, and :meth:`prepare_data` for a download.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> many = TensorDataset(torch.zeros(8, 3), torch.zeros(8, 1))
+        >>> few = TensorDataset(torch.ones(2, 3), torch.ones(2, 1))
+        >>> data = MultiTaskDataModule({"age": many, "smile": few}, batch_size=2)
+        >>> [list(batch) for batch in data.train_dataloader()]
+        [['age', 'smile'], ['age', 'smile'], ['age', 'smile'], ['age', 'smile']]
+    """
+
+    def __init__(
+        self,
+        train: Data | None = None,
+        val: Data | None = None,
+        test: Data | None = None,
+        predict: Data | None = None,
+        *,
+        mixing: Mixing | None = None,
+        batch_size: int | Mapping[str, int] = 32,
+        steps_per_epoch: int | None = None,
+        drop_last: bool = False,
+        num_workers: int | Mapping[str, int] = 0,
+        pin_memory: bool = False,
+        persistent_workers: bool = False,
+        shard_iterables: bool | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.mixing = Joint() if mixing is None else mixing
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.drop_last = drop_last
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.persistent_workers = persistent_workers
+        self.shard_iterables = shard_iterables
+        self.seed = seed
+        self._given: dict[str, Data | None] = {"train": train, "val": val, "test": test, "predict": predict}
+        check_arguments(self._given, self.mixing, batch_size, num_workers, steps_per_epoch, seed)
+        for stage, data in self._given.items():
+            for task, own in (data or {}).items():
+                read_source(task, stage, own, per_task(batch_size, task), {})
+        self._loader: MixedLoader | None = None
+        self._restored: dict[str, Any] | None = None
+
+    def task_data(self, stage: Stage) -> Data | None:
+        """The datasets or loaders of a stage, ``{task: data}``, or None; override it to make them when they are needed.
+
+        It is called on every rank, after :meth:`prepare_data`, and may be called again.
+        """
+        return self._given[stage]
+
+    def setup(self, stage: str) -> None:
+        """Refuse data whose names are not those of the module's tasks; begin the training data anew."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if isinstance(module, SteppedModule):
+            for part in STAGES[stage]:
+                if (data := self.task_data(part)) is not None:
+                    check_names(part, list(data), list(module.tasks), complete=part == "train")
+        # Whether there is validation Lightning tells by this hook being overridden; as in LightningDataModule's own
+        # from_datasets, the instance says.
+        vars(self).pop("val_dataloader", None)
+        if stage == "fit":
+            self._loader = self._restored = None
+            if self.task_data("val") is None:
+                self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
+
+    # The loaders
+
+    def train_dataloader(self) -> MixedLoader:
+        """The loader that mixes the tasks."""
+        # By hand every loader begins anew; a Trainer may ask again in the midst of training.
+        state = self.state_dict() if self._fitting else self._restored or {}
+        seed = state.get("seed", self._seed())
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        streams = self._streams("train", seed, shuffle=not overfit)
+        self.mixing.check(list(streams))
+        steps = self.steps_per_epoch or self.mixing.steps({task: stream.batches for task, stream in streams.items()})
+        self._loader = MixedLoader(streams, self.mixing, steps, seed, self._shard(), _gather, same_epoch=overfit)
+        if state:
+            self._loader.load_state_dict(state)
+        return self._loader
+
+    def val_dataloader(self) -> EvaluationLoader:
+        """The loader of all tasks' validation data."""
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """The loader of all tasks' test data."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """The loader of all tasks' data to predict from."""
+        return self._evaluation("predict", as_pair)
+
+    def _evaluation(self, stage: Stage, read: Callable[[Any], Any] | None = None) -> EvaluationLoader:
+        streams = self._streams(stage, self._seed(), shuffle=False)
+        unknown = any(not stream.alike_on_ranks for stream in streams.values())
+        return EvaluationLoader(streams, self._anyone if unknown and self._shard().ranks > 1 else None, read)
+
+    def _streams(self, stage: Stage, seed: int, *, shuffle: bool) -> dict[str, Stream]:
+        data = self.task_data(stage)
+        if data is None:
+            raise ValueError(
+                f"{type(self).__name__} has no data for this stage; give it {stage}={{task: dataset}}, or override "
+                "task_data."
+            )
+        streams = {}
+        for task, given in data.items():
+            workers = per_task(self.num_workers, task) or 0
+            options = {
+                "num_workers": workers,
+                "pin_memory": self.pin_memory,
+                "persistent_workers": self.persistent_workers and workers > 0,
+            }
+            source = read_source(task, stage, given, per_task(self.batch_size, task), options, self.drop_last)
+            streams[task] = open_stream(
+                source, self._shard(), seed, shuffle=shuffle, shard_iterables=self.shard_iterables
+            )
+        return streams
+
+    @property
+    def _fitting(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+
+    # The ranks
+
+    def _shard(self) -> Shard:
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return Shard(kwargs["rank"], kwargs["num_replicas"]) if kwargs is not None else Shard()
+
+    def _seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+
+    def _anyone(self, more: bool) -> bool:
+        assert self.trainer is not None  # noqa: S101 - for mypy: several ranks come from a Trainer
+        strategy = self.trainer.strategy
+        answers: torch.Tensor = strategy.reduce(torch.tensor(float(more), device=strategy.root_device), reduce_op="sum")
+        return bool(answers)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What training has consumed; all ranks have to ask for it together, as Lightning does."""
+        return self._loader.state_dict() if self._loader is not None else self._restored or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Have the next training loader go on after what has been consumed."""
+        self._loader, self._restored = None, state_dict
+
+
+def _gather(own: Any) -> list[Any]:  # noqa: ANN401 - the states of some streams
+    """A value of every rank."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return [own]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered

@@ -1,0 +1,108 @@
+"""Which samples of a dataset a rank reads, in which order: a function of seed, pass and place, of nothing else."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+def seeded(seed: int, *words: int | str) -> torch.Generator:
+    """A generator for one purpose: the same on every rank and machine, unlike that of any other words."""
+    entropy = [seed, *(zlib.crc32(word.encode()) if isinstance(word, str) else word for word in words)]
+    low, high = np.random.SeedSequence(entropy).generate_state(2).tolist()
+    return torch.Generator().manual_seed(low + (high << 32))
+
+
+class Place(NamedTuple):
+    """How much of a dataset all ranks together have seen: whole passes, and samples of the one under way."""
+
+    passes: int = 0
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which of how many ranks with data of their own this process is."""
+
+    rank: int = 0
+    ranks: int = 1
+
+
+@dataclass
+class PassOrder:
+    """Passes over a dataset of n samples, each in a new order, cut into global batches of B x R samples.
+
+    Rank r of R takes every R-th sample of a global batch, from the r-th on: together they see what one process with
+    batch size B x R would, no sample twice, and all take the same number of batches. A pass's last global batch may be
+    smaller, on some ranks by one sample, or empty there.
+
+    Attributes:
+        global_batch: B x R.
+        used: The samples of a pass that are in a batch.
+        batches: The global batches of a pass.
+    """
+
+    size: int
+    batch_size: int
+    shard: Shard
+    seed: int
+    name: str
+    shuffle: bool
+    drop_last: bool = False
+    global_batch: int = field(init=False)
+    used: int = field(init=False)
+    batches: int = field(init=False)
+    _permutation: np.ndarray[Any, np.dtype[np.int64]] = field(init=False, repr=False)
+    _permuted_pass: int = field(init=False, default=-1, repr=False)
+
+    def __post_init__(self) -> None:
+        self.global_batch = self.batch_size * self.shard.ranks
+        self.used = self.size - self.size % self.global_batch if self.drop_last else self.size
+        self.batches = -(-self.used // self.global_batch)
+
+    def after(self, place: Place) -> Place:
+        """Where the next global batch begins."""
+        samples = place.samples + self.global_batch
+        return Place(place.passes, samples) if samples < self.used else Place(place.passes + 1)
+
+    def share(self, place: Place) -> int:
+        """How many samples of the global batch there are this rank's."""
+        return len(self._share(place))
+
+    def indices(self, place: Place) -> list[int]:
+        """This rank's samples of the global batch there."""
+        share = self._share(place)
+        if not self.shuffle:
+            return list(share)
+        if self._permuted_pass != place.passes:
+            generator = seeded(self.seed, "order", self.name, place.passes)
+            self._permutation = torch.randperm(self.size, generator=generator).numpy()
+            self._permuted_pass = place.passes
+        found: list[int] = self._permutation[share.start : share.stop : share.step].tolist()
+        return found
+
+    def _share(self, place: Place) -> range:
+        end = min(place.samples + self.global_batch, self.used)
+        return range(min(place.samples + self.shard.rank, end), end, self.shard.ranks)
+
+
+class Batches(Sampler[list[int]]):
+    """This rank's batches of samples from a place on, without end, or to the end of the pass; empty ones left out."""
+
+    def __init__(self, order: PassOrder, start: Place, *, one_pass: bool = False) -> None:
+        self.order = order
+        self.start = start
+        self.one_pass = one_pass
+
+    def __iter__(self) -> Iterator[list[int]]:
+        place = self.start
+        while not self.one_pass or place.passes == self.start.passes:
+            if indices := self.order.indices(place):
+                yield indices
+            place = self.order.after(place)

@@ -1,0 +1,207 @@
+"""What a user gives for a task: a dataset, or a loader, which is taken apart where it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    get_worker_info,
+)
+
+from lightning_mtl.data.order import Shard
+
+# What a DataLoader does with the batches that it is told to load; all of them are attributes of it, too.
+OPTIONS = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "persistent_workers",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One task's data in one stage.
+
+    Exactly one of the three is there: a map-style ``dataset`` whose order is ours, an iterable dataset as ``samples``,
+    or a ``loader`` of ready-made batches that is used as it is.
+    """
+
+    task: str
+    stage: str
+    dataset: Any = None
+    samples: IterableDataset[Any] | None = None
+    loader: Iterable[Any] | None = None
+    batch_size: int | None = None
+    shuffle: bool = True
+    drop_last: bool = False
+    whole_batches: bool = False  # the dataset is asked for a list of indices at once
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """How errors call it."""
+        return f"{self.stage}[{self.task!r}]"
+
+    @property
+    def num_workers(self) -> int:
+        """The worker processes that load it."""
+        return int(self.options.get("num_workers", 0))
+
+
+def read_source(
+    task: str,
+    stage: str,
+    given: Any,  # noqa: ANN401 - told apart here
+    batch_size: int | None,
+    options: Mapping[str, Any],
+    drop_last: bool = False,
+) -> Source:
+    """Tell a dataset from a loader, and a loader that is a dataset and settings from one to be used as it is.
+
+    Args:
+        task: Its task.
+        stage: ``"train"``, ``"val"``, ``"test"`` or ``"predict"``.
+        given: What the user gave.
+        batch_size: That of datasets; a loader brings its own.
+        options: Arguments of DataLoader for datasets; a loader brings its own.
+        drop_last: Whether datasets leave an incomplete batch out; a loader brings its own.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it is empty, or a dataset has no batch size.
+    """
+    if isinstance(given, DataLoader):
+        return _of_loader(task, stage, given)
+    if isinstance(given, IterableDataset):
+        return Source(
+            task, stage, samples=given, batch_size=_needed(batch_size, task), drop_last=drop_last, options=options
+        )
+    if isinstance(given, Dataset) or (hasattr(given, "__getitem__") and hasattr(given, "__len__")):
+        _refuse_empty(given, f"{stage}[{task!r}]")
+        return Source(
+            task, stage, dataset=given, batch_size=_needed(batch_size, task), drop_last=drop_last, options=options
+        )
+    if isinstance(given, Iterable) and not isinstance(given, Iterator):
+        return Source(task, stage, loader=given)
+    wanted = "a dataset, or a loader that can be read again and again"
+    raise TypeError(f"{stage}[{task!r}] must be {wanted}; found {type(given).__name__}.")
+
+
+def _needed(batch_size: int | None, task: str) -> int:
+    if batch_size is None:
+        raise ValueError(f"batch_size has no entry for the task {task!r}; give it one, or one number for all tasks.")
+    return batch_size
+
+
+def _refuse_empty(sized: Any, name: str) -> None:  # noqa: ANN401 - any dataset
+    try:
+        size = len(sized)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is a {type(sized).__name__} without __len__; give it one, or make it an IterableDataset."
+        ) from error
+    if size == 0:
+        raise ValueError(f"{name} is empty: {type(sized).__name__} has no sample. Leave the task out, or fill it.")
+
+
+def _of_loader(task: str, stage: str, loader: DataLoader[Any]) -> Source:
+    """Take a plain loader apart, so that ranks and resuming are served as for a dataset; leave others as they are."""
+    name = f"{stage}[{task!r}]"
+    options = {option: getattr(loader, option) for option in OPTIONS}
+    plain = type(loader) is DataLoader
+    if isinstance(loader.dataset, IterableDataset):
+        if not plain or loader.batch_size is None:
+            return Source(task, stage, loader=loader)
+        batch_size, drop_last = loader.batch_size, loader.drop_last
+        return Source(task, stage, samples=loader.dataset, batch_size=batch_size, drop_last=drop_last, options=options)
+    _refuse_empty(loader.dataset, name)
+    whole_batches = loader.batch_size is None and type(loader.sampler) is BatchSampler
+    batches = loader.sampler if whole_batches else loader.batch_sampler
+    if not plain or type(batches) is not BatchSampler:
+        return Source(task, stage, loader=loader)
+    sampler = batches.sampler
+    drawn = type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]  # sized: seen above
+    if not drawn and type(sampler) is not SequentialSampler:
+        return Source(task, stage, loader=loader)
+    return Source(
+        task,
+        stage,
+        dataset=loader.dataset,
+        batch_size=batches.batch_size,
+        shuffle=drawn,
+        drop_last=batches.drop_last,
+        whole_batches=whole_batches,
+        options=options,
+    )
+
+
+def check_shards(source: Source, shard: Shard, shard_iterables: bool | None) -> None:
+    """Refuse data that several ranks or workers would read twice.
+
+    Raises:
+        ValueError: If nobody said how to divide an iterable dataset, or a loader's own sampler does not divide it.
+    """
+    readers = shard.ranks * max(1, source.num_workers)
+    if source.samples is not None and readers > 1 and shard_iterables is None:
+        raise ValueError(
+            f"{source.name} is an iterable dataset, read by {shard.ranks} ranks with {source.num_workers} workers "
+            "each. Set shard_iterables=True to give each of them every n-th sample, or shard_iterables=False if the "
+            "dataset itself tells ranks and workers (get_worker_info) apart."
+        )
+    if source.loader is None or shard.ranks == 1:
+        return
+    if not isinstance(getattr(source.loader, "sampler", None), DistributedSampler):
+        raise ValueError(
+            f"{source.name} is a loader with an order of its own, which {shard.ranks} ranks would all read alike. Give "
+            "the dataset itself, a DataLoader without a sampler of your own, or one with a DistributedSampler."
+        )
+
+
+class EveryNth(IterableDataset[Any]):
+    """The share of a rank's worker in an iterable dataset: it reads all, and keeps every n-th sample."""
+
+    def __init__(self, samples: IterableDataset[Any], shard: Shard) -> None:
+        self.samples = samples
+        self.shard = shard
+        self.seen = 0  # samples of the pass under way, of all readers
+        self._start = 0  # where a pass that was interrupted goes on
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        readers, reader = self.shard.ranks * workers, self.shard.rank * workers + worker
+        self.seen, self._start = self._start, 0
+        for sample in self.samples:
+            self.seen += 1
+            if (self.seen - 1) % readers == reader:
+                yield sample
+
+    def go_on_after(self, seen: int) -> None:
+        """Begin the next pass as one of which so many samples have been seen."""
+        self.seen = self._start = seen
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the number of the pass on, where the dataset asks for it."""
+        tell_pass(self.samples, epoch)
+
+
+def tell_pass(data: object, number: int) -> None:
+    """Call ``set_epoch`` of data, or of its sampler, which shuffle by it."""
+    for part in (data, getattr(data, "sampler", None)):
+        set_epoch: Callable[[int], object] | None = getattr(part, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(number)

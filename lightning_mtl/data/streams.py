@@ -1,0 +1,244 @@
+"""Endless streams of one task's batches, which know what has been consumed and can go on from there."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightning_mtl.data.order import Batches, PassOrder, Place, Shard, seeded
+from lightning_mtl.data.sources import EveryNth, Source, check_shards, tell_pass
+
+State = dict[str, Any]
+
+
+class Stream(ABC):
+    """One task's batches, pass after pass."""
+
+    #: The batches of a pass over all ranks; None where unknown.
+    batches: int | None
+    #: Whether the state is the same on all ranks.
+    alike_on_ranks: bool
+
+    @abstractmethod
+    def next(self) -> Any:  # noqa: ANN401 - whatever the dataset yields, collated
+        """The next batch of this rank; None where the last samples of a pass went to other ranks."""
+
+    @abstractmethod
+    def one_pass(self) -> Iterator[Any]:
+        """The batches of a single pass, from its beginning."""
+
+    @abstractmethod
+    def rewind(self) -> None:
+        """Begin anew with the first pass."""
+
+    @abstractmethod
+    def state_dict(self) -> State:
+        """What has been consumed, in plain numbers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: State) -> None:
+        """Go on after what has been consumed."""
+
+
+def open_stream(source: Source, shard: Shard, seed: int, *, shuffle: bool, shard_iterables: bool | None) -> Stream:
+    """The stream of a source for a rank.
+
+    Raises:
+        ValueError: If the ranks cannot divide the source, or it has no batch.
+    """
+    check_shards(source, shard, shard_iterables)
+    if source.dataset is not None:
+        return OrderedStream(source, shard, seed, shuffle=shuffle)
+    if source.loader is not None:
+        stateful = source.loader if _is_stateful(source.loader) else None
+        return PassingStream(source.name, source.loader, _length(source.loader), stateful)
+    return _iterable_stream(source, shard, seed, divided=shard_iterables is not True)
+
+
+class OrderedStream(Stream):
+    """The batches of a map-style dataset, in an order that is a function of seed, pass and place.
+
+    Workers may have loaded further than what has been consumed: the place counts what :meth:`next` has returned.
+    """
+
+    alike_on_ranks = True
+
+    def __init__(self, source: Source, shard: Shard, seed: int, *, shuffle: bool) -> None:
+        assert source.batch_size is not None  # noqa: S101 - for mypy: read_source saw to it
+        self.source = source
+        shuffle = shuffle and source.shuffle
+        drop_last = source.drop_last and source.stage == "train"
+        self.order = PassOrder(
+            len(source.dataset), source.batch_size, shard, seed, source.task, shuffle=shuffle, drop_last=drop_last
+        )
+        if not self.order.batches:
+            raise ValueError(
+                f"{source.name} has {self.order.size} samples, fewer than the {self.order.global_batch} of one batch "
+                f"on {shard.ranks} ranks, and drop_last drops what is incomplete. Use drop_last=False or a smaller "
+                "batch_size."
+            )
+        self.batches = self.order.batches
+        self.place = Place()
+        # Torch's global generator, from which workers would get their seed, is left as it is.
+        self._generator = seeded(seed, "workers", source.task, shard.rank)
+        self._iterator: Iterator[Any] | None = None
+        self._one_pass_loader: DataLoader[Any] | None = None
+
+    def next(self) -> Any:  # noqa: ANN401
+        """The next batch of this rank."""
+        batch = None
+        if self.order.share(self.place):
+            if self._iterator is None:
+                self._iterator = iter(self._loader(Batches(self.order, self.place)))
+            batch = next(self._iterator)
+        self.place = self.order.after(self.place)
+        return batch
+
+    def _loader(self, batches: Batches) -> DataLoader[Any]:
+        options = {**self.source.options, "generator": self._generator}
+        if self.source.whole_batches:
+            return DataLoader(self.source.dataset, sampler=batches, batch_size=None, **options)
+        return DataLoader(self.source.dataset, batch_sampler=batches, **options)
+
+    def one_pass(self) -> Iterator[Any]:
+        """The batches of a single pass; None where the others alone have some."""
+        if self._one_pass_loader is None:  # kept, for workers that persist
+            self._one_pass_loader = self._loader(Batches(self.order, Place(), one_pass=True))
+        loaded, place = iter(self._one_pass_loader), Place()
+        while place.passes == 0:
+            yield next(loaded) if self.order.share(place) else None
+            place = self.order.after(place)
+
+    def rewind(self) -> None:
+        """Begin anew with the first pass."""
+        self.load_state_dict({"passes": 0, "samples": 0})
+
+    def state_dict(self) -> State:
+        """Passes, and the samples of all ranks in the one under way: whatever the batch size or number of ranks."""
+        return {"passes": self.place.passes, "samples": self.place.samples}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on after what has been consumed."""
+        self.place = Place(state["passes"], state["samples"])
+        self._iterator = None
+
+
+class PassingStream(Stream):
+    """The batches of something that is read from its beginning in each pass: an iterable dataset, a user's own loader.
+
+    Args:
+        name: How errors call it.
+        batches_of_a_pass: What ``iter()`` begins a pass over.
+        batches: How many they are, if known.
+        stateful: What has a ``state_dict`` to go on from; without one, batches are read and thrown away.
+    """
+
+    alike_on_ranks = False
+
+    def __init__(self, name: str, batches_of_a_pass: Iterable[Any], batches: int | None, stateful: Any) -> None:  # noqa: ANN401 - has state_dict, load_state_dict
+        if batches == 0:
+            raise ValueError(f"{name} is empty: it has no batch. Leave the task out, or fill it.")
+        self.name = name
+        self.batches = batches
+        self._iterable = batches_of_a_pass
+        self._stateful = stateful
+        self._passes = self._consumed = 0
+        self._restored = False
+        self._iterator: Iterator[Any] | None = None
+
+    def next(self) -> Any:  # noqa: ANN401
+        """The next batch of this rank, from a new pass where this one has ended."""
+        for _ in range(2):
+            if self._iterator is None:
+                self._iterator = self._begin()
+            for batch in self._iterator:
+                self._consumed += 1
+                return batch
+            if not self._consumed:
+                break
+            self._passes, self._consumed, self._iterator = self._passes + 1, 0, None
+        raise ValueError(
+            f"{self.name} ended at once: pass {self._passes + 1} over it gave no batch. A loader or iterable dataset "
+            "has to begin anew each time iter() is called on it, with a sample for every rank."
+        )
+
+    def _begin(self) -> Iterator[Any]:
+        tell_pass(self._iterable, self._passes)
+        tell_pass(getattr(self._iterable, "dataset", None), self._passes)
+        iterator = iter(self._iterable)
+        if self._consumed and not self._restored:
+            for _ in itertools.islice(iterator, self._consumed):
+                pass
+        self._restored = False
+        return iterator
+
+    def one_pass(self) -> Iterator[Any]:
+        """The batches of a single pass."""
+        return iter(self._iterable)
+
+    def rewind(self) -> None:
+        """Begin anew with the first pass."""
+        self._passes, self._consumed, self._iterator = 0, 0, None
+
+    def state_dict(self) -> State:
+        """Passes, batches of the one under way, and the data's own state where it has one."""
+        begun = self._iterator is not None or self._restored
+        own = self._stateful.state_dict() if begun and self._stateful is not None else None
+        return {"passes": self._passes, "batches": self._consumed, "data": own}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on after what has been consumed."""
+        self._passes, self._consumed, self._iterator = state["passes"], state["batches"], None
+        self._restored = state["data"] is not None and self._stateful is not None
+        if self._restored:
+            self._stateful.load_state_dict(state["data"])
+
+
+class ResumableSamples(EveryNth):
+    """An iterable dataset with a state, and this rank's place in it."""
+
+    def state_dict(self) -> State:
+        """The dataset's own state, and how many samples it has given."""
+        own: State = self.samples.state_dict()  # type: ignore[attr-defined]  # seen to where it is made
+        return {"seen": self.seen, "samples": own}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from there."""
+        self.go_on_after(state["seen"])
+        self.samples.load_state_dict(state["samples"])  # type: ignore[attr-defined]
+
+
+def _iterable_stream(source: Source, shard: Shard, seed: int, *, divided: bool) -> PassingStream:
+    """A stream of an iterable dataset; ``divided`` where the dataset tells ranks and workers apart itself."""
+    samples, batch_size = source.samples, source.batch_size
+    assert samples is not None  # noqa: S101 - for mypy
+    assert batch_size is not None  # noqa: S101 - for mypy
+    # A dataset's state is at hand in this process alone, not in workers'.
+    resumable = _is_stateful(samples) and source.num_workers == 0
+    share = (ResumableSamples if resumable else EveryNth)(samples, Shard() if divided else shard)
+    read = samples if divided and not resumable else share
+    # Nobody knows whether the length of a dataset that divides itself is the whole or a share.
+    size = None if divided and shard.ranks > 1 else _length(samples)
+    if size == 0:
+        raise ValueError(f"{source.name} is empty: {type(samples).__name__} has no sample. Leave the task out.")
+    options = {**source.options, "generator": seeded(seed, "workers", source.task, shard.rank)}
+    # A new pass reaches workers with a new copy of the dataset.
+    options["persistent_workers"] = False
+    loader: DataLoader[Any] = DataLoader(read, batch_size=batch_size, drop_last=source.drop_last, **options)
+    batches = None if size is None else -(-size // (batch_size * shard.ranks))
+    return PassingStream(source.name, loader, batches, share if resumable else None)
+
+
+def _length(sized: object) -> int | None:
+    try:
+        return len(sized)  # type: ignore[arg-type]  # asked here
+    except (TypeError, NotImplementedError):  # a loader has __len__, whether or not its dataset has
+        return None
+
+
+def _is_stateful(data: object) -> bool:
+    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
