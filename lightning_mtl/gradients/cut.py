@@ -104,6 +104,8 @@ class FeatureCut:
 
     def own_view(self, features: Any) -> Any:  # noqa: ANN401 - any nested structure of tensors
         """The same features behind leaves of their own, so that one backward pass tells the readers apart."""
+        if isinstance(features, Tensor):
+            return self._own(features)
         own: dict[Tensor, Tensor] = {}  # a tensor that comes twice is one to its reader, too
         view = apply_to_collection(features, Tensor, lambda z: own[z] if z in own else own.setdefault(z, self._own(z)))
         self.readers.append(frozenset(self._readings[z].origin for z in own if z in self._readings))

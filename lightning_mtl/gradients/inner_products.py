@@ -69,7 +69,9 @@ def _sum_of_products(rows: Sequence[Tensor], at_least: torch.dtype, ranks: Ranks
             if whole:
                 chunks = wide[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1)
                 total += torch.bmm(chunks, chunks.mT).sum(0, dtype=torch.float64)
-            total += wide[:, whole:] @ wide[:, whole:].mT
+            if whole < wide.shape[1]:
+                rest = wide[:, whole:]
+                total += rest @ rest.mT
     return total if ranks is None or ranks.size == 1 else ranks.sum(total) * share
 
 

@@ -91,6 +91,7 @@ class UncertaintyWeighting(Weighting):
         if regularizer not in ("log", "log1p"):
             raise ValueError(f"UncertaintyWeighting(regularizer={regularizer!r}) must be 'log' or 'log1p'.")
         self.kinds, self.lr, self.regularizer = dict(kinds or {}), lr, regularizer
+        self._factors_of: dict[tuple[str, ...], Tensor] = {}
         for name in ("log_variances", "mean", "spread", "steps"):
             self.add_state(name, torch.tensor(0.0))
         self.log_variances: Tensor
@@ -118,4 +119,10 @@ class UncertaintyWeighting(Weighting):
         self.log_variances = moved.clamp(-MOST_EXTREME, MOST_EXTREME)
 
     def _factors(self, signals: Signals) -> Tensor:
-        return self.log_variances.new_tensor([FACTORS[self.kinds.get(task, "regression")] for task in signals.tasks])
+        factors = self._factors_of.get(signals.tasks)
+        if factors is None or factors.device != self.log_variances.device:
+            kinds = [self.kinds.get(task, "regression") for task in signals.tasks]
+            # The last ones suffice: the tasks are mostly the same from step to step.
+            factors = self.log_variances.new_tensor([FACTORS[kind] for kind in kinds])
+            self._factors_of = {signals.tasks: factors}
+        return factors
