@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 import own_datasets
 
@@ -16,7 +17,7 @@ def test_no_scan_is_in_two_datasets() -> None:
     parts = [*train.values(), test["digit"]]
     assert sum(map(len, parts)) == 1797
     images = torch.cat([part.tensors[0] for part in parts])
-    assert len(images.unique(dim=0)) == len(torch.as_tensor(own_datasets.load_digits().data).unique(dim=0))
+    assert len(images.unique(dim=0)) == len(torch.as_tensor(load_digits().data).unique(dim=0))
 
 
 @pytest.mark.parametrize("name", own_datasets.MODES)
