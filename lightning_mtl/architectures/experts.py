@@ -138,15 +138,12 @@ class BatchedMLP(nn.Sequential):
         found = _batch(experts)
         if found is None or not any(isinstance(module, BatchedLinear) for module in found.modules()):
             return None
-        return cls(*found) if isinstance(found, nn.Sequential) else cls(found)
+        return cls(found)
 
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self._first().weight.shape[0]
-
-    def _first(self) -> BatchedLinear:
-        return next(module for module in self.modules() if isinstance(module, BatchedLinear))
+    def __init__(self, stacked: nn.Module) -> None:
+        super().__init__(*(stacked if isinstance(stacked, nn.Sequential) else [stacked]))
+        first = next(module for module in self.modules() if isinstance(module, BatchedLinear))
+        self.num_experts, self.in_features, _ = first.weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply every expert to ``x``, whose last dimension holds the features.
@@ -154,15 +151,14 @@ class BatchedMLP(nn.Sequential):
         Raises:
             ValueError: If that dimension does not fit.
         """
-        experts, features, _ = self._first().weight.shape
-        if x.shape[-1] != features:
+        if x.shape[-1] != self.in_features:
             raise ValueError(
-                f"Each expert's first layer takes {features} features, but its input has shape {list(x.shape)}."
+                f"Each expert's first layer takes {self.in_features} features, but its input has shape {list(x.shape)}."
             )
-        y = x.reshape(1, -1, features).expand(experts, -1, -1)
+        y = (x if x.ndim == 2 else x.reshape(-1, self.in_features)).expand(self.num_experts, -1, -1)
         for layer in self:
             y = layer(y)
-        return y.view(experts, *x.shape[:-1], y.shape[-1])
+        return y if x.ndim == 2 else y.view(self.num_experts, *x.shape[:-1], y.shape[-1])
 
 
 def _batch(modules: Sequence[nn.Module]) -> nn.Module | None:
@@ -198,8 +194,12 @@ def mix(weights: Sequence[Tensor], outputs: Tensor) -> list[Tensor]:
         >>> mix([torch.tensor([[0.25, 0.75]])], torch.tensor([[[4.0]], [[8.0]]]))
         [tensor([[7.]])]
     """
-    flat = outputs.flatten(2) if outputs.ndim > 2 else outputs.unsqueeze(2)
+    flat = outputs
+    if outputs.ndim != 3:
+        flat = outputs.flatten(2) if outputs.ndim > 3 else outputs.unsqueeze(2)
     # One product for all tasks takes a third of the time of an einsum a task.
-    stacked = torch.stack(list(weights), 1).expand(outputs.shape[1], -1, -1)
-    mixed = torch.bmm(stacked.to(flat.dtype), flat.transpose(0, 1))
-    return [one.view(outputs.shape[1:]) for one in mixed.unbind(1)]
+    stacked = torch.stack(list(weights), 1)
+    if stacked.shape[0] != outputs.shape[1]:
+        stacked = stacked.expand(outputs.shape[1], -1, -1)
+    mixed = torch.bmm(stacked.to(flat.dtype), flat.transpose(0, 1)).unbind(1)
+    return list(mixed) if outputs.ndim == 3 else [one.view(outputs.shape[1:]) for one in mixed]
