@@ -44,7 +44,8 @@ def _join(parts: Sequence[Any], tasks: Sequence[str], sizes: Sequence[int]) -> A
         if any(part.ndim == 0 or part.shape[0] != size for part, size in zip(parts, sizes, strict=True)):
             raise ValueError(
                 "concatenate_inputs=True needs inputs whose tensors all have one row a sample; "
-                f"task {tasks[0]!r} has a tensor of shape {list(first.shape)} beside {sizes[0]} samples. Leave concatenate_inputs False."
+                f"task {tasks[0]!r} has a tensor of shape {list(first.shape)} beside {sizes[0]} samples. Leave "
+                "concatenate_inputs False."
             )
         return torch.cat(list(parts))
     if isinstance(first, Mapping):
@@ -73,7 +74,8 @@ def _refusal(one: str, found: Any, other: str, differing: Any) -> ValueError:  #
 
     return ValueError(
         "concatenate_inputs=True needs inputs that agree in all but the first dimension; "
-        f"{one!r} has {describe(found)}, {other!r} has {describe(differing)}. Leave concatenate_inputs False, or bring the inputs into one shape."
+        f"{one!r} has {describe(found)}, {other!r} has {describe(differing)}. Leave concatenate_inputs False, or bring "
+        "the inputs into one shape."
     )
 
 
