@@ -17,6 +17,7 @@ from lightning_mtl import MaskedTarget, MultiTaskModule, Task, TaskOutput
 from lightning_mtl.labels import labelled_part
 from tests.small import batch, heads, trunk
 from tests.training import Steps, fit, loader, quiet_trainer
+from tests.weightings import fixed
 
 NAN = torch.nan
 
@@ -227,3 +228,19 @@ def test_classification_metrics_see_labelled_samples_alone() -> None:
     trainer = quiet_trainer()
     trainer.validate(module, loader(*rows), verbose=False)
     torch.testing.assert_close(trainer.callback_metrics["val/MulticlassAccuracy/a"], torch.tensor(2 / 3))
+
+
+@pytest.mark.parametrize(("precision", "way"), [("16-true", "losses"), ("bf16-true", "losses"), ("bf16-true", "trunk")])
+def test_more_pixels_than_half_precision_can_count(precision: Any, way: str) -> None:
+    side, steps = 300, Steps()  # 90,000 pixels; float16 ends at 65,504
+    model = MultiTaskModule(
+        nn.Conv2d(1, 1, 1), {"a": nn.Identity(), "b": nn.Identity()}, {k: Task(mse_loss, missing=NAN) for k in "ab"},
+        accumulate_grad_batches=2,
+    )  # fmt: skip
+    images = torch.rand(1, 1, side, side)
+    given = (images, {"a": images, "b": images.masked_fill(images < 0.5, NAN)})
+    weighting = [fixed({"a": 1.0, "b": 1.0}, "gramian")] if way == "trunk" else []
+    fit(model, loader(given, given), precision=precision, callbacks=[*weighting, steps])
+    (signals,) = steps.signals
+    assert torch.isfinite(signals.losses).all()
+    assert all(torch.isfinite(gradient).all() for gradient in steps.gradients[0].values() if gradient is not None)
