@@ -18,7 +18,7 @@ import functools
 import itertools
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from lightning_mtl.metrics import delta_m
 from quickstart import Watcher, positive, quieten, spread
 from scattered_digits import TASKS, Scenes, Splits, load_splits
 
-CHOICES = {
+CHOICES: dict[str, Callable[[], Weighting]] = {
     "UncertaintyWeighting": functools.partial(
         methods.UncertaintyWeighting, kinds={"digit": "classification", "box": "regression"}
     ),
@@ -100,13 +100,13 @@ class WhatAndWhere(MultiTaskModule):
     """Three convolutions and a layer that all tasks share, and one layer a task."""
 
     def __init__(self, canvas: int, tasks: Sequence[str] = TASKS) -> None:
-        channels = [1, 16, 32, 48]
+        channels = [1, 16, 32]
         convolutions = [
             layer
             for pair in itertools.pairwise(channels)
-            for layer in (nn.Conv2d(*pair, kernel_size=3, stride=2, padding=1), nn.ReLU())
+            for layer in (nn.Conv2d(*pair, kernel_size=3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
         ]
-        side = canvas // 8  # halved by each convolution
+        side = canvas // 4  # halved by each pooling
         heads = {"digit": nn.Linear(128, 10), "box": Corners(128)}
         accuracy = MetricCollection({"accuracy": MulticlassAccuracy(10, average="micro")})
         of_task = {"digit": Task(cross_entropy, accuracy), "box": Task(l1_loss, MetricCollection({"iou": MeanIoU()}))}
@@ -114,7 +114,7 @@ class WhatAndWhere(MultiTaskModule):
             trunk=nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(channels[-1] * side**2, 128), nn.ReLU()),
             heads={task: heads[task] for task in tasks},
             tasks={task: of_task[task] for task in tasks},
-            optimizer=functools.partial(torch.optim.Adam, lr=1e-3),
+            optimizer=functools.partial(torch.optim.Adam, lr=3e-3),
         )
 
 
@@ -147,7 +147,7 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, splits.train.only(run.tasks).loader(128, shuffle=True), splits.val.only(run.tasks).loader(1024))
+    trainer.fit(model, splits.train.only(run.tasks).loader(64, shuffle=True), splits.val.only(run.tasks).loader(1024))
     (tested,) = trainer.test(model, splits.test.only(run.tasks).loader(1024), verbose=False)
     if log_to and len(run.tasks) == len(TASKS):
         log_figure(trainer, "predictions", draw({run.name: model}, splits.test))
@@ -230,7 +230,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     quieten()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # more threads would only wait for each other: the models are small
     console = Console(highlight=False)
     try:
         splits = load_splits(args.data_dir, seed=args.seed)

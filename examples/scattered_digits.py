@@ -39,7 +39,7 @@ class Scene:
     rounds: int
 
 
-SCANS = Scene(canvas=24, smallest=8, largest=13, pieces=5, piece=4, rounds=4)  # from 8 x 8 scans
+SCANS = Scene(canvas=20, smallest=8, largest=12, pieces=3, piece=4, rounds=3)  # from 8 x 8 scans
 MNIST = Scene(canvas=40, smallest=14, largest=22, pieces=6, piece=7, rounds=2)  # from 28 x 28
 
 
