@@ -1,6 +1,6 @@
 """Learn what and where at once: which digit lies on a cluttered canvas, and the box around it.
 
-    python examples/detection.py                                   # UncertaintyWeighting
+    python examples/detection.py                                   # IMTL-L
     python examples/detection.py --weighting GradNorm --epochs 12  # another method; --help lists them
 
 A classification and a localisation, whose losses differ by a factor of twenty, share a convolutional trunk. The chosen
@@ -211,7 +211,7 @@ def report(results: Sequence[dict[str, Scores]], name: str, console: Console) ->
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Classification and localisation of a digit on a cluttered canvas.")
     folder = os.environ.get("LIGHTNING_MTL_DATA")
-    parser.add_argument("--weighting", default="UncertaintyWeighting", choices=sorted(CHOICES))
+    parser.add_argument("--weighting", default="IMTLL", choices=sorted(CHOICES))
     parser.add_argument("--epochs", type=positive, default=8, help="passes over the training images; default: 8")
     parser.add_argument("--seed", type=int, default=0, help="the first seed: split, canvases, weights and order")
     parser.add_argument("--repeats", type=positive, help="seeds to repeat it all with; default: 3, for MNIST 1")

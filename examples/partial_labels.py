@@ -69,8 +69,8 @@ Scores = dict[str, float]  # each task's ROC-AUC on its labelled test samples, i
 
 def train(
     data: Splits, *, seed: int, steps: int, method: str | None, logger: TensorBoardLogger | bool
-) -> tuple[Scores, pl.Trainer]:
-    """Train one model of the tasks that the data have; their scores."""
+) -> tuple[Scores, dict[str, float], pl.Trainer]:
+    """Train one model of the tasks that the data have; their scores, and the fractions of labels that it saw."""
     torch.manual_seed(seed)
     model = model_of(data.train.tasks, data.train.inputs.shape[1])
     trainer = pl.Trainer(
@@ -84,9 +84,10 @@ def train(
         enable_model_summary=False,
     )
     trainer.fit(model, data.train.loader(128, shuffle=True))
+    labelled = {task: float(trainer.callback_metrics[f"labelled/{task}"]) for task in data.train.tasks}
     trainer.test(model, data.test.loader(4096), verbose=False)
     scores = model.recorder.scores["test"]
-    return {task: 100 * scores[task]["auc"] for task in data.train.tasks}, trainer
+    return {task: 100 * scores[task]["auc"] for task in data.train.tasks}, labelled, trainer
 
 
 def draw(scores: dict[str, list[Scores]], tasks: Sequence[str]) -> Figure:
@@ -167,7 +168,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     log_to = args.logdir / f"PartialLabels-{number}"
     console.print(f"{len(data)} samples, {len(data.tasks)} tasks; curves and pictures in {log_to}", soft_wrap=True)
     scores: dict[str, list[Scores]] = {args.weighting: [], "equal weights": [], "single-task": []}
-    labelled: Scores = {}
     with Progress(console=console, transient=True, refresh_per_second=4) as progress:
         bar = progress.add_task("", total=args.repeats * (2 + len(data.tasks)))
         for seed in range(args.seed, args.seed + args.repeats):
@@ -176,9 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, method in ((args.weighting, args.weighting), ("equal weights", None)):
                 progress.update(bar, description=f"seed {seed}  {name}", advance=1)
                 logger = TensorBoardLogger(log_to.parent, name=log_to.name, version=f"{name}-{seed}")
-                found, trainer = train(parts, seed=seed, steps=args.steps, method=method, logger=logger)
+                found, labelled, trainer = train(parts, seed=seed, steps=args.steps, method=method, logger=logger)
                 scores[name].append(found)
-            labelled = {task: float(trainer.callback_metrics[f"labelled/{task}"]) for task in data.tasks}
             alone: Scores = {}
             for task in data.tasks:
                 progress.update(bar, description=f"seed {seed}  {task} alone", advance=1)
