@@ -165,7 +165,7 @@ def draw(models: dict[str, WhatAndWhere], scenes: Scenes) -> Figure:
         overlaps = iou(predictions["box"], targets["box"])
         for column in range(SHOWN):
             axes = figure.add_subplot(len(models), SHOWN, row * SHOWN + column + 1)
-            axes.imshow(images[column, 0], cmap="gray", vmin=0, vmax=1)
+            axes.imshow(images[column, 0].numpy(), cmap="gray", vmin=0, vmax=1)
             for boxes, colour in ((targets["box"], "limegreen"), (predictions["box"], "orange")):
                 left, top, right, bottom = (canvas * boxes[column] - 0.5).tolist()
                 axes.add_patch(

@@ -142,7 +142,7 @@ def report(scores: dict[str, list[Scores]], labelled: Scores, console: Console) 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Twelve binary tasks of which a sixth of the labels is missing.")
     parser.add_argument("--weighting", default="GradNorm", choices=sorted(CHOICES))
-    parser.add_argument("--steps", type=positive, default=300, help="optimizer steps of every model; default: 300")
+    parser.add_argument("--steps", type=positive, default=120, help="optimizer steps of every model; default: 120")
     parser.add_argument("--seed", type=int, default=0, help="the first seed: labels removed, split, weights, order")
     parser.add_argument("--repeats", type=positive, default=3, help="seeds to repeat it all with; default: 3")
     folder = os.environ.get("LIGHTNING_MTL_DATA")

@@ -44,9 +44,9 @@ class MultiTaskModule(SteppedModule):
         gradient_clip_val: Clip gradients to this norm, or value, before each optimizer step.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
         concatenate_inputs: Where each task has inputs of its own, call the trunk once on all of them behind each other
-            instead of once a task: faster, by how much is in the README. The numbers are the same but for what mixes
-            samples (BatchNorm, whose statistics are then over all tasks) or draws at random (dropout). At the trunk,
-            where each task is passed back alone, each of these passes then goes through all tasks' samples.
+            instead of once a task. The numbers are the same but for what mixes samples (BatchNorm, whose statistics
+            are then over all tasks) or draws at random (dropout). It is faster where losses alone are weighed and
+            batches are small, and slower at the trunk, where each task is passed back through all tasks' samples.
         max_skipped_steps: A step with a loss or gradient that is not finite is skipped; more of them in a row than this
             end the training with an error.
         optimizer: Called with the parameters, returns the optimizer; unused where ``configure_optimizers`` is
