@@ -57,7 +57,7 @@ SHOWN = 8
 
 
 class Corners(nn.Module):
-    """Features to ``(left, top, right, bottom)`` within the canvas, ``[B, 4]``, by way of centre and size."""
+    """Features to ``(left, top, right, bottom)``, ``[B, 4]``, by way of centre and size."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -151,6 +151,8 @@ def train(
     (tested,) = trainer.test(model, splits.test.only(run.tasks).loader(1024), verbose=False)
     if log_to and len(run.tasks) == len(TASKS):
         log_figure(trainer, "predictions", draw({run.name: model}, splits.test))
+        for written in trainer.loggers:
+            written.finalize("success")  # as Lightning did before there was a picture
     return {task: 100 * tested[f"test/{METRICS[task]}/{task}"] for task in run.tasks}, model
 
 

@@ -192,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure = draw(scores, data.tasks)
     figure.savefig(log_to / "auc.png", dpi=150)
     log_figure(trainer, "ROC-AUC", figure)
+    for written in trainer.loggers:
+        written.finalize("success")  # as Lightning did before there was a picture
     console.print(f"\nThe picture is in {log_to / 'auc.png'}, and in TensorBoard:", soft_wrap=True)
     console.print(f"\n  tensorboard --logdir {log_to}", soft_wrap=True)
 
