@@ -8,7 +8,7 @@ weighting, equal weights and a model for each task alone get the same budget. A 
 predictions drawn on test images go into a PNG and TensorBoard.
 
 What came out with the defaults, three seeds: equal weights neglect the box, whose loss is the smaller one (IoU 62 %,
-accuracy 62 %); IMTL-L restores it (77 %) and gives up accuracy for it (52 %); alone the tasks reach 79 % and 57 %. None
+accuracy 62 %); IMTL-L restores it (77 %) and gives up accuracy for it (52 %); alone the tasks reach 79 % and 58 %. None
 is trained to the end within eight epochs.
 
 The box's loss is torch's ``l1_loss``, as DETR has it beside the generalised IoU; where torchvision is installed,
