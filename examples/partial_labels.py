@@ -10,8 +10,8 @@ loss and ROC-AUC see the labelled samples of each task. One model of all tasks, 
 chosen weighting, meets twelve models of one task each that get as many steps; ROC-AUC on the labelled test samples.
 
 What came out: on Tox21 the shared trunk is worth 4 points of mean ROC-AUC, whatever the weights (79.9 against 75.4 %,
-300 steps, two seeds). On the digits it costs 1.1 points after 120 steps (96.2 against 97.3 %, three seeds): one trunk of
-128 units answers twelve questions with the steps that each single model has for one.
+300 steps, two seeds). On the digits it costs 1.1 points after 120 steps (96.2 against 97.3 %, three seeds): one trunk
+of 128 units answers twelve questions with the steps that each single model has for one.
 """
 
 from __future__ import annotations
