@@ -3,10 +3,21 @@
 from importlib.metadata import version
 
 from lightning_mtl.callbacks import Aggregator, Monitor, Weighting
+from lightning_mtl.labels import MaskedTarget
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.signals import Signals
 from lightning_mtl.task import Task, TaskOutput
 
 __version__ = version("lightning-mtl")
 
-__all__ = ["Aggregator", "Monitor", "MultiTaskModule", "Signals", "Task", "TaskOutput", "Weighting", "__version__"]
+__all__ = [
+    "Aggregator",
+    "MaskedTarget",
+    "Monitor",
+    "MultiTaskModule",
+    "Signals",
+    "Task",
+    "TaskOutput",
+    "Weighting",
+    "__version__",
+]

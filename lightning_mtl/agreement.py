@@ -57,7 +57,7 @@ def agree(
     given = [outputs[task].num_samples for task in names]
     counts = None
     if any(count is not None for count in given):
-        counts = torch.stack([torch.as_tensor(1 if c is None else c, device=device).to(losses) for c in given])
+        counts = _as_vector([1 if count is None else count for count in given], losses)
     values = stack_losses([scores[task] for task in names], device) if scores else None
     if ranks.size == 1:
         return Agreement(names, losses, counts, counts, values)
@@ -78,6 +78,14 @@ def agree(
         table, own_counts = table[:, index], own_counts[index]
     means = table / table[1]
     return Agreement(names, means[0], table[1], own_counts, None if scores is None else means[2])
+
+
+def _as_vector(counts: Sequence[int | Tensor], losses: Tensor) -> Tensor:
+    """Counts, of which numbers travel to the device in one piece, and in float32: pixels are too many for float16."""
+    dtype, device = torch.promote_types(losses.dtype, torch.float32), losses.device
+    if not any(isinstance(count, Tensor) for count in counts):
+        return torch.tensor(counts, dtype=dtype, device=device)
+    return torch.stack([torch.as_tensor(count, device=device).to(dtype) for count in counts])
 
 
 def stack_losses(losses: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -11,12 +11,14 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig, LRSchedulerPLTy
 from torch import Tensor, nn
 
 from lightning_mtl.batches import as_pair, is_joint, is_per_task, refuse_batch, under_its_name
+from lightning_mtl.concatenation import concatenate, rows_of
 from lightning_mtl.gradients.cut import FeatureCut
+from lightning_mtl.labels import number_of_samples
 from lightning_mtl.optimization import Optimization
 from lightning_mtl.overrides import keeping_schedules, putting_rates_back, with_recorder
 from lightning_mtl.parameter_groups import Rate, parameter_groups
 from lightning_mtl.recorder import Recorder, sample_counts
-from lightning_mtl.setup_checks import check_arguments
+from lightning_mtl.setup_checks import check_arguments, check_inputs_differ
 from lightning_mtl.stepped_module import SteppedModule
 from lightning_mtl.task import Task, TaskOutput
 from lightning_mtl.trunks import (
@@ -50,6 +52,10 @@ class MultiTaskModule(SteppedModule):
             automatic optimization.
         gradient_clip_val: Clip gradients to this norm, or value, before each optimizer step.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+        concatenate_inputs: Where each task has inputs of its own, call the trunk once on all of them behind each other
+            instead of once a task. The numbers are the same but for what mixes samples (BatchNorm, whose statistics
+            are then over all tasks) or draws at random (dropout). It is faster where losses alone are weighed and
+            batches are small, and slower at the trunk, where each task is passed back through all tasks' samples.
         max_skipped_steps: A step with a loss or gradient that is not finite is skipped; more of them in a row than this
             end the training with an error.
         optimizer: Called with the parameters, returns the optimizer; unused where ``configure_optimizers`` is
@@ -84,6 +90,7 @@ class MultiTaskModule(SteppedModule):
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        concatenate_inputs: bool = False,
         max_skipped_steps: int = 100,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -97,6 +104,7 @@ class MultiTaskModule(SteppedModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
+        self.concatenate_inputs = concatenate_inputs
         self.max_skipped_steps = max_skipped_steps
         self.recorder = Recorder(self.tasks)
         self.schedules: list[LRSchedulerConfig] = []
@@ -127,7 +135,7 @@ class MultiTaskModule(SteppedModule):
         """Predict every task: ``{task: head(trunk(inputs))}``."""
         return self._predict(inputs, self.tasks)
 
-    def _predict(self, inputs: Any, tasks: Iterable[str]) -> dict[str, Tensor]:  # noqa: ANN401
+    def _predict(self, inputs: Any, tasks: Iterable[str], rows: Mapping[str, slice] | None = None) -> dict[str, Tensor]:  # noqa: ANN401
         wanted = list(tasks)
         features = call_trunk(self.trunk, inputs, wanted)
         needed = set(wanted) if takes_tasks(self.trunk) else self.heads.keys()
@@ -135,37 +143,51 @@ class MultiTaskModule(SteppedModule):
         predictions = {}
         for task in wanted:
             own = features[task] if split else features
-            predictions[task] = self.heads[task](own if self._cut is None else self._cut.own_view(own))
+            own = own if self._cut is None else self._cut.own_view(own)
+            predictions[task] = self.heads[task](own if rows is None else rows_of(task, rows, own))
         return predictions
+
+    def _predict_each(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Predict every task from inputs of its own."""
+        overridden = type(self).forward is not MultiTaskModule.forward
+        if self.concatenate_inputs and len(inputs) > 1:
+            whole, rows = concatenate(inputs)
+            if overridden:
+                predictions = self(whole)
+                return {task: rows_of(task, rows, predictions[task]) for task in inputs}
+            return self._predict(whole, inputs, rows)
+        if overridden:
+            return {task: self(own)[task] for task, own in inputs.items()}
+        return {task: self._predict(own, [task])[task] for task, own in inputs.items()}
 
     def task_losses(self, batch: Any) -> Mapping[str, Tensor | TaskOutput]:  # noqa: ANN401 - whatever the loader yields
         """Compute the loss of each task that the batch has labels for; override it for batches of another form.
 
         Call ``self(inputs)``, or ``self.trunk`` and ``self.heads``, and return ``{task: loss}``, each loss a scalar
-        tensor, or a :class:`~lightning_mtl.TaskOutput` to have metrics and exact means, too. A task without a label in
+        tensor, or a :class:`~lightning_mtl.TaskOutput` to have metrics and exact means, too: what
+        ``self.task_output(task, prediction, target)`` makes. A task without a label in
         the batch is left out.
 
         Args:
             batch: ``(inputs, {task: target})``, or ``{task: (inputs, target)}`` when tasks have loaders of their own;
-                a target or an entry of None stands for no label. A batch with all of the module's tasks may have
-                others, too, so that a model of one task trains on the same loader.
+                a target or an entry of None stands for no label. Where some samples of a batch are labelled, see
+                ``Task(missing=...)`` and :class:`~lightning_mtl.MaskedTarget`. A batch with all of the module's tasks
+                may have others, too, so that a model of one task trains on the same loader.
         """
         if is_joint(batch, self.tasks):
             inputs, targets = batch
             predictions = self(inputs)
             found = {task: target for task, target in targets.items() if task in self.tasks and target is not None}
-            return {task: self._output(task, predictions[task], target) for task, target in found.items()}
+            if self.recorder.labels.counts_now and len(found) < len(self.tasks):
+                self.recorder.labels.add_unlabelled(self.tasks.keys() - found.keys(), number_of_samples(inputs))
+            return {task: self.task_output(task, predictions[task], target) for task, target in found.items()}
         if not is_per_task(batch, self.tasks):
             raise refuse_batch(batch, self.tasks)
         pairs = {task: pair for task, pair in batch.items() if task in self.tasks and pair is not None}
-        return {task: self._output(task, self._predict_one(task, x), y) for task, (x, y) in pairs.items()}
-
-    def _predict_one(self, task: str, inputs: Any) -> Tensor:  # noqa: ANN401
-        overridden = type(self).forward is not MultiTaskModule.forward
-        return self(inputs)[task] if overridden else self._predict(inputs, [task])[task]
-
-    def _output(self, task: str, prediction: Tensor, target: Tensor) -> TaskOutput:
-        return TaskOutput(self.tasks[task].loss(prediction, target), prediction, target)
+        if len(pairs) > 1:
+            check_inputs_differ(self)
+        predictions = self._predict_each({task: pair[0] for task, pair in pairs.items()})
+        return {task: self.task_output(task, predictions[task], pair[1]) for task, pair in pairs.items()}
 
     def penalties(self) -> dict[str, Tensor]:
         """Scalars added to the objective with weight 1, logged as ``penalty/<name>``; they are no tasks to balance.
@@ -206,7 +228,7 @@ class MultiTaskModule(SteppedModule):
             return self.forward(batch[0])
         if is_per_task(batch, self.tasks):
             pairs = {task: pair for task, pair in batch.items() if task in self.tasks and pair is not None}
-            return {task: self._predict_one(task, pair[0]) for task, pair in pairs.items()}
+            return self._predict_each({task: pair[0] for task, pair in pairs.items()})
         return self.forward(batch)
 
     def _under_its_name(self, stage: str, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401

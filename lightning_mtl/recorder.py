@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MetricCollection
 
+from lightning_mtl.label_counts import LabelCounts
+from lightning_mtl.labels import number_of_samples
 from lightning_mtl.metrics import delta_m
 from lightning_mtl.schedules import plateau_metrics, step_schedulers
 from lightning_mtl.setup_checks import check_model, check_trainer
@@ -68,7 +70,7 @@ def sample_counts(outputs: Sequence[TaskOutput]) -> Tensor | float:
 def _count(output: TaskOutput) -> Tensor | float:
     if output.num_samples is not None:
         return output.num_samples if isinstance(output.num_samples, Tensor) else float(output.num_samples)
-    return float(output.target.shape[0]) if isinstance(output.target, Tensor) and output.target.ndim else 1.0
+    return float(number_of_samples(output.target))
 
 
 class Recorder(Callback):
@@ -81,6 +83,7 @@ class Recorder(Callback):
     def __init__(self, tasks: Mapping[str, Task]) -> None:
         self.tasks = dict(tasks)
         self.losses = {stage: LossMeans(len(tasks)) for stage in ("train", "val", "test")}
+        self.labels = LabelCounts(tasks)
         self.scores: dict[str, dict[str, dict[str, float]]] = {stage: {} for stage in self.losses}
         self._vectors: Mapping[str, tuple[Sequence[str], Tensor]] = {}
         self._single: Mapping[str, Tensor] = {}
@@ -127,6 +130,7 @@ class Recorder(Callback):
         """Refuse, before training begins, what cannot work."""
         if stage == "fit":
             check_trainer(pl_module, trainer)
+            self.labels.reset()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
         """Lay out TensorBoard's custom scalars: all tasks' weights on one chart, all losses on another."""
@@ -157,6 +161,7 @@ class Recorder(Callback):
         """
         if isinstance(trainer.strategy.model, DistributedDataParallel) and not pl_module.automatic_optimization:
             trainer.strategy.model.require_forward_param_sync = pl_module.opens_window
+        self.labels.counting = trainer.current_epoch == 0
         self._step_plateau(pl_module)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
@@ -188,6 +193,8 @@ class Recorder(Callback):
         if self._unlogged:
             self._log_latest(pl_module, on_step=False)
         self._log_stage(pl_module, "train", "loss_epoch")
+        if trainer.current_epoch == 0:
+            self.labels.log(pl_module)
         if pl_module.automatic_optimization:
             return
         self._step_plateau(pl_module)
@@ -246,11 +253,16 @@ class Recorder(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The running means of the epoch, and what a waiting scheduler will need."""
         train = self.losses["train"]
-        return {"loss_sums": torch.stack([train.totals, train.counts]), "plateau_due": self._plateau_due}
+        return {
+            "loss_sums": torch.stack([train.totals, train.counts]),
+            "labels": self.labels.state_dict(),
+            "plateau_due": self._plateau_due,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the means of the interrupted epoch."""
         self.losses["train"].totals, self.losses["train"].counts = state_dict["loss_sums"].clone().unbind()
+        self.labels.load_state_dict(state_dict["labels"])
         self._plateau_due = state_dict["plateau_due"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: MultiTaskModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]

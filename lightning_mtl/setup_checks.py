@@ -71,6 +71,26 @@ def check_task_name(task: object) -> None:
         raise ValueError(f"{task!r} cannot name a task. {rule}, as {task!r} is; {task + '_task'!r} would do.")
 
 
+def check_inputs_differ(module: MultiTaskModule) -> None:
+    """Refuse, in a training step whose tasks have inputs of their own, to compare their gradients at the features.
+
+    Raises:
+        ValueError: If the weighting measures there.
+    """
+    if module._trainer is None or not module.trainer.training:
+        return
+    weighting = module.weighting()
+    if weighting is None or weighting.measures == "losses" or weighting.at != "features":
+        return
+    name = type(weighting).__name__
+    raise ValueError(
+        f"{name}(at='features') compares the tasks' gradients at the trunk's output, but here each task has inputs of "
+        "its own: gradients at different features have no common space, and all their inner products are 0. Use "
+        f"{name}(at='last_layer') or {name}(at='trunk'), where the parameters are the same for all tasks, or give "
+        "batches of common inputs, (inputs, {task: target})."
+    )
+
+
 def check_trainer(module: MultiTaskModule, trainer: pl.Trainer) -> None:
     """Refuse, before training begins, what the module and the Trainer cannot do together."""
     weighting = module.weighting()

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torchmetrics import MetricCollection
@@ -16,7 +18,9 @@ from torchmetrics import MetricCollection
 from lightning_mtl.batches import present_outputs, without_others
 from lightning_mtl.callbacks import Weighting
 from lightning_mtl.gradients.cut import FeatureCut
+from lightning_mtl.labels import MaskedTarget, labelled_part, number_of_samples
 from lightning_mtl.optimization import Optimization
+from lightning_mtl.recorder import Recorder
 from lightning_mtl.task import Task, TaskOutput
 from lightning_mtl.task_rates import TaskRates
 
@@ -28,6 +32,7 @@ class SteppedModule(pl.LightningModule):
     tasks: dict[str, Task]
     accumulate_grad_batches: int
     optimization: Optimization
+    recorder: Recorder
     _cut: FeatureCut | None
     learned_tasks: frozenset[str] | None = None
     """The tasks that train; the others count as absent from every batch. None stands for all."""
@@ -75,6 +80,28 @@ class SteppedModule(pl.LightningModule):
         assert isinstance(optimizer, LightningOptimizer)  # noqa: S101 - for mypy: several were refused at setup
         return optimizer
 
+    def task_output(self, task: str, prediction: Any, target: Any) -> TaskOutput:  # noqa: ANN401 - any pytree
+        """Compute a task's loss on what is labelled, for a ``task_losses`` of one's own; see ``Task(missing=...)``.
+
+        Without a label in the batch the task counts as absent from it, and its loss is not called.
+
+        Raises:
+            TypeError: If the target is of no form that labels can be looked for in, see
+                :func:`~lightning_mtl.labels.labelled_part`.
+            ValueError: If prediction and target do not have the form of the mask.
+        """
+        declared = self.tasks[task]
+        partial = declared.missing is not None or isinstance(target, MaskedTarget)
+        part = labelled_part(prediction, target, declared.missing, declared.missing_per)
+        if self.recorder.labels.counts_now:
+            self.recorder.labels.add(
+                task, part.num_samples, part.num_missing, number_of_samples(target), looked=partial
+            )
+        if not partial:
+            return TaskOutput(declared.loss(prediction, target), prediction, target)
+        loss = declared.loss(part.prediction, part.target) if part.num_samples else torch.zeros(())
+        return TaskOutput(loss, part.prediction, part.target, part.num_samples)
+
     def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
         """The checked outputs of the tasks that a batch has labels for, in order."""
         learned = self.learned_tasks
@@ -96,7 +123,7 @@ class SteppedModule(pl.LightningModule):
         for task, output in outputs.items():
             if task not in collections or output.prediction is None or output.target is None:
                 continue
-            prediction = output.prediction.detach()
+            prediction = apply_to_collection(output.prediction, Tensor, Tensor.detach)
             if scores is None:
                 collections[task].update(prediction, output.target)
             else:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+from lightning_mtl.labels import MissingPer
+
+LossFunction = Callable[[Any, Any], Tensor]
 
 
 @dataclass
@@ -17,15 +21,24 @@ class Task:
 
     Args:
         loss: ``(prediction, target) -> scalar``; any function or :class:`torch.nn.Module`. A mean over the samples is
-            what the weighting methods of the literature assume.
+            what the weighting methods of the literature assume. Prediction and target are what the task's head returns
+            and what the batch holds: tensors, or any nested structure of them.
         metrics: A torchmetrics metric or collection, called as ``update(prediction, target)``. It is cloned for each
             stage, and logged once an epoch as ``<stage>/<metric>/<task>``.
         baseline: Scores of a model trained on this task alone, ``{metric name: value}``, for ``val/delta_m``. The
             metric names are those of ``metrics``; ``"loss"`` stands for the task's loss.
+        missing: The value in targets that stands for no label: NaN (``torch.nan``), or an integer among classes, what
+            torch's losses call ``ignore_index``. Loss and metrics then see the labelled part alone, as
+            :func:`~lightning_mtl.labels.labelled_part` selects it, and means are over the labels of all ranks. Looking
+            costs a small selection a step, on a GPU a wait for its size; without it nothing is looked at.
+        missing_per: ``"element"`` selects single numbers of targets that have several to a sample; ``"sample"`` leaves
+            out samples with any number missing and keeps the others whole, as boxes have to be.
 
     Raises:
-        TypeError: If ``loss`` cannot be called or ``metrics`` does not come from torchmetrics.
-        ValueError: If ``baseline`` names a metric that the task does not have, or holds a zero, which no relative
+        TypeError: If ``loss`` cannot be called, ``metrics`` does not come from torchmetrics, or ``missing`` is no
+            number.
+        ValueError: If ``missing`` is not what the loss ignores, or ``missing_per`` is neither of the two; or if
+            ``baseline`` names a metric that the task does not have, or holds a zero, which no relative
             difference can be taken from.
 
     Example:
@@ -39,6 +52,8 @@ class Task:
     loss: nn.Module | LossFunction
     metrics: Metric | MetricCollection | None = None
     baseline: Mapping[str, float] | None = None
+    missing: float | None = None
+    missing_per: MissingPer = "element"
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
@@ -50,6 +65,7 @@ class Task:
                 "Task(metrics=...) must be a torchmetrics Metric or MetricCollection, found "
                 f"{type(self.metrics).__name__}. Wrap several metrics in a MetricCollection."
             )
+        self._check_missing()
         known = {"loss", *self.metric_collection()}
         for name, value in (self.baseline or {}).items():
             if name not in known:
@@ -59,6 +75,23 @@ class Task:
                     f"Task(baseline=...) gives {name!r} the value 0; delta_m divides by it. Leave {name!r} out."
                 )
             self.higher_is_better(name)
+
+    def _check_missing(self) -> None:
+        found: object = self.missing
+        if found is not None and (isinstance(found, bool) or not isinstance(found, int | float)):
+            raise TypeError(
+                f"Task(missing={found!r}) must be the number that stands for no label, torch.nan or -100 for instance."
+            )
+        if self.missing_per not in ("element", "sample"):
+            raise ValueError(f"Task(missing_per={self.missing_per!r}) must be 'element' or 'sample'.")
+        keywords = self.loss.keywords if isinstance(self.loss, functools.partial) else {}
+        ignored = keywords.get("ignore_index", getattr(self.loss, "ignore_index", None))
+        # -100 is what torch's losses ignore when nobody has asked them to.
+        if self.missing is not None and ignored not in (None, -100, self.missing):
+            raise ValueError(
+                f"Task(missing={self.missing}) has a loss that ignores {ignored}; give both the same number, so that "
+                "what the loss is a mean over is what is counted."
+            )
 
     def higher_is_better(self, name: str) -> bool:
         """Whether a higher value of the metric, or of ``"loss"``, is better.
@@ -101,6 +134,6 @@ class TaskOutput:
     """
 
     loss: Tensor
-    prediction: Tensor | None = field(default=None, repr=False)
-    target: Tensor | None = field(default=None, repr=False)
+    prediction: Any = field(default=None, repr=False)
+    target: Any = field(default=None, repr=False)
     num_samples: int | Tensor | None = None

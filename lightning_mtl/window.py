@@ -117,10 +117,11 @@ class Window:
     def sums(self) -> tuple[Tensor, Tensor]:
         """For all tasks, ``[K]``: the losses times their counts, and the counts."""
         like = self._noted[0][1]
+        like = like.to(torch.promote_types(like.dtype, torch.float32))  # wide enough for counts of pixels
         total, count = like.new_zeros(len(self._tasks)), like.new_zeros(len(self._tasks))
         for positions, losses, counts in self._noted:
             index = torch.tensor(positions, device=like.device)
-            weight = torch.ones_like(losses) if counts is None else counts
+            weight = torch.ones_like(like[: len(losses)]) if counts is None else counts.to(like)
             total.index_add_(0, index, losses * weight)
             count.index_add_(0, index, weight)
         return total, count

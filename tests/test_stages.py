@@ -116,7 +116,8 @@ def test_a_task_absent_all_along_has_no_figures() -> None:
     trainer = fit(binary(), loader(*given), loader(*given))
     names = set(trainer.callback_metrics)
     assert {"loss_epoch/a", "val/loss/a", "val/accuracy/a", "val/loss"} <= names
-    assert not {name for name in names if name.endswith("/b")}
+    assert {name for name in names if name.endswith("/b")} == {"labelled/b"}
+    assert trainer.callback_metrics["labelled/b"] == 0
 
 
 @pytest.mark.parametrize("metrics", [None, "single", "collection"])

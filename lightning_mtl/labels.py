@@ -1,0 +1,180 @@
+"""Which part of a batch carries a task's label, where labels are partly missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+MissingPer = Literal["element", "sample"]
+
+
+class MaskedTarget(NamedTuple):
+    """A target and the mask that says where it is labelled; what is not labelled may hold anything.
+
+    A dataset may yield it in place of a target: default collation, pinned memory and the transfer to a device take it
+    as any named tuple. It needs no ``Task(missing=...)``; where both are given, a label has to pass both.
+
+    Args:
+        target: A tensor, or a nested structure of tensors that all begin with the mask's dimensions.
+        labelled: Boolean, True where there is a label: ``[B]``, one for each sample, or of the target's shape, one for
+            each element.
+
+    Example:
+        >>> boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.0, 0.0, 0.0, 0.0]])
+        >>> MaskedTarget(boxes, labelled=torch.tensor([True, False])).labelled.sum()
+        tensor(1)
+    """
+
+    target: Any
+    labelled: Any  # a tensor; True or False before collation
+
+
+class LabelledPart(NamedTuple):
+    """The labelled part of a prediction and its target; see :func:`labelled_part`."""
+
+    prediction: Any
+    target: Any
+    num_samples: int
+    num_missing: int
+
+
+def labelled_part(
+    prediction: Any,  # noqa: ANN401 - any nested structure of tensors
+    target: Any,  # noqa: ANN401
+    missing: float | None = None,
+    missing_per: MissingPer = "element",
+) -> LabelledPart:
+    """Select what is labelled of a prediction and its target.
+
+    What is left depends on the mask, ``target is not missing`` or :class:`MaskedTarget`'s own:
+
+    ==============================  =================================  ===================================
+    mask                            prediction                         what is left, n labels
+    ==============================  =================================  ===================================
+    ``[B]`` or ``[B, 1]``           ``[B, ...]``, nested structures    ``[n, ...]``, samples stay whole
+    of the target's shape           of the target's shape              ``[n]`` elements
+    ``[B, H, W]``, a class a pixel  ``[B, C, H, W]``, as torch has it  ``[n, C]``, and ``[n]`` of the target
+    ==============================  =================================  ===================================
+
+    On a GPU it waits for the number of labels, once.
+
+    Args:
+        prediction: What the task's head returned.
+        target: What the batch holds for the task.
+        missing: The value that stands for no label, NaN for instance; None if labels are missing by a mask alone.
+        missing_per: ``"element"`` looks at each number by itself, ``"sample"`` drops a sample with any number missing.
+
+    Returns:
+        The labelled prediction and target, the number of labels (samples where these stay whole, else elements), and
+        the number that is missing.
+
+    Raises:
+        TypeError: If the mask is not boolean, or ``missing`` is asked of a target that is no tensor.
+        ValueError: If shapes do not fit the mask, or ``missing`` is NaN and the target is of integers.
+
+    Example:
+        >>> part = labelled_part(torch.tensor([0.5, 2.0, 1.0]), torch.tensor([1.0, torch.nan, 1.5]), torch.nan)
+        >>> part.prediction, part.target, part.num_samples, part.num_missing
+        (tensor([0.5000, 1.0000]), tensor([1.0000, 1.5000]), 2, 1)
+    """
+    mask = None
+    if isinstance(target, MaskedTarget):
+        target, mask = target
+        _check_mask(mask)
+    if missing is not None:
+        present = _present(target, missing, missing_per)
+        mask = present if mask is None else _both(mask, present)
+    if mask is None:
+        return LabelledPart(prediction, target, number_of_samples(target), 0)
+    if mask.numel() == mask.shape[0]:
+        mask = mask.reshape(-1)  # [B, 1] says as much as [B], and samples keep their shape
+    where = mask.nonzero(as_tuple=True)
+    found = len(where[0])
+    left = mask.numel() - found
+    if left == 0 and mask.ndim == 1:
+        return LabelledPart(prediction, target, found, 0)
+    if isinstance(prediction, Tensor) and isinstance(target, Tensor) and _classes_second(prediction, target, mask):
+        prediction = prediction.movedim(1, -1)
+    return LabelledPart(_select(prediction, mask, where), _select(target, mask, where), found, left)
+
+
+def _check_mask(mask: Any) -> None:  # noqa: ANN401 - what is checked here
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim == 0:
+        found = f"{mask.dtype} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"MaskedTarget(labelled=...) must be a boolean tensor, True where labelled, one for each sample or "
+            f"element; found {found}."
+        )
+
+
+def _present(target: Any, missing: float, missing_per: MissingPer) -> Tensor:  # noqa: ANN401
+    if not isinstance(target, Tensor):
+        raise TypeError(
+            f"Task(missing={missing}) looks into targets that are tensors, found {type(target).__name__}; have the "
+            "dataset yield MaskedTarget(target, labelled) instead."
+        )
+    if not math.isnan(missing):
+        present = target != missing
+    elif target.is_floating_point():
+        present = target.isnan().logical_not()
+    else:
+        raise ValueError(
+            f"Task(missing=nan) cannot find NaN among targets of {target.dtype}; give the integer that stands for no "
+            "label, -100 for instance."
+        )
+    return present.flatten(1).all(1) if missing_per == "sample" and present.ndim > 1 else present
+
+
+def _both(mask: Tensor, present: Tensor) -> Tensor:
+    """Combine a mask of samples, or of elements, with another."""
+    dimensions = max(mask.ndim, present.ndim)
+    mask, present = (m.reshape(m.shape + (1,) * (dimensions - m.ndim)) for m in (mask, present))
+    return mask & present
+
+
+def _classes_second(prediction: Tensor, target: Tensor, mask: Tensor) -> bool:
+    """Whether classes lie in dimension 1, as losses of torch have them for dense targets."""
+    return (
+        mask.ndim > 1
+        and mask.shape == target.shape
+        and prediction.ndim == mask.ndim + 1
+        and prediction.shape[2:] == mask.shape[1:]
+    )
+
+
+def _select(values: Any, mask: Tensor, where: tuple[Tensor, ...]) -> Any:  # noqa: ANN401
+    def select(value: Tensor) -> Tensor:
+        if value.shape[: mask.ndim] != mask.shape:
+            raise ValueError(
+                f"A mask of labels of shape {list(mask.shape)} cannot select from a tensor of shape "
+                f"{list(value.shape)}: predictions and targets have to begin with the mask's dimensions; mark whole "
+                'samples, by Task(missing_per="sample") or MaskedTarget with a mask of shape [batch].'
+            )
+        return value[where]
+
+    return apply_to_collection(values, Tensor, select)
+
+
+def number_of_samples(batch: Any) -> int:  # noqa: ANN401 - any nested structure of tensors
+    """How many samples a target, or a batch's inputs, are of: the first tensor's first dimension, else 1.
+
+    A list with one mapping an image, as detection has it, is of as many samples as it is long.
+
+    Example:
+        >>> number_of_samples({"boxes": torch.zeros(3, 4), "classes": torch.zeros(3)})
+        3
+        >>> number_of_samples([{"boxes": torch.zeros(7, 4)}, {"boxes": torch.zeros(2, 4)}])
+        2
+    """
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    if isinstance(batch, list) and batch and isinstance(batch[0], Mapping):
+        return len(batch)
+    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None)
+    return 1 if first is None else first.shape[0]
