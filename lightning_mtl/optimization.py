@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.agreement import Agreement, agree, ghost_of_outputs, ghost_of_parameters, stack_losses
-from lightning_mtl.callbacks import Monitor
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.gradients.feature_update import feature_objective
 from lightning_mtl.gradients.micro_batch import Decision, Measured, MicroBatch
@@ -20,6 +19,8 @@ from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.row_update import RowUpdate
 from lightning_mtl.gradients.rows import Rows
 from lightning_mtl.gradients.sharded_update import ShardedRowUpdate, sharded_feature_objective
+from lightning_mtl.observation import Observation
+from lightning_mtl.phases import Phases
 from lightning_mtl.recorder import sample_counts
 from lightning_mtl.schedules import step_schedulers
 from lightning_mtl.step_guards import (
@@ -48,6 +49,8 @@ class Optimization:
         self._drops = False
         self.skipped = SkippedSteps()
         self._matrix: Rows | None = None
+        self._observation: Observation  # of the open window
+        self.phases = Phases()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimization:
         # A copied module, of weight averaging for instance, has no step under way and needs no second matrix of rows.
@@ -62,11 +65,17 @@ class Optimization:
         size = module.micro_batches_a_step
         if batch_idx % size == 0 or self.window is None:
             self.window = self._open(module, size)
+            self._observation = Observation(module, self.window)
         window = self.window
         closes = (batch_idx + 1) % size == 0 or module.trainer.is_last_batch
         cut = FeatureCut()
         watching = cut.watching(module.heads) if module.sharded else nullcontext()
-        with watching, nullcontext() if window.way == "losses" else module.cutting(cut):
+        with (
+            self.phases("forward"),
+            self._observation.watching(module, cut),
+            watching,
+            nullcontext() if window.way == "losses" else module.cutting(cut),
+        ):
             outputs = module.present_outputs(batch)
             penalties = module.penalties()
         if window.weighting is not None and window.weighting.wants_losses_after:
@@ -81,9 +90,13 @@ class Optimization:
             if outputs:
                 window.local.append((list(outputs), losses.detach(), sample_counts(list(outputs.values()))))
             micro_batch = self._micro_batch(module, window, agreed, outputs, penalties, cut)
-            objective = self._objective(module, window, agreed, losses, micro_batch, closes=closes)
+            if window.micro_batches == 1:
+                with self.phases("monitors"):
+                    self._observation.measure(module, agreed, micro_batch, batch)
+            with self.phases("measuring"):
+                objective = self._objective(module, window, agreed, losses, micro_batch, closes=closes)
             if objective is not None and not module.automatic_optimization:
-                with synchronising(module, window, closes=closes):
+                with self.phases("backward"), synchronising(module, window, closes=closes):
                     module.manual_backward(objective)
                 objective = objective.detach()
         if closes:
@@ -108,8 +121,9 @@ class Optimization:
 
     def _open(self, module: MultiTaskModule, size: int) -> Window:
         trainer, weighting = module.trainer, module.weighting()
-        ranks = Ranks(module.data_parallel_group) if trainer.world_size > 1 else ALONE
+        ranks = Ranks(module.data_parallel_group, self.phases) if trainer.world_size > 1 else ALONE
         window = Window(tuple(module.tasks), weighting, trainer.global_step, trainer.current_epoch, size, ranks)
+        window.phases = self.phases
         if not module.automatic_optimization:
             module.single_optimizer().zero_grad()
         if window.way == "rows":
@@ -254,9 +268,8 @@ class Optimization:
             if window.weighting.wants_losses_after and window.batches:
                 signals = replace(signals, losses_after=losses_after(module, window, signals.tasks))
             window.weighting.observe(signals, window.positions(signals.tasks))
-        for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Monitor):
-                callback.observe(module.trainer, module, signals, window.weights)
+        with self.phases("monitors"):
+            self._observation.hand_over(module, signals)
         vectors: dict[str, tuple[Sequence[str], Tensor]] = {"loss": (signals.tasks, signals.losses)}
         if signals.norms is not None:
             vectors["grad_norm"] = (signals.tasks, signals.norms)
@@ -268,7 +281,7 @@ class Optimization:
         optimizer = module.single_optimizer()
         if finite or getattr(module.trainer.precision_plugin, "scaler", None) is not None:
             # A scaler has to see gradients that are not finite: it skips the step, and lowers its factor.
-            with clipping(module, optimizer):
+            with self.phases("optimizer"), clipping(module, optimizer):
                 optimizer.step()
         else:
             optimizer.zero_grad()

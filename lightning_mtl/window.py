@@ -19,6 +19,7 @@ from lightning_mtl.gradients.micro_batch import Decision, Measured
 from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.row_update import RowUpdate
 from lightning_mtl.gradients.sharded_update import ShardedRowUpdate
+from lightning_mtl.phases import Phases
 from lightning_mtl.signals import Signals
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Window:
         self.measures = weighting is not None and weighting.measures_in(step)
         self.way = _way(weighting, step, measures=self.measures)
         self.rows: RowUpdate | ShardedRowUpdate | None = None
+        self.phases = Phases()
         self.micro_batches = 0
         self.penalties: dict[str, Tensor] = {}
         self.scores: Tensor | None = None
@@ -152,9 +154,11 @@ class Window:
             return Decision(torch.ones_like(signals.losses))
         positions = self.positions(names)
         if isinstance(self.weighting, Aggregator) and measured.rows:
-            directions = _aggregate(self.weighting, signals, positions, measured.rows)
+            with self.phases("solving"):
+                directions = _aggregate(self.weighting, signals, positions, measured.rows)
             return Decision(torch.ones_like(signals.losses), directions)
-        weights = self.weighting.current_weights(signals, positions, measured=self.measures)
+        with self.phases("solving"):
+            weights = self.weighting.current_weights(signals, positions, measured=self.measures)
         return self._with_heads(names, self._keep(names, weights))
 
     def summary(self) -> Signals | None:
