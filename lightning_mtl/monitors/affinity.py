@@ -158,7 +158,7 @@ class TaskAffinity(PairMonitor):
         self.count(found, signals.tasks)
         beside = found[~torch.eye(len(found), dtype=torch.bool)]
         if len(beside := beside[beside.isfinite()]):
-            self.log(pl_module, {"mean": beside.mean(), "lowest": beside.min()})
+            self.write(pl_module, {"mean": beside.mean(), "lowest": beside.min()})
 
 
 def _learning_rate(pl_module: Any) -> float:  # noqa: ANN401 - a MultiTaskModule, which stands above this room

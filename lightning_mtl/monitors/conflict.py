@@ -143,5 +143,5 @@ class GradientConflict(PairMonitor):
         """Log this step's measures and count its cosines."""
         if signals.gramian is None or signals.num_tasks < 2:
             return
-        self.log(pl_module, {k: v for k, v in conflict_measures(signals.gramian).items() if v.isfinite()})
+        self.write(pl_module, {k: v for k, v in conflict_measures(signals.gramian).items() if v.isfinite()})
         self.count(cosines(signals.gramian), signals.tasks)

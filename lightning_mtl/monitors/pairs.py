@@ -49,7 +49,7 @@ class PairMeans:
 class PairMonitor(Monitor):
     """The base of monitors that measure a number for each pair of tasks from the Gramian of their gradients.
 
-    A subclass implements :meth:`Monitor.observe` and calls :meth:`count` there.
+    A subclass implements :meth:`Monitor.observe` and calls :meth:`count` and :meth:`write` there.
 
     Args:
         every_n_steps: Look at one optimizer step of n.
@@ -86,7 +86,7 @@ class PairMonitor(Monitor):
         self.epoch.add(values, present)
         self.whole.add(values, present)
 
-    def log(self, pl_module: pl.LightningModule, scalars: Mapping[str, Tensor]) -> None:
+    def write(self, pl_module: pl.LightningModule, scalars: Mapping[str, Tensor]) -> None:
         """Write scalars at this step, whenever other scalars are due: few are, and the step is the one measured."""
         named = {f"{self.name}/{key}": value.float().cpu() for key, value in scalars.items()}
         pl_module.trainer.callback_metrics.update(named)
