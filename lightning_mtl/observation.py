@@ -137,7 +137,8 @@ class Observation:
         table, ranks = None, self._window.ranks
         with guarding([monitor]), _leaving_no_trace(module):
             rate = monitor.lookahead_rate(module) / (1.0 if scale is None else float(scale))
-            table = self._losses_ahead(module, rows, rate, names, given) * shares
+            dtype = self._found[monitor].losses.dtype
+            table = self._losses_ahead(module, rows, rate, names, given, dtype) * shares
         if _everywhere(table is not None, [monitor], ranks, module.device) and table is not None:
             self._found[monitor] = replace(self._found[monitor], losses_ahead=ranks.sum(table))
 
@@ -149,10 +150,11 @@ class Observation:
         rate: float,
         names: Sequence[str],
         given: Any,  # noqa: ANN401
+        dtype: torch.dtype,
     ) -> Tensor:
         """This rank's losses, ``[K, K]``, after a step of descent along each row, all from the same beginning."""
         starts = [parameter.detach().clone() for parameter in rows.parameters]
-        table = torch.zeros(len(names), len(names), device=module.device)
+        table = torch.zeros(len(names), len(names), dtype=dtype, device=module.device)
         try:
             for task in range(len(names)):
                 steps = rows.split([matrix[task] for matrix in rows.matrices()])

@@ -91,7 +91,7 @@ def describe_course(
 
     The words, and what they stand for:
 
-    - *diverged*: the late training loss is above the first, or not finite.
+    - *got worse*: the late training loss is above the first; *diverged*: it is more than twice it.
     - *hardly learned*: it fell by less than 10 % of the first.
     - *still falling*: within the last quarter of the steps it fell by more than 5 % of its whole way.
     - *noisy*: its standard deviation there is more than 10 % of the whole way.
@@ -135,8 +135,8 @@ def _words(course: Course, values: Tensor, late: Tensor, window: int) -> list[st
         return ["too few measurements"]
     first = float(values[:window].mean())
     way = first - course.late_loss
-    if not math.isfinite(course.late_loss) or way < 0:
-        return ["diverged"]
+    if way < 0:
+        return ["diverged" if -way > abs(first) else "got worse"]
     words = []
     if way < HARDLY_MOVED * abs(first):
         words.append("hardly learned")
