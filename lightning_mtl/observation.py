@@ -201,20 +201,32 @@ def _would_hang(module: MultiTaskModule, agreed: Agreement, batch: MicroBatch) -
 
 def _rows_at(place: Place, module: MultiTaskModule, batch: MicroBatch, seeds: Sequence[Tensor]) -> Rows | list[Tensor]:
     """Each task's gradient of this rank's loss, ``[K, n]``; matrices alone for gradients of the samples' features."""
+    depends = any(loss.requires_grad for loss in batch.losses)
     if place == "features":
+        features = list(gradients_beside(batch.losses, seeds, batch.cut, None))
+        if depends and all(gradient is None for own in features for gradient in own):
+            raise _out_of_reach(place)
         outputs = batch.cut.outputs
-        found = gradients_beside(batch.losses, seeds, batch.cut, None)
         if not outputs:  # a rank whose batch is empty
             return [torch.zeros(len(batch.losses), 1, device=module.device)]
         return [
-            torch.stack([(torch.zeros_like(z) if own[i] is None else own[i]).reshape(-1) for own in found])  # type: ignore[union-attr]
+            torch.stack([(torch.zeros_like(z) if own[i] is None else own[i]).reshape(-1) for own in features])  # type: ignore[union-attr]
             for i, z in enumerate(outputs)
         ]
     parameters = _parameters_at(place, module, batch)
     rows = Rows(parameters, len(batch.losses))
     for task, gradients in enumerate(gradients_beside(batch.losses, seeds, batch.cut, parameters)):
         rows.add(task, gradients)
+    if depends and not rows.used:
+        raise _out_of_reach(place)
     return rows
+
+
+def _out_of_reach(place: Place) -> ValueError:
+    return ValueError(
+        f"no task's loss depends on what lies at {place!r}; activation checkpoints with use_reentrant=True hide it, "
+        "for instance"
+    )
 
 
 def _parameters_at(place: Place, module: MultiTaskModule, batch: MicroBatch) -> list[Tensor]:

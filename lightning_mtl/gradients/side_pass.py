@@ -30,7 +30,7 @@ def watching_outputs(trunk: nn.Module, cut: FeatureCut) -> Iterator[None]:
 
 def gradients_beside(
     losses: Sequence[Tensor], seeds: Sequence[Tensor], cut: FeatureCut, at: Sequence[Tensor] | None
-) -> list[list[Tensor | None]]:
+) -> Iterator[list[Tensor | None]]:
     """Differentiate each loss by itself, and keep every graph for the update to come.
 
     Args:
@@ -39,15 +39,16 @@ def gradients_beside(
         cut: The trunk's outputs, and the leaves that stand for them where the graph is cut there.
         at: The parameters to differentiate by, None for the trunk's outputs.
 
-    Returns:
+    Yields:
         For each loss a gradient a parameter, or a trunk's output; None where the loss does not depend on it.
 
     Example:
         >>> w = torch.tensor([2.0], requires_grad=True)
-        >>> gradients_beside([(3 * w).sum(), (w * w).sum()], [torch.tensor(1.0)] * 2, FeatureCut(), [w])
+        >>> list(gradients_beside([(3 * w).sum(), (w * w).sum()], [torch.tensor(1.0)] * 2, FeatureCut(), [w]))
         [[tensor([3.])], [tensor([4.])]]
     """
-    return [_gradients_of(loss, seed, cut, at) for loss, seed in zip(losses, seeds, strict=True)]
+    for loss, seed in zip(losses, seeds, strict=True):
+        yield _gradients_of(loss, seed, cut, at)
 
 
 def _gradients_of(loss: Tensor, seed: Tensor, cut: FeatureCut, at: Sequence[Tensor] | None) -> list[Tensor | None]:

@@ -78,10 +78,9 @@ def steps_to_fraction(
     first, last = smooth[0], smooth[-1]
     if not last < first:
         return None
-    reached = (smooth <= first - fraction * (first - last)).nonzero()
-    # The end is reached at the latest, but for what rounding takes from a fraction of 1.
-    position = int(reached[0]) if len(reached) else len(smooth) - 1
-    return points[position + window - 1][0]
+    way = first - last
+    reached = (smooth <= first - fraction * way + 1e-9 * way).nonzero()  # more than rounding, less than a step
+    return points[int(reached[0]) + window - 1][0]
 
 
 def describe_course(
@@ -93,7 +92,8 @@ def describe_course(
 
     - *got worse*: the late training loss is above the first; *diverged*: it is more than twice it.
     - *hardly learned*: it fell by less than 10 % of the first.
-    - *still falling*: within the last quarter of the steps it fell by more than 5 % of its whole way.
+    - *still falling*: within the last quarter of the steps it fell by more than 5 % of its whole way, and by more than
+      two standard errors.
     - *noisy*: its standard deviation there is more than 10 % of the whole way.
     - *overfitting since step s*: the validation's loss was best at s and has risen since by more than 10 % of its way
       there, or of its best value if that is more, while the training loss fell.
@@ -140,8 +140,10 @@ def _words(course: Course, values: Tensor, late: Tensor, window: int) -> list[st
     words = []
     if way < HARDLY_MOVED * abs(first):
         words.append("hardly learned")
-    half = len(late) // 2
-    if half and float(late[:half].mean() - late[-half:].mean()) > STILL_FALLING * way:
+    half = max(1, len(late) // 2)
+    fall = float(late[:half].mean() - late[-half:].mean())
+    by_chance = 2 * math.sqrt(2 / half) * float(late.std(correction=0))  # two standard errors of the difference
+    if fall > max(STILL_FALLING * way, by_chance):
         words.append("still falling")
     if course.late_std > NOISY * way:
         words.append("noisy")
