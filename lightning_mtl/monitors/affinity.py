@@ -105,7 +105,7 @@ class TaskAffinity(PairMonitor):
         True
     """
 
-    title: ClassVar[str] = "what a step for one task does for another"
+    title: ClassVar[str] = "affinity of tasks"
     from_to: ClassVar[tuple[str, str]] = ("a step for", "changes the loss of")
 
     def __init__(
