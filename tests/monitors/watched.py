@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,14 +56,16 @@ def batches(count: int, *, partial: bool = False) -> list[Any]:
     return found
 
 
-def every_monitor(every_n_steps: int = 1, **arguments: Any) -> list[Monitor]:
+def every_monitor(
+    every_n_steps: int = 1, names: Sequence[str] = ("trunk.first", "trunk.second"), **arguments: Any
+) -> list[Monitor]:
     """At every place, in every form."""
     options = {"figure": False} | arguments
     return [
         GradientConflict(every_n_steps, **options),
         GradientConflict(every_n_steps, at="features", name="at_features", **options),
         GradientConflict(every_n_steps, at="last_layer", name="at_last_layer", **options),
-        GradientConflict(every_n_steps, at=["trunk.first", "trunk.second"], name="at_names", **options),
+        GradientConflict(every_n_steps, at=names, name="at_names", **options),
         TaskAffinity(every_n_steps, **options),
         TaskAffinity(every_n_steps, exact=True, name="lookahead", **options),
         Convergence(every_n_steps),
