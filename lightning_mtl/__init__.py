@@ -2,9 +2,10 @@
 
 from importlib.metadata import version
 
-from lightning_mtl.callbacks import Aggregator, Monitor, Weighting
+from lightning_mtl.callbacks import Aggregator, Weighting
 from lightning_mtl.labels import MaskedTarget
 from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.monitor import Monitor
 from lightning_mtl.signals import Signals
 from lightning_mtl.task import Task, TaskOutput
 

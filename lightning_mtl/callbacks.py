@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_mtl.monitor import Monitor as Monitor  # beside the other bases, where it is looked for
 from lightning_mtl.signals import Signals
 from lightning_mtl.task_state import TaskState
 
@@ -245,18 +245,3 @@ class Aggregator(Weighting):
             rows = rows * self.with_importance(rows.new_ones(rows.shape[0]), signals)[:, None]
         with self.only(present):
             return self.combine(signals, rows).detach()
-
-
-class Monitor(Callback):
-    """Looks at every optimizer step's measurements and changes nothing.
-
-    Example:
-        >>> class Largest(Monitor):
-        ...     def observe(self, trainer, pl_module, signals, weights):
-        ...         print(signals.tasks[int(signals.losses.argmax())])
-    """
-
-    def observe(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, signals: Signals, weights: Tensor | None
-    ) -> None:
-        """Called once an optimizer step with the window's measurements and the weights that were applied."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +54,11 @@ def heatmap(
 ) -> Figure:
     """Draw a matrix with a name to each row and column; numbers in the cells while they can be read.
 
+    Numbers that two decimals would not tell apart, or that are long, are drawn in a power of ten that the colour scale
+    names.
+
     Args:
-        values: ``[R, C]``; what is not a number stays blank.
+        values: ``[R, C]``; what is not a number stays grey.
         rows: R names.
         columns: C names.
         title: What the matrix shows.
@@ -65,27 +70,32 @@ def heatmap(
     Example:
         >>> import torch
         >>> figure = heatmap(torch.eye(2), ["a", "b"], ["a", "b"], title="cosine", limits=(-1, 1))
-        >>> [axis.get_title() for axis in figure.axes[:1]]
-        ['cosine']
+        >>> figure.get_suptitle()
+        'cosine'
     """
     table = values.detach().double().cpu().numpy()
+    exponent = _exponent(table if limits is None else limits)
+    table = table / 10.0**exponent
     # Cells keep about the same size from 2 tasks to 40, and names have room.
     longest = max((len(name) for name in rows), default=1)
     width = 2.6 + 0.09 * longest + 0.42 * max(len(columns), 3)
-    figure = blank_figure(
-        width, 1.8 + 0.09 * max((len(name) for name in columns), default=1) + 0.38 * max(len(rows), 3)
-    )
+    lines = textwrap.wrap(title, max(20, int(11 * width)))
+    tallest = max((len(name) for name in columns), default=1)
+    figure = blank_figure(width, 1.6 + 0.2 * len(lines) + 0.09 * tallest + 0.38 * max(len(rows), 3))
     axes: Any = figure.add_subplot()
-    low, high = limits or (None, None)
+    axes.set_facecolor("0.8")  # where there is no number, unlike the middle of the scale
+    low, high = (None, None) if limits is None else (limit / 10.0**exponent for limit in limits)
     image = axes.imshow(table, cmap=colours, vmin=low, vmax=high, aspect="auto")
     upright = all(len(name) <= 4 for name in columns)
     axes.set_xticks(range(len(columns)), columns, rotation=0 if upright else 60, ha="center" if upright else "right")
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(labelsize=9, length=0)
-    axes.set_title(title, fontsize=11)
+    figure.suptitle("\n".join(lines), fontsize=11)  # over the whole figure: there is more room than over the axes
     axes.set_xlabel(column_label)
     axes.set_ylabel(row_label)
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    scale = figure.colorbar(image, ax=axes, shrink=0.8)
+    if exponent:
+        scale.ax.set_title(f"$10^{{{exponent}}}$", fontsize=9)
     if table.size <= MOST_WRITTEN_CELLS:
         _write_cells(axes, image, table)
     return figure
@@ -96,8 +106,23 @@ def _write_cells(axes: Any, image: Any, table: Any) -> None:  # noqa: ANN401 - m
         red, green, blue, _ = image.cmap(image.norm(value))
         bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
         axes.text(
-            column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color="black" if bright else "white"
+            column,
+            row,
+            f"{round(value, 2) + 0.0:.2f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="black" if bright else "white",
         )
+
+
+def _exponent(values: Any) -> int:  # noqa: ANN401 - numbers in any arrangement
+    """The power of ten to draw in: 0, or the multiple of 3 that leaves one to three digits before the point."""
+    import numpy as np
+
+    found = np.abs(np.asarray(values, dtype=float))
+    largest = float(found[np.isfinite(found)].max(initial=0.0))
+    return 0 if largest == 0 or 0.1 <= largest < 100 else 3 * math.floor(math.log10(largest) / 3)
 
 
 def _cells(table: Any) -> list[tuple[tuple[int, int], float]]:  # noqa: ANN401

@@ -21,14 +21,7 @@ from lightning_mtl.recorder import Recorder, sample_counts
 from lightning_mtl.setup_checks import check_arguments, check_inputs_differ
 from lightning_mtl.stepped_module import SteppedModule
 from lightning_mtl.task import Task, TaskOutput
-from lightning_mtl.trunks import (
-    Penalised,
-    call_trunk,
-    penalised_parts,
-    penalties_of,
-    shared_parameters_of,
-    takes_tasks,
-)
+from lightning_mtl.trunks import Penalised, call_trunk, penalised_parts, penalties_of, shared_parameters_of, takes_tasks
 
 OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
 LRSchedulerCallable = Callable[[torch.optim.Optimizer], LRSchedulerPLType]
@@ -165,8 +158,7 @@ class MultiTaskModule(SteppedModule):
 
         Call ``self(inputs)``, or ``self.trunk`` and ``self.heads``, and return ``{task: loss}``, each loss a scalar
         tensor, or a :class:`~lightning_mtl.TaskOutput` to have metrics and exact means, too: what
-        ``self.task_output(task, prediction, target)`` makes. A task without a label in
-        the batch is left out.
+        ``self.task_output(task, prediction, target)`` makes. A task without a label in the batch is left out.
 
         Args:
             batch: ``(inputs, {task: target})``, or ``{task: (inputs, target)}`` when tasks have loaders of their own;

@@ -11,28 +11,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_mtl.agreement import Agreement, agree, ghost_of_outputs, ghost_of_parameters, stack_losses
-from lightning_mtl.callbacks import Monitor
+from lightning_mtl.agreement import agree, stack_losses
 from lightning_mtl.gradients.compiled import keeping_buffers
 from lightning_mtl.gradients.cut import FeatureCut
-from lightning_mtl.gradients.feature_update import feature_objective
-from lightning_mtl.gradients.micro_batch import Decision, Measured, MicroBatch
 from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.row_update import RowUpdate
 from lightning_mtl.gradients.rows import Rows
-from lightning_mtl.gradients.sharded_update import ShardedRowUpdate, sharded_feature_objective
+from lightning_mtl.gradients.sharded_update import ShardedRowUpdate
+from lightning_mtl.objectives import micro_batch_of, objective_of
+from lightning_mtl.observation import Observation
+from lightning_mtl.phases import Phases
 from lightning_mtl.recorder import sample_counts
 from lightning_mtl.schedules import step_schedulers
 from lightning_mtl.steering import Steering
 from lightning_mtl.step_guards import (
     SkippedSteps,
-    check_cut,
     clipping,
     forget_unreached,
     losses_after,
     synchronising,
 )
-from lightning_mtl.task import TaskOutput
 from lightning_mtl.window import Window
 
 if TYPE_CHECKING:
@@ -51,6 +49,8 @@ class Optimization:
         self.skipped = SkippedSteps()
         self._matrix: Rows | None = None
         self.steering = Steering()
+        self._observation: Observation  # of the open window
+        self.phases = Phases()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimization:
         # A copied module, of weight averaging for instance, has no step under way and needs no second matrix of rows.
@@ -65,9 +65,10 @@ class Optimization:
         size = module.micro_batches_a_step
         if batch_idx % size == 0 or self.window is None:
             self.window = self._open(module, size)
+            self._observation = Observation(module, self.window)
         window = self.window
         closes = (batch_idx + 1) % size == 0 or module.trainer.is_last_batch
-        with keeping_buffers() if window.passes_again else nullcontext():
+        with keeping_buffers() if window.passes_again or self._observation.passes_again else nullcontext():
             objective = self._differentiate(module, window, batch, closes=closes)
         if closes:
             self.window = None
@@ -86,7 +87,12 @@ class Optimization:
         """Pass one micro-batch forward and, unless Lightning does it or rows are still collected, backward."""
         cut = FeatureCut()
         watching = cut.watching(module.heads) if module.sharded else nullcontext()
-        with watching, nullcontext() if window.way == "losses" else module.cutting(cut):
+        with (
+            self.phases("forward"),
+            self._observation.watching(module, cut),
+            watching,
+            nullcontext() if window.way == "losses" else module.cutting(cut),
+        ):
             outputs = module.present_outputs(batch)
             penalties = module.penalties()
         if window.weighting is not None and window.weighting.wants_losses_after:
@@ -101,10 +107,14 @@ class Optimization:
             window.note(agreed, penalties)
             if outputs:
                 window.local.append((list(outputs), losses.detach(), sample_counts(list(outputs.values()))))
-            micro_batch = self._micro_batch(module, window, agreed, outputs, penalties, cut)
-            objective = self._objective(module, window, agreed, losses, micro_batch, closes=closes)
+            micro_batch = micro_batch_of(module, window, agreed, outputs, penalties, cut)
+            if window.micro_batches == 1:
+                with self.phases("monitors"):
+                    self._observation.measure(module, agreed, micro_batch, batch)
+            with self.phases("measuring"):
+                objective = objective_of(module, window, agreed, losses, micro_batch, closes=closes)
             if objective is not None and not module.automatic_optimization:
-                with synchronising(module, window, closes=closes):
+                with self.phases("backward"), synchronising(module, window, closes=closes):
                     module.manual_backward(objective)
                 objective = objective.detach()
         return objective
@@ -128,9 +138,10 @@ class Optimization:
 
     def _open(self, module: MultiTaskModule, size: int) -> Window:
         trainer, weighting = module.trainer, module.weighting()
-        ranks = Ranks(module.data_parallel_group) if trainer.world_size > 1 else ALONE
+        ranks = Ranks(module.data_parallel_group, self.phases) if trainer.world_size > 1 else ALONE
         step, epoch = trainer.global_step, trainer.current_epoch
         window = Window(tuple(module.tasks), weighting, step, epoch, size, ranks, self.steering.shares(module, step))
+        window.phases = self.phases
         if not module.automatic_optimization:
             module.single_optimizer().zero_grad()
         if window.way == "rows":
@@ -149,113 +160,6 @@ class Optimization:
                 window.rows = RowUpdate(shared, others, tuple(module.tasks), self._matrix)
                 self._matrix = window.rows.rows
         return window
-
-    def _objective(
-        self,
-        module: MultiTaskModule,
-        window: Window,
-        agreed: Agreement,
-        losses: Tensor,
-        batch: MicroBatch,
-        *,
-        closes: bool,
-    ) -> Tensor | None:
-        """The scalar whose backward pass is this micro-batch's part of the step; none while rows are collected."""
-        if window.rows is not None:
-            return self._row_objective(module, window, batch, closes=closes)
-        if not batch.names:
-            objective = batch.penalty
-        elif window.way == "losses":
-            weights = window.decide(batch.names, agreed.losses, Measured()).weights
-            weights = weights if batch.seeds is None else weights * batch.seeds
-            here = losses if len(losses) == len(weights) else stack_losses(batch.losses, module.device)
-            objective = (here * weights).sum()
-            objective = objective if batch.penalty is None else objective + batch.penalty
-        else:
-            objective = self._feature_objective(module, window, batch, agreed.losses)
-        divides = objective is not None and window.size > 1 and not module.automatic_optimization
-        return objective / window.size if objective is not None and divides else objective
-
-    def _micro_batch(
-        self,
-        module: MultiTaskModule,
-        window: Window,
-        agreed: Agreement,
-        outputs: dict[str, TaskOutput],
-        penalties: dict[str, Tensor],
-        cut: FeatureCut,
-    ) -> MicroBatch:
-        ranks = window.ranks
-        penalty = torch.stack(list(penalties.values())).sum() if penalties else None
-        absent = [task for task in module.tasks if task not in outputs]
-        zero = agreed.losses.new_zeros(())
-        losses = {task: output.loss for task, output in outputs.items()}
-        if ranks.size > 1 and window.rows is None and len(agreed.names) < len(module.tasks):
-            window.note_reached([*losses.values(), *penalties.values()], cut)
-        # The ranks' collectives expect every parameter in the graph, on every rank and in every step.
-        if module.sharded:
-            losses.update((task, ghost_of_outputs(cut.head_outputs.get(task, ()), zero)) for task in absent)
-            ghosts = [losses[task] for task in absent if task not in agreed.names]
-        else:
-            ghosts = [ghost_of_parameters(module, zero)] if ranks.size > 1 and absent and window.rows is None else []
-        if ghosts:
-            penalty = torch.stack([*ghosts, *([] if penalty is None else [penalty])]).sum()
-        seeds = agreed.own_counts if window.rows is not None and window.size > 1 else agreed.shares()
-        if ranks.size == 1 and window.size == 1:
-            seeds = None
-        elif seeds is not None and (window.rows is None or module.sharded):
-            seeds = seeds * ranks.size  # what the average over the ranks divides by
-        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-        scale = None if scaler is None or window.way == "losses" else scaler.scale(torch.ones((), device=module.device))
-        every_loss = [losses.get(task, zero) for task in agreed.names]
-        return MicroBatch(agreed.names, every_loss, penalty, cut, absent, seeds, scale, ranks)
-
-    def _feature_objective(self, module: MultiTaskModule, window: Window, batch: MicroBatch, losses: Tensor) -> Tensor:
-        check_cut(module, batch, window)
-        wanted = window.wanted if window.asks(batch.names) else "nothing"
-
-        def decide(measured: Measured) -> Decision:
-            return window.decide(batch.names, losses, measured)
-
-        if module.sharded:
-            return sharded_feature_objective(batch, losses, decide, wanted=wanted, weighs_heads=window.weighs_heads)
-        return feature_objective(
-            batch,
-            losses,
-            decide,
-            wanted=wanted,
-            layer=None if wanted == "nothing" else window.layer(module, batch.cut),
-            weighs_heads=window.weighs_heads,
-            shared=module.shared_parameters,
-        )
-
-    def _row_objective(
-        self, module: MultiTaskModule, window: Window, batch: MicroBatch, *, closes: bool
-    ) -> Tensor | None:
-        """Collect the micro-batch's rows; at the window's end, the scalar that writes what they combine to."""
-        rows = window.rows
-        assert rows is not None  # noqa: S101 - for mypy: asked for by this way alone
-        if batch.names:
-            check_cut(module, batch, window)
-        if batch.names or batch.penalty is not None or closes:
-            rows.add(batch, 1.0 / (window.size * window.ranks.size), last=closes)
-        if not closes:
-            return None
-        names = rows.present
-        if not names:
-            return None if batch.penalty is None else batch.penalty / window.size
-        if window.size > 1:
-            counts = window.sums()[1]
-            for name, count in zip(names, counts[window.positions(names)].tolist(), strict=True):
-                rows.scale(name, window.micro_batches / window.size / count)
-        losses = window.mean_losses(names)
-        return rows.objective(
-            batch,
-            losses,
-            lambda measured: window.decide(names, losses, measured),
-            wanted=window.wanted,
-            weighs_heads=window.weighs_heads,
-        )
 
     def _close(self, module: MultiTaskModule, window: Window) -> None:
         """Step the optimizer, unless something is not finite, and tell weighting, monitors and loggers."""
@@ -278,9 +182,8 @@ class Optimization:
             if window.weighting.wants_losses_after and window.batches:
                 signals = replace(signals, losses_after=losses_after(module, window, signals.tasks))
             window.weighting.observe(signals, window.positions(signals.tasks))
-        for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Monitor):
-                callback.observe(module.trainer, module, signals, window.applied_weights)
+        with self.phases("monitors"):
+            self._observation.hand_over(module, signals)
         vectors: dict[str, tuple[Sequence[str], Tensor]] = {"loss": (signals.tasks, signals.losses)}
         if signals.norms is not None:
             vectors["grad_norm"] = (signals.tasks, signals.norms)
@@ -294,7 +197,11 @@ class Optimization:
         optimizer = module.single_optimizer()
         if finite or getattr(module.trainer.precision_plugin, "scaler", None) is not None:
             # A scaler has to see gradients that are not finite: it skips the step, and lowers its factor.
-            with self.steering.around_step(module, finite=finite), clipping(module, optimizer):
+            with (
+                self.phases("optimizer"),
+                self.steering.around_step(module, finite=finite),
+                clipping(module, optimizer),
+            ):
                 optimizer.step()
         else:
             optimizer.zero_grad()

@@ -23,6 +23,8 @@ class Signals:
         scores: ``[K]``, this batch's value of the metric that a method asked for through ``step_metric``.
         losses_after: ``[K]``, the same samples' losses under the parameters that the step led to, in the ``update`` of
             methods that asked for them through ``wants_losses_after``.
+        losses_ahead: ``[K, K]``, L_j after a trial step along task i's gradient alone, in row i, for monitors
+            that ``looks_ahead``.
 
     Example:
         >>> import torch
@@ -38,6 +40,7 @@ class Signals:
     gramian: Tensor | None = None
     scores: Tensor | None = None
     losses_after: Tensor | None = None
+    losses_ahead: Tensor | None = None
 
     @property
     def num_tasks(self) -> int:

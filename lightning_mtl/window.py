@@ -19,6 +19,7 @@ from lightning_mtl.gradients.micro_batch import Decision, Measured
 from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.row_update import RowUpdate
 from lightning_mtl.gradients.sharded_update import ShardedRowUpdate
+from lightning_mtl.phases import Phases
 from lightning_mtl.signals import Signals
 from lightning_mtl.task_rates import Collected
 
@@ -59,6 +60,7 @@ class Window:
         if shares is not None and self.way == "losses":
             self.way = "features"  # the heads keep the weights as they are
         self.rows: RowUpdate | ShardedRowUpdate | None = None
+        self.phases = Phases()
         self.micro_batches = 0
         self.penalties: dict[str, Tensor] = {}
         self.scores: Tensor | None = None
@@ -182,9 +184,11 @@ class Window:
             return Decision(torch.ones_like(signals.losses))
         positions = self.positions(names)
         if isinstance(self.weighting, Aggregator) and measured.rows:
-            directions = _aggregate(self.weighting, signals, positions, measured.rows)
+            with self.phases("solving"):
+                directions = _aggregate(self.weighting, signals, positions, measured.rows)
             return Decision(torch.ones_like(signals.losses), directions)
-        weights = self.weighting.current_weights(signals, positions, measured=self.measures)
+        with self.phases("solving"):
+            weights = self.weighting.current_weights(signals, positions, measured=self.measures)
         return self._with_heads(names, self._keep(names, weights))
 
     def summary(self) -> Signals | None:

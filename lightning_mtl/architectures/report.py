@@ -187,11 +187,11 @@ def parameter_report(
         raise ValueError(f"parameter_report(single_task=...) names {sorted(single_task)}, but the tasks are {tasks}.")
     alone = {task: single_task[task] if single_task else _alone(module, task) for task in tasks}
     with as_trained(module, *alone.values()):
-        used = {task: parameters_behind(module, partial(module._predict_one, task, inputs)) for task in tasks}
+        used = {task: parameters_behind(module, partial(module._predict_each, {task: inputs})) for task in tasks}
         users = Counter(parameter for parameters in used.values() for parameter in parameters)
         costs = {}
         for task, model in alone.items():
-            run = partial(module._predict_one, task, inputs) if model is module else partial(model, inputs)
+            run = partial(module._predict_each, {task: inputs}) if model is module else partial(model, inputs)
             needed = parameters_behind(model, run)
             costs[task] = _cost(task, model, run, needed, users, repeats)
         whole = _cost("multi-task model", module, partial(module, inputs), list(users), users, repeats)

@@ -1,0 +1,170 @@
+"""How each task's training went, in numbers and in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_mtl.monitor import Monitor, guarding
+from lightning_mtl.monitors.course import Course, describe_course, table_of
+from lightning_mtl.monitors.loss_history import LossHistory
+from lightning_mtl.recorder import Recorder
+from lightning_mtl.signals import Signals
+from lightning_mtl.task import Task
+
+Curves = dict[str, list[tuple[int, float]]]
+
+
+class Convergence(Monitor):
+    """Watch how fast each task learns, how steady it becomes, and whether it fits the training data too well.
+
+    When the training ends a table says, for each task, at which step its curve had made ``fraction`` of its way; mean
+    and standard deviation of the training loss over the last quarter of the steps; the last training and validation
+    losses and the gap between them; and in words what is to be noted: *still falling*, *noisy*, *overfitting since step
+    120*, and so on, by the rules of :func:`~lightning_mtl.monitors.describe_course`. It goes to Lightning's log and, as
+    text ``convergence``, to TensorBoard; the numbers are logged as ``convergence/steps/<task>``,
+    ``convergence/late_std/<task>`` and ``convergence/gap/<task>``.
+
+    What it keeps survives an interruption, and stays within 2,048 losses a task however long the training is.
+
+    Args:
+        every_n_steps: Note the losses of one optimizer step of n.
+        fraction: The fraction of the way from the first loss to the last that is asked for.
+        metric: A validation metric to judge the speed by, as it is logged in ``val/<metric>/<task>``; tasks that lack
+            it, and None, go by the training loss.
+
+    Raises:
+        ValueError: If an argument is out of its range, or at setup if no task has the metric.
+
+    Example:
+        >>> Convergence(every_n_steps=10, fraction=0.95).fraction
+        0.95
+    """
+
+    def __init__(self, every_n_steps: int = 50, *, fraction: float = 0.9, metric: str | None = None) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"Convergence(every_n_steps={every_n_steps}) must be at least 1.")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"Convergence(fraction={fraction}) must lie above 0 and be at most 1.")
+        self.every_n_steps = every_n_steps
+        self.fraction = fraction
+        self.metric = metric
+        self.tasks: dict[str, Task] = {}
+        self._history = LossHistory(0, every_n_steps)
+        self._train: Curves = {}
+        self._val: Curves = {}
+        self._metric: Curves = {}
+        self._epoch_taken: object = None
+
+    def courses(self) -> list[Course]:
+        """What there is to say of each task by now."""
+        return [self._course(position, name, task) for position, (name, task) in enumerate(self.tasks.items())]
+
+    def _course(self, position: int, name: str, task: Task) -> Course:
+        pairs = zip(self._history.steps.tolist(), self._history.losses[:, position].tolist(), strict=True)
+        losses = [(step, loss) for step, loss in pairs if loss == loss]  # not a number: the task was absent
+        metric = None
+        if self.metric is not None and self._metric.get(name):
+            metric = self._metric[name], task.higher_is_better(self.metric)
+        return describe_course(name, losses, self._train.get(name, []), self._val.get(name, []), self.fraction, metric)
+
+    # What the training calls
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Meet the module's tasks."""
+        super().setup(trainer, pl_module, stage)
+        tasks: dict[str, Task] = dict(pl_module.tasks)  # type: ignore[arg-type]
+        if self.metric is not None and not any(self.metric in task.metric_collection() for task in tasks.values()):
+            known = sorted({str(name) for task in tasks.values() for name in task.metric_collection()})
+            raise ValueError(f"Convergence(metric={self.metric!r}) is no task's metric; the tasks have {known}.")
+        if stage == "fit" and (trainer.global_step == 0 or list(tasks) != list(self.tasks)):
+            self._history = LossHistory(len(tasks), self.every_n_steps)
+            self._train, self._val, self._metric = {}, {}, {}
+        self.tasks = tasks
+
+    def observe(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, signals: Signals, weights: Tensor | None
+    ) -> None:
+        """Note the step's losses."""
+        names = list(self.tasks)
+        self._history.add(signals.step, signals.losses.detach().cpu(), [names.index(task) for task in signals.tasks])
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note what the validation found."""
+        if self.off or trainer.sanity_checking:
+            return
+        with guarding([self]):
+            for name, scores in _scores(pl_module, "val").items():
+                _note(self._val, name, trainer.global_step, scores.get("loss"))
+                _note(self._metric, name, trainer.global_step, scores.get(self.metric or ""))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the finished epoch's training losses, which are known once all callbacks have ended it."""
+        self._take_epoch(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report."""
+        self._take_epoch(trainer, pl_module)
+        if self.off:
+            return
+        with guarding([self]):
+            courses = self.courses()
+            table = table_of(courses, self.fraction)
+            rank_zero_info(f"Convergence of the tasks:\n{table}")
+            scalars = {f"convergence/late_std/{c.task}": c.late_std for c in courses}
+            scalars |= {f"convergence/steps/{c.task}": c.steps_to_fraction for c in courses if c.steps_to_fraction}
+            scalars |= {f"convergence/gap/{c.task}": c.gap for c in courses if c.gap is not None}
+            trainer._logger_connector.log_metrics({name: torch.tensor(float(x)) for name, x in scalars.items()})
+            for logger in trainer.loggers:
+                if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_text("convergence", table, trainer.global_step)
+
+    def _take_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        scores = _scores(pl_module, "train")
+        if self.off or scores is self._epoch_taken or not scores:
+            return
+        with guarding([self]):
+            self._epoch_taken = scores
+            for name, found in scores.items():
+                _note(self._train, name, trainer.global_step, found.get("loss"))
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far, and whose they are."""
+        return {
+            "tasks": list(self.tasks),
+            "every": self._history.every,
+            "steps": self._history.steps.clone(),
+            "losses": self._history.losses.clone(),
+            "curves": [{name: [list(p) for p in points] for name, points in curves.items()} for curves in self._all()],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the curves of an interrupted training; begin anew where they are of other tasks."""
+        if self.tasks and state_dict["tasks"] != list(self.tasks):
+            return
+        self._history = LossHistory(len(state_dict["tasks"]), self.every_n_steps)
+        self._history.restore(state_dict["every"], state_dict["steps"], state_dict["losses"])
+        self._train, self._val, self._metric = (
+            {name: [(int(step), float(value)) for step, value in points] for name, points in curves.items()}
+            for curves in state_dict["curves"]
+        )
+
+    def _all(self) -> tuple[Curves, Curves, Curves]:
+        return self._train, self._val, self._metric
+
+
+def _note(curves: Curves, task: str, step: int, value: float | None) -> None:
+    if value is not None:
+        curves.setdefault(task, []).append((step, float(value)))
+
+
+def _scores(pl_module: Any, stage: str) -> dict[str, dict[str, float]]:  # noqa: ANN401 - a MultiTaskModule
+    recorder: Recorder = pl_module.recorder
+    return recorder.scores[stage]

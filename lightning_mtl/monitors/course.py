@@ -1,0 +1,204 @@
+"""A task's course through a training: what its curves say of speed, noise and fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Shares of the progress from the first loss to the last, or from the first validation to the best. What they decide is
+# a word in a table, not a step of the training.
+STILL_FALLING = 0.05
+NOISY = 0.1
+WORSE_THAN_BEST = 0.1
+HARDLY_MOVED = 0.1
+LARGE_GAP = 0.5
+
+Points = Sequence[tuple[int, float]]
+"""Values of one curve, each with its optimizer step."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What one task's curves came to.
+
+    Attributes:
+        task: Its name.
+        steps_to_fraction: The step at which the curve had made the asked fraction of its way; None if it got no better.
+        late_loss: The mean training loss over the last quarter of the steps.
+        late_std: Its standard deviation there.
+        train_loss: The last epoch's mean training loss, if an epoch was finished.
+        val_loss: The last validation's loss, if there was one.
+        words: What is to be said of it; ``("converged",)`` if nothing.
+    """
+
+    task: str
+    steps_to_fraction: int | None
+    late_loss: float
+    late_std: float
+    train_loss: float | None
+    val_loss: float | None
+    words: tuple[str, ...]
+
+    @property
+    def gap(self) -> float | None:
+        """By how much the validation's loss exceeds the training's."""
+        return None if self.train_loss is None or self.val_loss is None else self.val_loss - self.train_loss
+
+
+def steps_to_fraction(
+    points: Points, fraction: float, *, window: int = 1, higher_is_better: bool = False
+) -> int | None:
+    """Find the first step at which a curve has made a fraction of the way from its beginning to its end.
+
+    Beginning, end and curve are means over ``window`` points, so that no single batch decides.
+
+    Args:
+        points: The curve.
+        fraction: Of the way, in (0, 1].
+        window: How many points a mean is taken over.
+        higher_is_better: Whether the curve is to rise.
+
+    Returns:
+        The step; None if the curve ends no better than it began.
+
+    Example:
+        >>> steps_to_fraction([(0, 5.0), (10, 3.0), (20, 1.5), (30, 1.0)], 0.8)
+        20
+    """
+    if len(points) < 2:
+        return None
+    sign = -1.0 if higher_is_better else 1.0
+    values = torch.tensor([sign * value for _, value in points], dtype=torch.float64)
+    window = min(window, len(values) // 2)
+    smooth = values.unfold(0, window, 1).mean(1)
+    first, last = smooth[0], smooth[-1]
+    if not last < first:
+        return None
+    way = first - last
+    reached = (smooth <= first - fraction * way + 1e-9 * way).nonzero()  # more than rounding, less than a step
+    return points[int(reached[0]) + window - 1][0]
+
+
+def describe_course(
+    task: str, losses: Points, train: Points, val: Points, fraction: float, metric: tuple[Points, bool] | None = None
+) -> Course:
+    """Sum a task's curves up.
+
+    The words, and what they stand for:
+
+    - *got worse*: the late training loss is above the first; *diverged*: it is more than twice it.
+    - *hardly learned*: it fell by less than 10 % of the first.
+    - *still falling*: within the last quarter of the steps it fell by more than 5 % of its whole way, and by more than
+      two standard errors.
+    - *noisy*: its standard deviation there is more than 10 % of the whole way.
+    - *overfitting since step s*: the validation's loss was best at s and has risen since by more than 10 % of its way
+      there, or of its best value if that is more, while the training loss fell.
+    - *large gap*: the validation's loss exceeds the training's by more than half of the training's whole way.
+
+    Args:
+        task: The task.
+        losses: Training losses at single steps.
+        train: Mean training losses of epochs.
+        val: Losses of validations.
+        fraction: As in :func:`steps_to_fraction`.
+        metric: A validation metric to judge the speed by instead, and whether higher is better.
+    """
+    window = max(1, len(losses) // 20)
+    values = torch.tensor([value for _, value in losses], dtype=torch.float64)
+    late = values[-max(1, len(values) // 4) :] if len(values) else values.new_tensor([torch.nan])
+    curve, higher = metric or (losses, False)
+    speed = steps_to_fraction(curve, fraction, window=1 if metric else window, higher_is_better=higher)
+    course = Course(
+        task,
+        speed,
+        float(late.mean()),
+        float(late.std(correction=0)),
+        train[-1][1] if train else None,
+        val[-1][1] if val else None,
+        (),
+    )
+    words = _words(course, values, late, window)
+    if (best := _overfits(losses, val)) is not None:
+        words.append(f"overfitting since step {best}")
+    way = float(values[:window].mean()) - course.late_loss if len(values) else math.nan
+    if course.gap is not None and way > 0 and course.gap > LARGE_GAP * way:
+        words.append("large gap")
+    return Course(**{**vars(course), "words": tuple(words) or ("converged",)})
+
+
+def _words(course: Course, values: Tensor, late: Tensor, window: int) -> list[str]:
+    if len(values) < 4:
+        return ["too few measurements"]
+    first = float(values[:window].mean())
+    way = first - course.late_loss
+    if way < 0:
+        return ["diverged" if -way > abs(first) else "got worse"]
+    words = []
+    if way < HARDLY_MOVED * abs(first):
+        words.append("hardly learned")
+    half = max(1, len(late) // 2)
+    fall = float(late[:half].mean() - late[-half:].mean())
+    by_chance = 2 * math.sqrt(2 / half) * float(late.std(correction=0))  # two standard errors of the difference
+    if fall > max(STILL_FALLING * way, by_chance):
+        words.append("still falling")
+    if course.late_std > NOISY * way:
+        words.append("noisy")
+    return words
+
+
+def _overfits(losses: Points, val: Points) -> int | None:
+    """The step of the best validation, if the loss has risen since while the training loss fell."""
+    if len(val) < 2:
+        return None
+    best_step, best = min(val, key=lambda point: point[1])
+    way = max(val[0][1] - best, abs(best))
+    if not val[-1][1] - best > WORSE_THAN_BEST * way:
+        return None
+    before = [value for step, value in losses if step <= best_step]
+    after = [value for step, value in losses if step > best_step]
+    near = max(1, min(len(before), len(after)) // 2)
+    falls = before and after and sum(after[-near:]) < sum(before[-near:])
+    return best_step if falls else None
+
+
+def table_of(courses: Sequence[Course], fraction: float) -> str:
+    """Lay courses out as a Markdown table whose columns are aligned, to be read on a console, too.
+
+    Example:
+        >>> print(table_of([Course("a", 40, 0.5, 0.01, 0.5, None, ("converged",))], 0.9))
+        | task | steps to 90 % | late loss | late std | train loss | val loss | gap | course    |
+        | ---- | ------------- | --------- | -------- | ---------- | -------- | --- | --------- |
+        | a    | 40            | 0.5       | 0.01     | 0.5        | -        | -   | converged |
+    """
+    head = [
+        "task",
+        f"steps to {100 * fraction:g} %",
+        "late loss",
+        "late std",
+        "train loss",
+        "val loss",
+        "gap",
+        "course",
+    ]
+    lines = [
+        [
+            course.task,
+            "-" if course.steps_to_fraction is None else str(course.steps_to_fraction),
+            *(_short(x) for x in (course.late_loss, course.late_std, course.train_loss, course.val_loss, course.gap)),
+            ", ".join(course.words),
+        ]
+        for course in courses
+    ]
+    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
+    rows = [head, ["-" * width for width in widths], *lines]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    )
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

@@ -1,0 +1,157 @@
+"""What monitors of pairs of tasks have in common: means over steps, a heatmap an epoch, state that is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from lightning_mtl.figures import heatmap, log_figure, require_matplotlib
+from lightning_mtl.monitor import Monitor, guarding
+
+
+class PairMeans:
+    """Means of a ``[K, K]`` matrix over steps that not all tasks are present in.
+
+    Example:
+        >>> means = PairMeans(2)
+        >>> means.add(torch.tensor([[1.0, 0.5], [0.5, 1.0]]), [0, 1])
+        >>> means.add(torch.tensor([[0.0]]), [1])
+        >>> means.mean().tolist()
+        [[1.0, 0.5], [0.5, 0.5]]
+    """
+
+    def __init__(self, num_tasks: int) -> None:
+        self.sums = torch.zeros(2, num_tasks, num_tasks, dtype=torch.float64)
+
+    def add(self, values: Tensor, present: Sequence[int]) -> None:
+        """Count the values of the present tasks; what is not finite is left out."""
+        index = torch.tensor(list(present))
+        grid = (index[:, None], index)
+        known = values.isfinite()
+        self.sums[0][grid] += torch.where(known, values, torch.zeros_like(values)).cpu().double()
+        self.sums[1][grid] += known.cpu().double()
+
+    def mean(self) -> Tensor:
+        """The means, ``[K, K]``, not a number for a pair that has not been seen."""
+        return self.sums[0] / self.sums[1]
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been counted."""
+        return not bool(self.sums[1].any())
+
+
+class PairMonitor(Monitor):
+    """The base of monitors that measure a number for each pair of tasks from the Gramian of their gradients.
+
+    A subclass implements :meth:`Monitor.observe` and calls :meth:`count` and :meth:`write` there.
+
+    Args:
+        every_n_steps: Look at one optimizer step of n.
+        at: Where gradients are measured.
+        figure: Whether to draw a heatmap at each epoch's end.
+        name: What the logged names begin with; it tells two monitors of one kind apart.
+    """
+
+    measures: ClassVar[Literal["losses", "gramian"]] = "gramian"
+    title: ClassVar[str]
+    from_to: ClassVar[tuple[str, str]] = ("", "")
+    limits: tuple[float, float] | None = None
+
+    def __init__(self, *, every_n_steps: int, at: str | Sequence[str], figure: bool, name: str) -> None:
+        own = type(self).__name__
+        if every_n_steps < 1:
+            raise ValueError(f"{own}(every_n_steps={every_n_steps}) must be at least 1.")
+        if not at:
+            raise ValueError(f"{own}(at={at!r}) must be 'trunk', 'features', 'last_layer' or names of modules.")
+        if not name:
+            raise ValueError(f"{own}(name={name!r}) must not be empty: it is what the logged names begin with.")
+        if figure:
+            require_matplotlib(f"{own}(figure=True)")
+        self.every_n_steps = every_n_steps
+        self.at = at if isinstance(at, str) else tuple(at)
+        self.figure = figure
+        self.name = name
+        self.tasks: tuple[str, ...] = ()
+        self.epoch, self.whole = PairMeans(0), PairMeans(0)
+
+    def count(self, values: Tensor, tasks: Sequence[str]) -> None:
+        """Count a step's values, ``[K, K]``, of the present tasks."""
+        present = [self.tasks.index(task) for task in tasks]
+        self.epoch.add(values, present)
+        self.whole.add(values, present)
+
+    def write(self, pl_module: pl.LightningModule, scalars: Mapping[str, Tensor]) -> None:
+        """Write scalars at this step, whenever other scalars are due: few are, and the step is the one measured."""
+        named = {f"{self.name}/{key}": value.float().cpu() for key, value in scalars.items()}
+        pl_module.trainer.callback_metrics.update(named)
+        pl_module.trainer._logger_connector.log_metrics(named)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Meet the module's tasks; refuse a second monitor that would log under the same names."""
+        super().setup(trainer, pl_module, stage)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, PairMonitor) and other is not self and other.name == self.name:
+                raise ValueError(
+                    f"Two monitors log under {self.name!r}; give one another name: {type(self).__name__}(name=...)."
+                )
+        tasks = tuple(pl_module.tasks)  # type: ignore[arg-type]
+        if stage == "fit" and (trainer.global_step == 0 or tasks != self.tasks):
+            self.tasks = tasks
+            self.epoch, self.whole = PairMeans(len(tasks)), PairMeans(len(tasks))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw what the epoch's steps have shown, for TensorBoard."""
+        if self.off or self.epoch.empty:
+            return
+        with guarding([self]):
+            if self.figure and trainer.is_global_zero and _has_tensorboard(trainer):
+                row, column = self.from_to
+                figure = heatmap(
+                    self.epoch.mean(),
+                    self.tasks,
+                    self.tasks,
+                    title=f"{self.title} at {self._where()}, epoch {trainer.current_epoch}",
+                    limits=self.limits or _symmetric(self.epoch.mean()),
+                    row_label=row,
+                    column_label=column,
+                )
+                log_figure(trainer, f"{self.name}/heatmap", figure)
+        self.epoch = PairMeans(len(self.tasks))
+
+    def _where(self) -> str:
+        return self.at if isinstance(self.at, str) else ", ".join(self.at)
+
+    # Checkpoints
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint."""
+        return self._generate_state_key(name=self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, and whose they are."""
+        return {"tasks": list(self.tasks), "epoch": self.epoch.sums.clone(), "whole": self.whole.sums.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the sums of an interrupted training; begin anew where they are of other tasks."""
+        if not self.tasks or state_dict["tasks"] == list(self.tasks):
+            self.tasks = tuple(state_dict["tasks"])
+            self.epoch.sums, self.whole.sums = state_dict["epoch"].clone(), state_dict["whole"].clone()
+
+
+def _has_tensorboard(trainer: pl.Trainer) -> bool:
+    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+
+
+def _symmetric(values: Tensor) -> tuple[float, float]:
+    """Limits around 0, so that the middle colour means neither help nor harm; the diagonal has no say in them."""
+    beside = values[~torch.eye(len(values), dtype=torch.bool)]
+    found = beside[beside.isfinite()].abs()
+    largest = float(found.max()) if len(found) else 1.0
+    return -(largest or 1.0), largest or 1.0

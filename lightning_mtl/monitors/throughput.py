@@ -1,0 +1,115 @@
+"""Where a training step's time goes."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_mtl.monitor import Monitor, guarding
+from lightning_mtl.stepped_module import SteppedModule
+
+PHASES = ("data", "forward", "measuring", "solving", "waiting", "backward", "optimizer", "monitors", "rest")
+
+
+class Throughput(Monitor):
+    """Watch how a step's time is shared out between data, model, gradients, solver and waiting.
+
+    Logged at each measured step, as shares of the time from the end of the batch before to the end of the step:
+
+    | name | what it counts |
+    |---|---|
+    | ``throughput/data`` | waiting for the loader, and what other callbacks do between batches |
+    | ``throughput/forward`` | the losses |
+    | ``throughput/measuring`` | each task's gradient: the heads' backward passes, at ``"trunk"`` the trunk's, too |
+    | ``throughput/solving`` | the weighting's own computation |
+    | ``throughput/waiting`` | the package's collectives: where a rank waits for a slower one |
+    | ``throughput/backward`` | the backward pass of the update, with the averaging that DDP hides in it |
+    | ``throughput/optimizer`` | the optimizer's step, and clipping |
+    | ``throughput/monitors`` | this and other monitors |
+    | ``throughput/rest`` | metrics, loggers, Lightning |
+
+    and ``throughput/steps_per_second`` since the last measured step. A share that a step does not have is 0. With
+    ``automatic_optimization = True`` backward pass and optimizer are Lightning's, and count to the rest.
+
+    On a CUDA device the measured step, one of n, waits for the device at each change of phase, or the time would count
+    where the processor happens to wait; all other steps run as they would. Each rank looks at itself, rank 0 logs.
+
+    Args:
+        every_n_steps: Measure one optimizer step of n.
+
+    Raises:
+        ValueError: If ``every_n_steps`` is below 1.
+
+    Example:
+        >>> Throughput(every_n_steps=100).measures_in(200)
+        True
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"Throughput(every_n_steps={every_n_steps}) must be at least 1.")
+        self.every_n_steps = every_n_steps
+        self.shares: dict[str, float] = {}
+        self._listens = False
+        self._begun = self._trained = 0.0
+        self._ended: float | None = None
+        self._waited = self._waited_within = 0.0
+        self._last: tuple[int, float] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin anew."""
+        super().setup(trainer, pl_module, stage)
+        self._listens, self._ended, self._last, self._trained = False, None, None, 0.0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: SteppedModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+        """Begin to listen where a step begins that is to be measured."""
+        if self.off:
+            return
+        with guarding([self]):
+            now = time.perf_counter()
+            waited = 0.0 if self._ended is None else now - self._ended
+            self._begun = now - waited
+            phases = pl_module.optimization.phases
+            if self._listens:
+                self._waited += waited
+                self._waited_within += waited
+            elif pl_module.opens_window and self.measures_in(trainer.global_step) and not phases.listening:
+                self._listens, self._waited, self._waited_within = True, waited, 0.0
+                phases.listen(pl_module.device)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: SteppedModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+        """Share out the time of a measured step that has ended."""
+        if self.off:
+            return
+        with guarding([self]):
+            self._ended = time.perf_counter()
+            self._trained += self._ended - self._begun
+            if self._listens and pl_module.opens_window:
+                self._listens = False
+                self._log(trainer, pl_module.optimization.phases.stop())
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget when the last batch ended: what comes now is no waiting for data."""
+        self._ended = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget what lies between two epochs."""
+        self._ended = None
+
+    def _log(self, trainer: pl.Trainer, seconds: dict[str, float]) -> None:
+        found = dict.fromkeys(PHASES, 0.0) | seconds
+        found["data"] = self._waited
+        # What the loop did between a step's micro-batches was noted, too, and is counted as data already.
+        found["rest"] = max(0.0, found["rest"] - self._waited_within)
+        total = sum(found.values())
+        self.shares = {phase: spent / total for phase, spent in found.items()}
+        scalars = {f"throughput/{phase}": torch.tensor(share) for phase, share in self.shares.items()}
+        if self._last is not None:
+            step, trained = self._last
+            rate = (trainer.global_step - step) / (self._trained - trained)
+            scalars["throughput/steps_per_second"] = torch.tensor(rate)
+        self._last = trainer.global_step, self._trained
+        trainer._logger_connector.log_metrics(scalars)

@@ -1,0 +1,268 @@
+"""What the monitors look at in one optimizer step: measured beside the update, handed over after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mtl.agreement import Agreement
+from lightning_mtl.gradients.cut import FeatureCut
+from lightning_mtl.gradients.inner_products import gramian
+from lightning_mtl.gradients.layers import last_layer, named_parameters_at
+from lightning_mtl.gradients.micro_batch import MicroBatch, measured_gramian
+from lightning_mtl.gradients.ranks import Ranks
+from lightning_mtl.gradients.rows import Rows
+from lightning_mtl.gradients.side_pass import gradients_beside, watching_outputs
+from lightning_mtl.monitor import Monitor, guarding, turn_off_if_slow, turned_off_elsewhere
+from lightning_mtl.signals import Signals
+from lightning_mtl.snapshots import Snapshot
+
+if TYPE_CHECKING:
+    from lightning_mtl.module import MultiTaskModule
+    from lightning_mtl.window import Window
+
+Place = str | tuple[str, ...]
+
+
+class Observation:
+    """The monitors that are due in a window, and what was measured for them.
+
+    A Gramian that the weighting measures at the same place serves its monitors, too. For the rest the window's first
+    micro-batch is differentiated task by task before the ordinary backward pass, whose graph is kept: the update does
+    not know of it. Collectives come at fixed points, outside of any monitor's code, and a rank on which something
+    failed takes part in them and says so.
+
+    Args:
+        module: Its Trainer holds the monitors.
+        window: The optimizer step, not yet begun.
+
+    Attributes:
+        due: The monitors that look at this step.
+        passes_again: Whether some step of the training may pass the graph once more for a monitor.
+    """
+
+    def __init__(self, module: MultiTaskModule, window: Window) -> None:
+        callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+        monitors = [m for m in callbacks if isinstance(m, Monitor) and not m._gone]
+        self.passes_again = any(m.measures != "losses" for m in monitors)
+        self.due = [m for m in monitors if m.measures_in(window.step)]
+        self._window = window
+        self._found: dict[Monitor, Signals] = {}
+        self._before: Snapshot | None = None
+        for monitor in self.due:
+            turn_off_if_slow(monitor)
+        beside = [m for m in self.due if m.measures != "losses" and not self._supplied(m)]
+        if beside and window.ranks.size > 1:
+            flags = window.ranks.sum(torch.tensor([float(m.off) for m in beside], device=module.device))
+            for monitor, flag in zip(beside, flags.tolist(), strict=True):
+                if flag:
+                    turned_off_elsewhere(monitor)
+        self._beside: dict[Place, list[Monitor]] = {}
+        for monitor in beside:
+            if not monitor.off:
+                self._beside.setdefault(_place(monitor.at), []).append(monitor)
+
+    def watching(self, module: MultiTaskModule, cut: FeatureCut) -> AbstractContextManager[None]:
+        """What has to be known of the window's first forward pass, inside which this is entered."""
+        if not self._beside or self._window.micro_batches:
+            return nullcontext()
+        if any(monitor.looks_ahead for members in self._beside.values() for monitor in members):
+            self._before = Snapshot(module, module.device)
+        return watching_outputs(module.trunk, cut) if self._window.way == "losses" else nullcontext()
+
+    def measure(self, module: MultiTaskModule, agreed: Agreement, batch: MicroBatch, given: Any) -> None:  # noqa: ANN401
+        """Measure for the monitors that no weighting serves, before the micro-batch's backward pass.
+
+        Args:
+            module: What is trained.
+            agreed: The losses over all ranks.
+            batch: This rank's losses, with their graphs.
+            given: The batch as the loader yielded it.
+        """
+        if not self._beside or not agreed.names or _would_hang(module, agreed, batch):
+            return
+        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+        scale = batch.scale if scaler is None else scaler.scale(torch.ones((), device=module.device))
+        shares = agreed.shares()
+        shares = torch.ones(len(agreed.names), device=module.device) if shares is None else shares
+        seeds = list((shares if scale is None else shares * scale).unbind())
+        for place, members in self._beside.items():
+            rows = None
+            with guarding(members), _leaving_no_trace(module):
+                rows = _rows_at(place, module, batch, seeds)
+            if not _everywhere(rows is not None, members, batch.ranks, module.device) or rows is None:
+                continue
+            with guarding(members):
+                products = _sum_and_multiply(rows, batch.ranks)
+                measured = measured_gramian(products, scale)
+                losses = agreed.losses.to(torch.promote_types(agreed.losses.dtype, torch.float32))
+                window = self._window
+                signals = Signals(
+                    tuple(agreed.names), losses, window.step, window.epoch, measured.norms, measured.gramian
+                )
+                self._found.update(dict.fromkeys(members, signals))
+            for monitor in members:
+                if monitor.looks_ahead and isinstance(rows, Rows):
+                    self._look_ahead(monitor, module, rows, scale, shares, agreed.names, given)
+
+    def hand_over(self, module: MultiTaskModule, signals: Signals) -> None:
+        """Call the monitors, once the step has been taken."""
+        for monitor in self.due:
+            seen = signals if monitor.measures == "losses" or self._supplied(monitor) else self._found.get(monitor)
+            if monitor.off or seen is None:
+                continue
+            if monitor.measures != "losses" and (seen.gramian is None or not bool(seen.gramian.isfinite().all())):
+                continue
+            with guarding([monitor]):
+                monitor.observe(module.trainer, module, seen, self._window.applied_weights)
+
+    def _supplied(self, monitor: Monitor) -> bool:
+        """Whether the weighting measures in this step what the monitor asks for."""
+        return (
+            self._window.wanted == "gramian"
+            and self._window.weighting is not None
+            and _place(self._window.weighting.at) == _place(monitor.at)
+            and not monitor.looks_ahead
+        )
+
+    def _look_ahead(
+        self,
+        monitor: Monitor,
+        module: MultiTaskModule,
+        rows: Rows,
+        scale: Tensor | None,
+        shares: Tensor,
+        names: Sequence[str],
+        given: Any,  # noqa: ANN401
+    ) -> None:
+        table, ranks = None, self._window.ranks
+        with guarding([monitor]), _leaving_no_trace(module):
+            rate = monitor.lookahead_rate(module) / (1.0 if scale is None else float(scale))
+            dtype = self._found[monitor].losses.dtype
+            table = self._losses_ahead(module, rows, rate, names, given, dtype) * shares
+        if _everywhere(table is not None, [monitor], ranks, module.device) and table is not None:
+            self._found[monitor] = replace(self._found[monitor], losses_ahead=ranks.sum(table))
+
+    @torch.no_grad()
+    def _losses_ahead(
+        self,
+        module: MultiTaskModule,
+        rows: Rows,
+        rate: float,
+        names: Sequence[str],
+        given: Any,  # noqa: ANN401
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """This rank's losses, ``[K, K]``, after a step of descent along each row, all from the same beginning."""
+        starts = [parameter.detach().clone() for parameter in rows.parameters]
+        table = torch.zeros(len(names), len(names), dtype=dtype, device=module.device)
+        try:
+            for task in range(len(names)):
+                steps = rows.split([matrix[task] for matrix in rows.matrices()])
+                for parameter, start, step in zip(rows.parameters, starts, steps, strict=True):
+                    if step is not None:
+                        # Not counted as a change by autograd, which holds these values for the backward pass to come.
+                        parameter.data.copy_(start - rate * step)
+                if self._before is not None:
+                    self._before.put_back()  # the random numbers that the losses were computed with
+                torch.clear_autocast_cache()  # which holds the parameters in half precision, as they were
+                with module.trainer.precision_plugin.train_step_context():
+                    outputs = module.present_outputs(given)
+                for other, name in enumerate(names):
+                    if name in outputs:
+                        table[task, other] = outputs[name].loss
+        finally:
+            for parameter, start in zip(rows.parameters, starts, strict=True):
+                parameter.data.copy_(start)
+            torch.clear_autocast_cache()
+        return table
+
+
+def _place(at: str | Sequence[str]) -> Place:
+    return at if isinstance(at, str) else tuple(at)
+
+
+@contextmanager
+def _leaving_no_trace(module: MultiTaskModule) -> Iterator[None]:
+    """Put back what passes inside the block change: buffers, where activations are recomputed, and random numbers."""
+    snapshot = Snapshot(module, module.device)
+    try:
+        yield
+    finally:
+        snapshot.put_back()
+
+
+def _would_hang(module: MultiTaskModule, agreed: Agreement, batch: MicroBatch) -> bool:
+    """Whether a backward pass that only some ranks have would wait for the others, inside of a layer."""
+    if batch.ranks.size == 1 or not any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
+        return False
+    lacking = float(bool(set(agreed.names) & set(batch.absent)))
+    return bool(batch.ranks.sum(torch.tensor(lacking, device=module.device)))
+
+
+def _rows_at(place: Place, module: MultiTaskModule, batch: MicroBatch, seeds: Sequence[Tensor]) -> Rows | list[Tensor]:
+    """Each task's gradient of this rank's loss, ``[K, n]``; matrices alone for gradients of the samples' features."""
+    depends = any(loss.requires_grad for loss in batch.losses)
+    if place == "features":
+        features = list(gradients_beside(batch.losses, seeds, batch.cut, None))
+        if depends and all(gradient is None for own in features for gradient in own):
+            raise _out_of_reach(place)
+        outputs = batch.cut.outputs
+        if not outputs:  # a rank whose batch is empty
+            return [torch.zeros(len(batch.losses), 1, device=module.device)]
+        return [
+            torch.stack([(torch.zeros_like(z) if own[i] is None else own[i]).reshape(-1) for own in features])  # type: ignore[union-attr]
+            for i, z in enumerate(outputs)
+        ]
+    parameters = _parameters_at(place, module, batch)
+    rows = Rows(parameters, len(batch.losses))
+    for task, gradients in enumerate(gradients_beside(batch.losses, seeds, batch.cut, parameters)):
+        rows.add(task, gradients)
+    if depends and not rows.used:
+        raise _out_of_reach(place)
+    return rows
+
+
+def _out_of_reach(place: Place) -> ValueError:
+    return ValueError(
+        f"no task's loss depends on what lies at {place!r}; activation checkpoints with use_reentrant=True hide it, "
+        "for instance"
+    )
+
+
+def _parameters_at(place: Place, module: MultiTaskModule, batch: MicroBatch) -> list[Tensor]:
+    if place == "trunk":
+        shared: list[Tensor] = [parameter for parameter in module.shared_parameters() if parameter.requires_grad]
+        if not shared:
+            raise ValueError("at='trunk' finds no shared parameter that can be trained; measure at 'features'")
+        return shared
+    if place == "last_layer":
+        return last_layer(module.trunk, batch.cut, batch.ranks)
+    return named_parameters_at(module, [place] if isinstance(place, str) else place)
+
+
+def _sum_and_multiply(rows: Rows | list[Tensor], ranks: Ranks) -> Tensor:
+    """The Gramian over all ranks' samples: rows of parameters are summed, products of the samples' own features are."""
+    if not isinstance(rows, Rows):
+        return gramian(rows, ranks)
+    if ranks.size > 1:
+        for row in range(rows.num_rows):
+            rows.begin_sum(row, ranks)
+        rows.end_sums(ranks)
+    return rows.gramian()
+
+
+def _everywhere(succeeded: bool, members: Sequence[Monitor], ranks: Ranks, device: torch.device) -> bool:
+    """Whether all ranks have what they are about to sum; if one has not, its monitors end on all."""
+    if ranks.size == 1:
+        return succeeded
+    failures = ranks.sum(torch.tensor(float(not succeeded), device=device))
+    if failures:
+        for monitor in members:
+            turned_off_elsewhere(monitor)
+    return not failures

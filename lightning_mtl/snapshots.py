@@ -1,0 +1,55 @@
+"""A module's buffers and all random numbers at one moment, to be put back after a pass that must leave no trace."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class Snapshot:
+    """Keeps copies of a module's buffers and of the random states of Python, NumPy, torch and the module's device.
+
+    Args:
+        module: What will run, and must not have.
+        device: Where it runs.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> before = Snapshot(norm, torch.device("cpu"))
+        >>> _ = norm(torch.randn(4, 2))
+        >>> before.put_back()
+        >>> norm.num_batches_tracked
+        tensor(0)
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._buffers = [
+            (owner, name, buffer, buffer.clone())
+            for owner in module.modules()
+            for name, buffer in owner.named_buffers(recurse=False)
+        ]
+        self._device = device
+        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state others draw from
+        self._torch = torch.get_rng_state()
+        self._on_device = None if device.type == "cpu" else _generators(device).get_rng_state()
+
+    def put_back(self) -> None:
+        """Make everything what it was."""
+        for owner, name, buffer, value in self._buffers:
+            if getattr(owner, name) is not buffer:
+                setattr(owner, name, buffer)
+            # Autograd counts changes of what it has saved; values that return to what they were are none.
+            buffer.data.copy_(value)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        torch.set_rng_state(self._torch)
+        if self._on_device is not None:
+            _generators(self._device).set_rng_state(self._on_device)
+
+
+def _generators(device: torch.device) -> Any:  # noqa: ANN401 - a module of torch's
+    return torch.get_device_module(device)
