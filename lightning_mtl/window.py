@@ -123,7 +123,7 @@ class Window:
         total, count = like.new_zeros(len(self._tasks)), like.new_zeros(len(self._tasks))
         for positions, losses, counts in self._noted:
             index = torch.tensor(positions, device=like.device)
-            weight = torch.ones_like(like[: len(losses)]) if counts is None else counts.to(like)
+            weight = like.new_ones(len(losses)) if counts is None else counts.to(like)
             total.index_add_(0, index, losses * weight)
             count.index_add_(0, index, weight)
         return total, count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -105,11 +105,15 @@ class FeatureCut:
     def own_view(self, features: Any) -> Any:  # noqa: ANN401 - any nested structure of tensors
         """The same features behind leaves of their own, so that one backward pass tells the readers apart."""
         if isinstance(features, Tensor):
+            self._note_reader([features])
             return self._own(features)
         own: dict[Tensor, Tensor] = {}  # a tensor that comes twice is one to its reader, too
         view = apply_to_collection(features, Tensor, lambda z: own[z] if z in own else own.setdefault(z, self._own(z)))
-        self.readers.append(frozenset(self._readings[z].origin for z in own if z in self._readings))
+        self._note_reader(own)
         return view
+
+    def _note_reader(self, read: Iterable[Tensor]) -> None:
+        self.readers.append(frozenset(self._readings[z].origin for z in read if z in self._readings))
 
     # A trunk that is compiled in place would take its hooks along.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say what it returns
