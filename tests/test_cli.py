@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from lightning_mtl.cli import MultiTaskCLI, main
 from lightning_mtl.cli.method_table import methods
 from lightning_mtl.cli.problems import condense
 from lightning_mtl.cli.short_names import load_short_names
+from tests.test_readme import commands_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # LightningCLI 2.6 calls what jsonargparse 4.49 deprecates: nothing of ours.
@@ -209,3 +211,21 @@ def test_the_installed_program_runs() -> None:
     program = Path(sys.executable).with_name("lightning-mtl")
     ran = subprocess.run([str(program), "methods"], capture_output=True, text=True, check=True)
     assert "NashMTL" in ran.stdout
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_every_command_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("run.yaml", "multi_digits.py"):
+        shutil.copy(EXAMPLES / name, tmp_path)
+    commands = [words[1:] for words in commands_of("README.md") if words[0] == "lightning-mtl" and words[1] != "tune"]
+    assert {words[0] for words in commands} == {"fit", "test", "methods"}
+    for words in commands:
+        if "--ckpt_path" in words:
+            (checkpoint,) = Path("lightning_logs/version_0/checkpoints").glob("*.ckpt")
+            words[words.index("--ckpt_path") + 1] = str(checkpoint)
+        if "--print_config" in words:
+            with pytest.raises(SystemExit) as left:
+                run(monkeypatch, *words)
+            assert left.value.code == 0
+        else:
+            run(monkeypatch, *words, *([] if words == ["methods"] else SHORT))
