@@ -130,8 +130,11 @@ class Faces(MultiTaskModule):
             return self._checked(super().task_losses((part.inputs, part.targets)))
         has = {task: mask for task, mask in part.labelled.items() if mask.any()}
         if self.pattern == "loaders":
-            own = {task: (part.inputs[mask], part.targets[task][mask]) for task, mask in has.items()}
-            return self._checked(super().task_losses({task: own.get(task) for task in TASKS}))
+            # What task_losses does with batches of each task's own, which it refuses at the features.
+            own = {task: self._predict(part.inputs[mask], [task])[task] for task, mask in has.items()}
+            return self._checked(
+                {task: self.task_output(task, own[task], part.targets[task][has[task]]) for task in own}
+            )
         predictions = self(part.inputs)
         outputs = {}
         for task, mask in has.items():
