@@ -146,9 +146,9 @@ class Recorder(Callback):
             "weights": "weight",
             "losses": "loss",
             "gradient norms": "grad_norm",
-            "learning rates": "lr",
             "epoch losses": "loss_epoch",
             "validation losses": "val/loss",
+            "learning rates": "lr",  # last: empty where no tasks have rates of their own
         }
         # A pattern, no list of tasks: TensorBoard shows a chart once for all runs only where their layouts agree.
         return {"tasks": {title: ["Multiline", [f"^{prefix}/"]] for title, prefix in charts.items()}}
