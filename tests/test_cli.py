@@ -16,8 +16,8 @@ import yaml
 from lightning_mtl import weighting
 from lightning_mtl.cli import MultiTaskCLI, main
 from lightning_mtl.cli.method_table import methods
-from lightning_mtl.cli.problems import condense
-from lightning_mtl.cli.short_names import load_short_names
+from lightning_mtl.configured.problems import condense
+from lightning_mtl.configured.short_names import load_short_names
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # LightningCLI 2.6 calls what jsonargparse 4.49 deprecates: nothing of ours.

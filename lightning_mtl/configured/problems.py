@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_mtl.cli.short_names import load_short_names
+from lightning_mtl.configured.short_names import load_short_names
 
 PROGRAM = "lightning-mtl"
 # Whose names are meant where a key ends so; elsewhere it is the package's.
@@ -30,15 +30,26 @@ UNKNOWN_NAME = re.compile(
 )
 
 
+class ConfigurationError(ValueError):
+    """What a configuration, a space or a storage has wrong, in one line."""
+
+
 class OneLineParser(LightningArgumentParser):
-    """A parser that ends with one line and exit code 2."""
+    """A parser that ends with one line and exit code 2, or raises it where ``exit_on_error`` is False."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the condensed message, and leave."""
         if ex is not None and debugging():
             raise ex
-        sys.stderr.write(f"{PROGRAM}: error: {condense(message)}\n")
-        sys.exit(2)
+        if not self.exit_on_error:
+            raise ConfigurationError(condense(message)) from ex
+        leave(condense(message))
+
+
+def leave(line: str) -> NoReturn:
+    """Print what is wrong and end the process with exit code 2."""
+    sys.stderr.write(f"{PROGRAM}: error: {line}\n")
+    sys.exit(2)
 
 
 def debugging() -> bool:
