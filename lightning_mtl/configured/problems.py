@@ -91,10 +91,10 @@ def _with_choices(reason: str, key: str | None) -> str:
         return reason
     if found["bare"]:
         name, module = found["bare"], MODULES.get((key or "").rpartition(".")[2])
-        choices = _public(module) if module else list(load_short_names())
-        return f"{name!r} is no class path, and no name of {module or 'this package'}. {_choices(name, choices)}"
+        known = _public(module) if module else list(load_short_names())
+        return f"{name!r} is no class path, and no name of {module or 'this package'}. {choices(name, known)}"
     if found["attribute"]:
-        return f"{reason}. {_choices(found['attribute'], _public(found['module']))}"
+        return f"{reason}. {choices(found['attribute'], _public(found['module']))}"
     return f"{reason}; install it, or run in the folder where it lies"
 
 
@@ -106,7 +106,13 @@ def _public(module_name: str) -> list[str]:
     return [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
 
 
-def _choices(name: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
+def choices(name: str, known: list[str]) -> str:
+    """Say what a name may have been meant for, and which names there are.
+
+    Example:
+        >>> choices("losss", ["loss", "error"])
+        'Did you mean loss? There are error, loss.'
+    """
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     nearest = f"Did you mean {' or '.join(close)}? " if close else ""
-    return f"{nearest}There are {', '.join(sorted(choices))}."
+    return f"{nearest}There are {', '.join(sorted(known))}."
