@@ -9,11 +9,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import optuna
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_mtl.callbacks import Weighting
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.transfer import single_task_baselines
 from lightning_mtl.transfer.configuration import digest
-from lightning_mtl.tuning.configuration import Base, without_weighting
+from lightning_mtl.tuning.configuration import Base, other_callbacks
 from lightning_mtl.tuning.ranks import Ranks
 from lightning_mtl.tuning.space import Space
 
@@ -52,12 +54,14 @@ def with_baselines(base: Base, space: Space, study: optuna.Study, folder: Path, 
 def _trained(base: Base, folder: Path) -> dict[str, dict[str, float]]:
     values = deepcopy(dict(base.values))
     values["seed_everything"] = base.seed
-    # A weighting has nothing to weigh in a task alone.
+    # A weighting has nothing to weigh in a task alone, and scores are what is kept of it.
     values["trainer"].update(
-        callbacks=without_weighting(values), logger=False, enable_progress_bar=False, enable_model_summary=False
+        callbacks=other_callbacks(values, Weighting, ModelCheckpoint),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
-    if values["trainer"].get("enable_checkpointing") is None:
-        values["trainer"]["default_root_dir"] = str(folder / "single_task")
     found = single_task_baselines(
         lambda seed: _made(values).model,
         lambda seed: _made(values).datamodule,

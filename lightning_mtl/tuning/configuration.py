@@ -80,20 +80,21 @@ def trial_configuration(base: Base, space: Space, drawn: Mapping[str, Any], *, s
         chosen = space.candidate(drawn).method
         arguments = space.weighting_arguments(drawn, list(base.tasks))
         entry = {"class_path": f"{chosen.__module__}.{chosen.__qualname__}", "init_args": arguments}
-        values["trainer"]["callbacks"] = [*without_weighting(values), entry]
+        values["trainer"]["callbacks"] = [*other_callbacks(values, Weighting), entry]
     return values
 
 
-def without_weighting(values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The Trainer's callbacks but for the weighting."""
+def other_callbacks(values: Mapping[str, Any], *left_out: type) -> list[dict[str, Any]]:
+    """The Trainer's callbacks but for those of some classes."""
     callbacks = values["trainer"].get("callbacks") or []
     listed = callbacks if isinstance(callbacks, list) else [callbacks]
-    return [callback for callback in listed if not _is_weighting(callback["class_path"])]
+    return [callback for callback in listed if not issubclass(_class(callback["class_path"]), left_out)]
 
 
-def _is_weighting(class_path: str) -> bool:
+def _class(class_path: str) -> type:
     module, _, name = class_path.rpartition(".")
-    return issubclass(getattr(importlib.import_module(module), name), Weighting)
+    found: type = getattr(importlib.import_module(module), name)
+    return found
 
 
 def locate(values: dict[str, Any], path: str) -> tuple[Any, Any]:
@@ -158,5 +159,5 @@ def check_space(base: Base, space: Space) -> None:
             chosen = space.weightings[number % len(space.weightings)]
             arguments = {**chosen.fixed, **{name: allowed.examples()[0] for name, allowed in chosen.space.items()}}
             entry = {"class_path": f"{chosen.method.__module__}.{chosen.name}", "init_args": arguments}
-            values["trainer"]["callbacks"] = [*without_weighting(values), entry]
+            values["trainer"]["callbacks"] = [*other_callbacks(values, Weighting), entry]
         parser.parse_object(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from lightning_mtl.configured.problems import ConfigurationError, choices
 from lightning_mtl.task import Task
@@ -46,9 +46,7 @@ class Goal:
             ValueError: If the value is not finite.
         """
         if missing := [metric for metric in self.metrics if metric not in logged]:
-            raise NotLoggedError(
-                f"objective: the training logs no {missing[0]!r}. {choices(missing[0], list(logged))}"
-            )
+            raise NotLoggedError(f"objective: the training logs no {missing[0]!r}. {choices(missing[0], list(logged))}")
         value = math.fsum(logged[metric] for metric in self.metrics) / len(self.metrics)
         if not math.isfinite(value):
             raise ValueError(f"{self.name} is {value}.")
@@ -78,9 +76,11 @@ def _direction(metric: str, tasks: Mapping[str, Task]) -> Direction | None:
         return "minimize"
     if len(parts) == 3 and parts[2] in tasks:
         task = tasks[parts[2]]
-        known = list(task.metric_collection())
+        known = [str(name) for name in task.metric_collection()]
         if parts[1] not in known:
-            raise ConfigurationError(f"objective: task {parts[2]!r} has no metric {parts[1]!r}. {choices(parts[1], known)}")
+            raise ConfigurationError(
+                f"objective: task {parts[2]!r} has no metric {parts[1]!r}. {choices(parts[1], known)}"
+            )
         try:
             return "maximize" if task.higher_is_better(parts[1]) else "minimize"
         except ValueError:
@@ -114,6 +114,9 @@ def read_goals(objective: Any) -> tuple[Goal, ...]:  # noqa: ANN401 - whatever a
 
 
 def _read_direction(key: str, found: Any) -> Direction | None:  # noqa: ANN401
-    if found is None or found == "minimize" or found == "maximize":
-        return found
+    for direction in get_args(Direction):
+        if found == direction:
+            return cast(Direction, direction)
+    if found is None:
+        return None
     raise ConfigurationError(f"objective.{key} must be minimize or maximize, found {found!r}.")

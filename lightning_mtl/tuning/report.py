@@ -32,7 +32,8 @@ class Result:
 
     Attributes:
         study: Optuna's study.
-        goals: What was searched for.
+        space: What was varied, and what searched for.
+        tasks: The module's tasks.
         best: ``{number of the trial: its configuration}``: files for ``lightning-mtl fit --config``. One for a single
             objective, one for each trial of the Pareto front for several.
         pictures: The pictures drawn.
@@ -40,10 +41,16 @@ class Result:
     """
 
     study: optuna.Study
-    goals: tuple[Goal, ...]
+    space: Space
+    tasks: Sequence[str]
     best: Mapping[int, Path]
     pictures: tuple[Path, ...]
     leads: bool = True
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """What was searched for."""
+        return self.space.goals
 
     @property
     def finished(self) -> list[FrozenTrial]:
@@ -80,7 +87,7 @@ class Result:
             listed = [trial for trial in listed if trial.number in self.best]
         for trial in listed[:ROWS]:
             values = [f"{value:.6g}{_spread(trial, index)}" for index, value in enumerate(trial.values)]
-            table.add_row(str(trial.number), *values, _in_words(trial.params))
+            table.add_row(str(trial.number), *values, _in_words(self.space.in_words(trial.params, self.tasks)))
         console.print(table)
         trials = self.study.get_trials(deepcopy=False)
         told = {
@@ -92,7 +99,9 @@ class Result:
         }
         console.print("Trials: " + ", ".join(f"{count} {name}" for name, count in told.items() if count))
         if self.failed:
-            console.print(f"First error, trial {self.failed[0].number}: {self.failed[0].user_attrs[ERROR]}", markup=False)
+            console.print(
+                f"First error, trial {self.failed[0].number}: {self.failed[0].user_attrs[ERROR]}", markup=False
+            )
         for path in (*self.best.values(), *self.pictures):
             console.print(str(path), markup=False, highlight=False)
 
@@ -106,7 +115,9 @@ def _spread(trial: FrozenTrial, index: int) -> str:
 
 
 def _in_words(params: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items())
+    return ", ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items()
+    )
 
 
 def write_report(study: optuna.Study, base: Base, space: Space, folder: Path) -> Result:
@@ -124,7 +135,8 @@ def write_report(study: optuna.Study, base: Base, space: Space, folder: Path) ->
         found = ", ".join(f"{goal.name} = {value!r}" for goal, value in zip(space.goals, trial.values, strict=True))
         header = f"# Trial {number} of study {study.study_name}: {found}\n# lightning-mtl fit --config {path.name}\n"
         _write(path, header + yaml.safe_dump(values, sort_keys=False))
-    return Result(study, space.goals, best, _draw(study, space.goals, folder) if len(complete) > 1 else ())
+    pictures = _draw(study, space.goals, folder) if len(complete) > 1 else ()
+    return Result(study, space, list(base.tasks), best, pictures)
 
 
 def _write(path: Path, text: str) -> None:

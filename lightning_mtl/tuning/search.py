@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 from lightning.pytorch.utilities.seed import isolate_rng
-from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from lightning_mtl.configured import ConfigurationError
 from lightning_mtl.transfer.configuration import digest
 from lightning_mtl.tuning.baselines import with_baselines
-from lightning_mtl.tuning.configuration import Base, check_space, read_base
+from lightning_mtl.tuning.configuration import check_space, read_base
 from lightning_mtl.tuning.counting import fail_and_repeat
+from lightning_mtl.tuning.goals import Direction
 from lightning_mtl.tuning.ranks import Ranks
 from lightning_mtl.tuning.report import Result, write_report
 from lightning_mtl.tuning.space import Space, read_space
@@ -97,7 +96,7 @@ def tune(
         worker.work(timeout)
     if ranks.leads:
         return write_report(study, base, wanted, folder)
-    return Result(study, wanted.goals, {}, (), leads=False)
+    return Result(study, wanted, list(base.tasks), {}, (), leads=False)
 
 
 def _check_pruning(space: Space, prune: bool, storage: str | Path | None, ranks: Ranks) -> None:
@@ -114,17 +113,15 @@ def _check_pruning(space: Space, prune: bool, storage: str | Path | None, ranks:
 def _study(
     storage: BaseStorage,
     name: str,
-    directions: Sequence[str],
+    directions: Sequence[Direction],
     prune: bool,
     sampler: optuna.samplers.BaseSampler | None,
     question: str,
     ranks: Ranks,
 ) -> optuna.Study:
     """Create the study or load it; of several workers one creates it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        # Running trials count as bad ones, so that workers do not all try the same.
-        sampler = sampler or optuna.samplers.TPESampler(constant_liar=True)
+    # In Optuna 5, running trials count as bad ones by default, so that workers do not all try the same.
+    sampler = sampler or optuna.samplers.TPESampler()
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if prune else optuna.pruners.NopPruner()
     if ranks.leads:
         try:
@@ -139,6 +136,7 @@ def _study(
     asked = study.user_attrs.get(QUESTION)
     if asked not in (None, question) or [where.name.lower() for where in study.directions] != list(directions):
         raise ConfigurationError(
-            f"study {name!r} was begun with another configuration or space; name a new one (--name), or go back to those."
+            f"study {name!r} was begun with another configuration or space; give this one another name, or go "
+            "back to those."
         )
     return study

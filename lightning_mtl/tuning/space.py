@@ -88,6 +88,19 @@ class Space:
         """The weighting that was drawn."""
         return next(candidate for candidate in self.weightings if candidate.name == drawn[WEIGHTING])
 
+    def importances(self, drawn: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, float]:
+        """The tasks' importances, which sum to their number; empty where they are not searched."""
+        if not self.simplex:
+            return {}
+        shares = {task: -math.log(drawn[f"importance.{task}"]) for task in tasks}
+        total = math.fsum(shares.values())
+        return {task: len(shares) * share / total for task, share in shares.items()}
+
+    def in_words(self, drawn: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+        """What was drawn, as people read it: the tasks' importances for the numbers they come from."""
+        importances = {f"importance.{task}": value for task, value in self.importances(drawn, tasks).items()}
+        return {**drawn, **importances}
+
     def weighting_arguments(self, drawn: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
         """The arguments of the weighting that was drawn, its importances included."""
         chosen = self.candidate(drawn)
@@ -95,11 +108,7 @@ class Space:
         for argument, allowed in chosen.space.items():
             arguments[argument] = unlabelled(allowed, drawn[f"{chosen.name}.{argument}"])
         if self.simplex:
-            shares = {task: -math.log(drawn[f"importance.{task}"]) for task in tasks}
-            total = math.fsum(shares.values())
-            arguments[chosen.importance_argument] = {
-                task: len(shares) * share / total for task, share in shares.items()
-            }
+            arguments[chosen.importance_argument] = self.importances(drawn, tasks)
         return arguments
 
 
@@ -182,7 +191,8 @@ def _space(content: Mapping[str, Any]) -> Space:
 
 
 def _candidate(entry: Any, parameters: Mapping[str, Range | Choice]) -> Candidate:  # noqa: ANN401
-    path, fixed = entry, {}
+    path: Any = entry
+    fixed: Mapping[str, Any] = {}
     if isinstance(entry, Mapping):
         path, fixed = entry.get("class_path"), entry.get("init_args") or {}
         if surplus := entry.keys() - {"class_path", "init_args"}:
@@ -192,7 +202,9 @@ def _candidate(entry: Any, parameters: Mapping[str, Range | Choice]) -> Candidat
     own = {key.partition(".")[2]: spec for key, spec in parameters.items() if key.partition(".")[0] == method.__name__}
     for argument in (*fixed, *own):
         if argument not in accepted:
-            raise ConfigurationError(f"{method.__name__} has no argument {argument!r}. {choices(argument, [*accepted])}")
+            raise ConfigurationError(
+                f"{method.__name__} has no argument {argument!r}. {choices(argument, [*accepted])}"
+            )
     space = {name: allowed for name, allowed in {**method.search_space, **own}.items() if name not in fixed}
     required = [name for name, argument in accepted.items() if argument.default is inspect.Parameter.empty]
     if missing := [name for name in required if name not in {**fixed, **space}]:

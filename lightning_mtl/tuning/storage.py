@@ -36,7 +36,9 @@ def open_storage(storage: str | Path | None, silence: int) -> BaseStorage:
         return InMemoryStorage()
     text = str(storage)
     if text.startswith("journal:///") or text.endswith(".journal"):
-        path = Path(text.removeprefix("journal:///") if not text.startswith("journal:////") else text[len("journal://") :])
+        path = Path(
+            text.removeprefix("journal:///") if not text.startswith("journal:////") else text[len("journal://") :]
+        )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(JournalFileBackend(str(path)))
@@ -51,20 +53,24 @@ def open_storage(storage: str | Path | None, silence: int) -> BaseStorage:
 
 
 def _database(url: str, silence: int) -> RDBStorage:
-    failure: Exception | None = None
     for attempt in range(ATTEMPTS):
-        try:
-            return _open_database(url, silence)
-        except (sqlalchemy.exc.NoSuchModuleError, sqlalchemy.exc.ArgumentError, ImportError) as error:
-            raise ConfigurationError(f"storage={url!r} names no database that can be used: {_line(error)}") from error
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, AssertionError) as error:
-            failure = error
-            reason = str(error.__cause__ or error)
-            # Two workers that begin at once may both make the tables: whoever comes second finds them made.
-            if "unable to open" in reason or not url.startswith("sqlite") and attempt >= 2:
-                break
-            time.sleep(random.uniform(0.05, 0.3))
-    raise ConfigurationError(f"storage={url!r} cannot be opened: {_line(failure)}") from failure
+        opened = _try_database(url, silence)
+        if isinstance(opened, RDBStorage):
+            return opened
+        # Two workers that begin at once may both make the tables: whoever comes second finds them made.
+        if "unable to open" in _line(opened) or (attempt >= 2 and not url.startswith("sqlite")):
+            break
+        time.sleep(random.uniform(0.05, 0.3))
+    raise ConfigurationError(f"storage={url!r} cannot be opened: {_line(opened)}.") from opened
+
+
+def _try_database(url: str, silence: int) -> RDBStorage | Exception:
+    try:
+        return _open_database(url, silence)
+    except (sqlalchemy.exc.NoSuchModuleError, sqlalchemy.exc.ArgumentError, ImportError) as error:
+        raise ConfigurationError(f"storage={url!r} names no usable database: {_line(error)}") from error
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        return error
 
 
 def _line(error: BaseException | None) -> str:

@@ -68,14 +68,18 @@ def train(job: Job, goals: Sequence[Goal], callbacks: Sequence[pl.Callback] = ()
     with quiet():
         cli = MultiTaskCLI(values, run=False, exit_on_error=False)
         cli.trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
+        tensorboard = cli.trainer.logger
+        if isinstance(tensorboard, TensorBoardLogger):
+            tensorboard.log_hyperparams(dict(job.drawn))
         try:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
         except SystemExit as error:  # Lightning's way to end after Ctrl-C
             raise KeyboardInterrupt from error
     logged = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     found = [goal.value(logged) for goal in goals]
-    if isinstance(cli.trainer.logger, TensorBoardLogger):
+    if isinstance(tensorboard, TensorBoardLogger):
         metrics = {goal.name: value for goal, value in zip(goals, found, strict=True)}
-        cli.trainer.logger.log_hyperparams(dict(job.drawn), metrics)
-        cli.trainer.logger.finalize("success")
+        # TensorBoard lists a run in the HParams tab once it knows a result.
+        tensorboard.log_hyperparams(dict(job.drawn), metrics)
+        tensorboard.finalize("success")
     return found

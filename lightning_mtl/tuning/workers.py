@@ -132,13 +132,14 @@ class Worker:
     def _train(self, trial: optuna.Trial | None, number: int, drawn: Mapping[str, Any]) -> list[list[float]]:
         """Train every seed; an error on one rank is an error on all."""
         by_seed = []
+        shown = self.space.in_words(drawn, list(self.base.tasks))
         for index in range(self.seeds):
             name = f"trial_{number:04d}" + (f"_seed_{index}" if self.seeds > 1 else "")
             pruning = self._pruning(trial) if trial is not None and self.prune and index == 0 else []
             error: Exception | None = None
             try:
                 values = trial_configuration(self.base, self.space, drawn, seed=self.base.seed + index)
-                by_seed.append(train(Job(values, self.folder / name, drawn), self.space.goals, pruning))
+                by_seed.append(train(Job(values, self.folder / name, shown), self.space.goals, pruning))
             except optuna.TrialPruned:
                 raise
             except Exception as raised:
