@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_mtl.search_space import Choice, Range
+from lightning_mtl.search_space import SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.task_state import TaskState
 
@@ -53,7 +53,7 @@ class Weighting(TaskState, ABC):
     """What :meth:`weigh` needs: losses alone, gradient norms, their Gramian, or the gradients themselves."""
     weighs_heads: ClassVar[bool] = True
     """Whether a task's weight also scales the gradients of its own head, not those of the shared parameters alone."""
-    search_space: ClassVar[Mapping[str, Range | Choice]] = {}
+    search_space: ClassVar[SearchSpace] = {}
     """What a search may give the constructor's arguments: only those whose value changes what the method does."""
     takes_logarithms: bool = False
     """Whether the method takes the losses' logarithms; a negative loss then ends the training with an error."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -73,6 +73,10 @@ class Choice:
     def examples(self) -> tuple[Value, ...]:
         """Values to try a configuration with: all of them."""
         return tuple(self.values)
+
+
+SearchSpace: TypeAlias = Mapping[str, Range | Choice]
+"""``{argument: what it may be}``."""
 
 
 def _in(value: Value, others: Sequence[Value]) -> bool:

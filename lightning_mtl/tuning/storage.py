@@ -54,23 +54,23 @@ def open_storage(storage: str | Path | None, silence: int) -> BaseStorage:
 
 def _database(url: str, silence: int) -> RDBStorage:
     for attempt in range(ATTEMPTS):
-        opened = _try_database(url, silence)
-        if isinstance(opened, RDBStorage):
-            return opened
+        storage, failure = _try_database(url, silence)
+        if storage is not None:
+            return storage
         # Two workers that begin at once may both make the tables: whoever comes second finds them made.
-        if "unable to open" in _line(opened) or (attempt >= 2 and not url.startswith("sqlite")):
+        if "unable to open" in _line(failure) or (attempt >= 2 and not url.startswith("sqlite")):
             break
         time.sleep(random.uniform(0.05, 0.3))
-    raise ConfigurationError(f"storage={url!r} cannot be opened: {_line(opened)}.") from opened
+    raise ConfigurationError(f"storage={url!r} cannot be opened: {_line(failure)}.") from failure
 
 
-def _try_database(url: str, silence: int) -> RDBStorage | Exception:
+def _try_database(url: str, silence: int) -> tuple[RDBStorage | None, Exception | None]:
     try:
-        return _open_database(url, silence)
+        return _open_database(url, silence), None
     except (sqlalchemy.exc.NoSuchModuleError, sqlalchemy.exc.ArgumentError, ImportError) as error:
         raise ConfigurationError(f"storage={url!r} names no usable database: {_line(error)}") from error
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        return error
+        return None, error
 
 
 def _line(error: BaseException | None) -> str:

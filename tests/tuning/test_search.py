@@ -175,7 +175,7 @@ def test_pruning_is_refused_where_it_cannot_be_done(tmp_path: Path, objective: A
 
 
 def test_an_objective_that_is_not_logged_ends_the_search_at_its_first_trial(tmp_path: Path) -> None:
-    with pytest.raises(NotLoggedError, match="logs no 'val/F1'. There are .*val/loss"):
+    with pytest.raises(NotLoggedError, match=r"logs no 'val/F1'\. There are .*val/loss"):
         tune(configuration(tmp_path), space(objective={"val/F1": "maximize"}), trials=3)
 
 

@@ -19,7 +19,7 @@ HOLD = "TINY_DATA_HOLD_AT"  # the worker waits forever in its trial of this numb
 class Batches(DataLoader[Any]):
     """``(inputs, {task: target})``."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for inputs, left, right in super().__iter__():
             yield inputs, {"left": left, "right": right}
 
