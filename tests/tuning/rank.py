@@ -6,9 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-import optuna
-
 from lightning_mtl.tuning import tune
+from tests.tuning.tiny import Fixed
 
 if __name__ == "__main__":
     folder, storage, rank = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -16,9 +15,9 @@ if __name__ == "__main__":
     tune(
         folder / "run.yaml",
         folder / "space.yaml",
-        trials=7,
+        trials=6,
         storage=storage,
         folder=folder / "out",
         prune=True,
-        sampler=optuna.samplers.RandomSampler(seed=1),
+        sampler=Fixed([1e-1] * 4 + [1e-7, 1e-1]),
     )

@@ -10,14 +10,14 @@ import optuna
 import pytest
 import yaml
 from optuna.trial import TrialState
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.tuning import tune
 from lightning_mtl.tuning.counting import ERROR
 from lightning_mtl.tuning.goals import NotLoggedError
 from lightning_mtl.tuning.workers import SEED_VALUES
-from tests.tuning.tiny import SPACE, configuration
+from tests.tuning.tiny import SPACE, Fixed, configuration
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 
@@ -149,17 +149,6 @@ def test_an_unpromising_trial_is_pruned(tmp_path: Path) -> None:
     assert states[6] == TrialState.PRUNED
     assert len(result.study.trials[6].intermediate_values) == 1
     assert TrialState.FAIL not in states
-
-
-class Fixed(optuna.samplers.RandomSampler):
-    """Draws what it was told to."""
-
-    def __init__(self, values: list[Any]) -> None:
-        super().__init__()
-        self.values = values
-
-    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
-        return self.values[trial.number]
 
 
 @pytest.mark.parametrize(

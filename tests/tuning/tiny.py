@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import optuna
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -92,3 +93,14 @@ SPACE = {
         "model.trunk.widths": {"choices": [[4, 8], [4, 16, 8]]},
     },
 }
+
+
+class Fixed(optuna.samplers.RandomSampler):
+    """Draws what it was told to."""
+
+    def __init__(self, values: list[Any]) -> None:
+        super().__init__()
+        self.values = values
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+        return self.values[trial.number]
