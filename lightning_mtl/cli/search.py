@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -85,6 +86,9 @@ def search(arguments: Sequence[str]) -> None:
         if debugging():
             raise
         leave(str(error))
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{PROGRAM}: interrupted; the same command goes on where the study is\n")
+        sys.exit(130)  # as shells have it for Ctrl-C
     if result.leads:
         result.print_table()
     if result.leads and not result.finished and not result.unfinished:
