@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_mtl.configured.problems import PROGRAM, OneLineParser, debugging
+from lightning_mtl.configured.problems import PROGRAM, OneLineParser, debugging, in_one_line
 from lightning_mtl.configured.short_names import load_short_names
 from lightning_mtl.module import MultiTaskModule
 
@@ -60,7 +60,8 @@ class MultiTaskCLI(LightningCLI):
         """Read what was given; a dict is complete, whatever the process was started with."""
         if args is None:
             super().parse_arguments(parser, args)
-        else:
+            return
+        with in_one_line():
             self.config = parser.parse_object(args) if isinstance(args, Mapping) else parser.parse_args(args)
 
     def instantiate_classes(self) -> None:
@@ -70,4 +71,5 @@ class MultiTaskCLI(LightningCLI):
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
             if debugging():
                 raise
-            self.parser.error(str(error), error)
+            with in_one_line():
+                self.parser.error(str(error), error)

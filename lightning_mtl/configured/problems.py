@@ -7,6 +7,9 @@ import importlib
 import os
 import re
 import sys
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -35,15 +38,24 @@ class ConfigurationError(ValueError):
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser that ends with one line and exit code 2, or raises it where ``exit_on_error`` is False."""
+    """A parser that ends with one line and exit code 2, or raises where ``exit_on_error`` is False."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the condensed message, and leave."""
         if ex is not None and debugging():
             raise ex
         if not self.exit_on_error:
-            raise ConfigurationError(condense(message)) from ex
+            raise ArgumentError(None, message) from ex
         leave(condense(message))
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Raise what a parser that does not exit refuses as a :class:`ConfigurationError`."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ConfigurationError(condense(error.message)) from error
 
 
 def leave(line: str) -> NoReturn:

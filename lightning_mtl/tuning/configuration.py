@@ -14,7 +14,7 @@ import yaml
 
 from lightning_mtl.callbacks import Weighting
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
-from lightning_mtl.configured.problems import choices
+from lightning_mtl.configured.problems import choices, in_one_line
 from lightning_mtl.task import Task
 from lightning_mtl.tuning.space import Space, unlabelled
 
@@ -160,4 +160,5 @@ def check_space(base: Base, space: Space) -> None:
             arguments = {**chosen.fixed, **{name: allowed.examples()[0] for name, allowed in chosen.space.items()}}
             entry = {"class_path": f"{chosen.method.__module__}.{chosen.name}", "init_args": arguments}
             values["trainer"]["callbacks"] = [*other_callbacks(values, Weighting), entry]
-        parser.parse_object(values)
+        with in_one_line():
+            parser.parse_object(values)

@@ -64,7 +64,7 @@ def changed(**changes: Any) -> None:
         ([*GIVEN, "--storage", "study.db"], "storage='study.db' is neither the URL of a database"),
         ([*GIVEN, "--storage", "oracular://x"], "storage='oracular://x' names no usable database"),
         ([*GIVEN, "--storage", "sqlite:////nowhere/study.db"], "cannot be opened: unable to open database file"),
-        ([*GIVEN, "--trainer.max_epoch", "1"], "max_epoch"),
+        ([*GIVEN, "--trainer.nothing", "1"], "nothing"),
         ([*GIVEN, "--trainer.devices", "2"], "torchrun --nproc-per-node 2"),
     ],
 )

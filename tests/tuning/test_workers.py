@@ -66,7 +66,7 @@ def run_and_kill(folder: Path, trials: int, workers: int) -> list[FrozenTrial]:
         processes += [start(folder, words, f"worker{index}") for index in range(workers - 1)]
         _wait_for(lambda: len(trials_of(storage)) > 3, folder)
         processes[0].send_signal(signal.SIGKILL)
-        codes = [process.wait(timeout=240) for process in processes[1:]]
+        codes = [process.wait(timeout=400) for process in processes[1:]]
     finally:
         for process in processes:
             process.kill()
