@@ -24,6 +24,7 @@ CLASS_PATH = re.compile(r"Problem with given class_path '([^']+)'")
 # Lines that say that something is wrong, or repeat what was given, and not what is wrong.
 NOISE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Expected a path but|"
+    r"Type .* expects a function or a callable class:|"
     r"Problem with given class_path '[^']+':$|Parser key \"[^\"]+\":$"
 )
 UNKNOWN_NAME = re.compile(

@@ -78,7 +78,7 @@ def test_a_mistake_gets_one_line(
     ("parameters", "expected"),
     [
         ({"model.optimizer.lrr": [1]}, r"parameters.model.optimizer.lrr names no parameter: .* Did you mean .*lr"),
-        ({"model.optimizer.lr": [0.1, "fast"]}, r"model.optimizer.*lr.*fast"),
+        ({"model.optimizer.lr": [0.1, "fast"]}, r"model.optimizer.lr: Expected a <class 'float'>"),
         ({"GradNorm.alpa": [1]}, r"GradNorm has no argument 'alpa'. Did you mean alpha"),
     ],
 )

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_mtl.tuning import tune, workers
 from lightning_mtl.tuning.counting import ERROR, SURPLUS, WORKER, counting, is_surplus
+from lightning_mtl.tuning.storage import open_storage
 from tests.tuning.tiny import HOLD, SPACE, configuration
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
@@ -45,8 +46,8 @@ def written(folder: Path) -> str:
 
 def trials_of(storage: str) -> list[FrozenTrial]:
     try:
-        return optuna.load_study(storage=storage, study_name="search").get_trials()
-    except (KeyError, OSError, optuna.exceptions.StorageInternalError):
+        return optuna.load_study(storage=open_storage(storage, SILENCE), study_name="search").get_trials()
+    except KeyError:
         return []
 
 
