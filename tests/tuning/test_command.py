@@ -118,6 +118,7 @@ def test_a_search_none_of_whose_trials_has_a_value_fails(
     assert "First error, trial 0: RuntimeError" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "examples/search/README.md"])
 def test_the_commands_of_the_pages_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

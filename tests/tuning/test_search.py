@@ -66,6 +66,7 @@ def test_a_trial_is_in_the_hparams_tab_with_its_importances_and_objective(tmp_pa
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
+@pytest.mark.slow
 def test_seeds_are_trained_each_and_their_mean_counts(tmp_path: Path) -> None:
     result = tune(configuration(tmp_path), space(), trials=1, seeds=3, sampler=sampler())
     (trial,) = result.study.trials
@@ -76,6 +77,7 @@ def test_seeds_are_trained_each_and_their_mean_counts(tmp_path: Path) -> None:
     assert trained(result.best[0], tmp_path)["val/loss"] == by_seed["3"][0]
 
 
+@pytest.mark.slow
 def test_delta_m_compares_with_tasks_trained_alone_once(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
     arguments: dict[str, Any] = {"storage": storage, "folder": "out", "sampler": sampler()}
@@ -98,6 +100,7 @@ def test_delta_m_compares_with_tasks_trained_alone_once(tmp_path: Path) -> None:
     assert len(again.study.trials) == 2
 
 
+@pytest.mark.slow
 def test_several_objectives_make_a_pareto_front(tmp_path: Path) -> None:
     goals = {"val/loss/left": None, "val/MeanSquaredError/right": "minimize"}
     result = tune(configuration(tmp_path), space(objective=goals), trials=4, sampler=sampler())
@@ -109,6 +112,7 @@ def test_several_objectives_make_a_pareto_front(tmp_path: Path) -> None:
     result.print_table()
 
 
+@pytest.mark.slow
 def test_a_mean_of_metrics(tmp_path: Path) -> None:
     goal = {"mean": ["val/loss/left", "val/loss/right"]}
     result = tune(configuration(tmp_path), space(objective=goal), trials=1, sampler=sampler())
@@ -116,6 +120,7 @@ def test_a_mean_of_metrics(tmp_path: Path) -> None:
     assert result.study.best_value == pytest.approx((logged["val/loss/left"] + logged["val/loss/right"]) / 2)
 
 
+@pytest.mark.slow
 def test_a_study_resumes_up_to_the_number_asked_for(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
     for trials, expected in ((2, 2), (4, 4), (3, 4)):
@@ -140,6 +145,7 @@ def test_a_training_that_fails_is_a_trial_and_says_why(tmp_path: Path, capsys: p
     assert "Trials: 2 failed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_unpromising_trial_is_pruned(tmp_path: Path) -> None:
     wanted = {"objective": "val/loss", "parameters": {"model.optimizer.lr": [1e-1, 1e-7]}}
     result = tune(
@@ -168,6 +174,7 @@ def test_an_objective_that_is_not_logged_ends_the_search_at_its_first_trial(tmp_
         tune(configuration(tmp_path), space(objective={"val/F1": "maximize"}), trials=3)
 
 
+@pytest.mark.slow
 def test_early_stopping_is_the_configurations(tmp_path: Path) -> None:
     stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
     stopping["init_args"] = {"monitor": "val/loss", "stopping_threshold": 1e9}  # type: ignore[assignment]
