@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.monitor import Monitor as Monitor  # beside the other bases, where it is looked for
+from lightning_mtl.search_space import SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.task_state import TaskState
 
@@ -52,6 +53,8 @@ class Weighting(TaskState, ABC):
     """What :meth:`weigh` needs: losses alone, gradient norms, their Gramian, or the gradients themselves."""
     weighs_heads: ClassVar[bool] = True
     """Whether a task's weight also scales the gradients of its own head, not those of the shared parameters alone."""
+    search_space: ClassVar[SearchSpace] = {}
+    """What a search may give the constructor's arguments: only those whose value changes what the method does."""
     takes_logarithms: bool = False
     """Whether the method takes the losses' logarithms; a negative loss then ends the training with an error."""
     step_metric: str | None = None

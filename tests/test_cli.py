@@ -17,8 +17,8 @@ import yaml
 from lightning_mtl import weighting
 from lightning_mtl.cli import MultiTaskCLI, main
 from lightning_mtl.cli.method_table import methods
-from lightning_mtl.cli.problems import condense
-from lightning_mtl.cli.short_names import load_short_names
+from lightning_mtl.configured.problems import condense
+from lightning_mtl.configured.short_names import load_short_names
 from tests.test_readme import commands_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.search_space import Choice, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.weighting.preference import check_preference, check_tasks, simplex_preference
 
@@ -78,6 +79,10 @@ class AlignedMTL(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    search_space: ClassVar[SearchSpace] = {
+        "scale": Choice(("min", "median", "rmse")),
+        "at": Choice(("trunk", "features")),
+    }
 
     def __init__(
         self,

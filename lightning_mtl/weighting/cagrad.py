@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.search_space import Choice, Range, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.solvers import cagrad_weights as solve
 
@@ -66,6 +67,7 @@ class CAGrad(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    search_space: ClassVar[SearchSpace] = {"c": Range(0.1, 0.9), "at": Choice(("trunk", "features"))}
 
     def __init__(
         self,

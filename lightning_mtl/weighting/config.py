@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.search_space import Choice, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.solvers import equal_projection_weights
 
@@ -61,6 +62,7 @@ class ConFIG(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""

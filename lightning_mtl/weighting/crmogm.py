@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Aggregator, Weighting
+from lightning_mtl.search_space import Range, SearchSpace
 from lightning_mtl.signals import Signals
 
 
@@ -54,6 +55,8 @@ class CRMOGM(Weighting):
         >>> CRMOGM(MGDA(at="features"), alpha=0.9).at
         'features'
     """
+
+    search_space: ClassVar[SearchSpace] = {"alpha": Range(0.5, 0.99)}
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_mtl.callbacks import Weighting
+from lightning_mtl.search_space import Range, SearchSpace
 from lightning_mtl.signals import Signals
 
 
@@ -56,6 +57,8 @@ class DTP(Weighting):
         >>> DTP("accuracy", gamma=2.0, alpha=0.5).metric
         'accuracy'
     """
+
+    search_space: ClassVar[SearchSpace] = {"gamma": Range(0.5, 4.0), "alpha": Range(0.1, 1.0)}
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.search_space import Choice, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.solvers import project_on_dual_cone
 from lightning_mtl.weighting.preference import check_preference, check_tasks, simplex_preference
@@ -64,6 +65,7 @@ class DualProj(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
 
     def __init__(
         self,

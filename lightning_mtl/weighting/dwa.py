@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Weighting
+from lightning_mtl.search_space import Range, SearchSpace
 from lightning_mtl.signals import Signals
 
 
@@ -49,6 +51,8 @@ class DWA(Weighting):
         >>> DWA(temperature=2.0).temperature
         2.0
     """
+
+    search_space: ClassVar[SearchSpace] = {"temperature": Range(0.5, 5.0, log=True)}
 
     def __init__(
         self,

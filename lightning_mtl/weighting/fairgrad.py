@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.search_space import Choice, Range, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.solvers import fairgrad_weights as solve
 
@@ -65,6 +66,10 @@ class FairGrad(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    search_space: ClassVar[SearchSpace] = {
+        "alpha": Range(0.5, 5.0, log=True),
+        "at": Choice(("trunk", "features")),
+    }
 
     def __init__(
         self,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Weighting
+from lightning_mtl.search_space import Range, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.solvers.adam import AdamState, adam_step
 from lightning_mtl.weighting.preference import check_tasks
@@ -76,6 +77,11 @@ class FAMO(Weighting):
         >>> FAMO(losses_after="next_batch").gamma
         0.01
     """
+
+    search_space: ClassVar[SearchSpace] = {
+        "lr": Range(1e-3, 1e-1, log=True),
+        "gamma": Range(1e-4, 1e-1, log=True),
+    }
 
     def __init__(
         self,

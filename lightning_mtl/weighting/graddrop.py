@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Aggregator
+from lightning_mtl.search_space import Choice, Range, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.weighting.preference import check_tasks
 
@@ -67,6 +68,11 @@ class GradDrop(Aggregator):
         >>> GradDrop(leak={"depth": 0.2}).leak
         {'depth': 0.2}
     """
+
+    search_space: ClassVar[SearchSpace] = {
+        "leak": Range(0.0, 0.9),
+        "at": Choice(("trunk", "features")),
+    }
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.search_space import Choice, SearchSpace
 from lightning_mtl.signals import Signals
 
 
@@ -48,6 +49,7 @@ class GradientNormBalance(Weighting):
     """
 
     measures: ClassVar[Measure] = "norms"
+    search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
 
     def __init__(
         self,

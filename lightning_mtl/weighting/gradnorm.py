@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.search_space import Range, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.solvers.adam import AdamState, adam_step
 
@@ -70,6 +71,7 @@ class GradNorm(Weighting):
     """
 
     measures: ClassVar[Measure] = "norms"
+    search_space: ClassVar[SearchSpace] = {"alpha": Range(0.1, 3.0), "lr": Range(1e-3, 1e-1, log=True)}
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.search_space import Choice, Range, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.weighting.pcgrad import random_orders
 
@@ -88,6 +89,10 @@ class GradVac(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    search_space: ClassVar[SearchSpace] = {
+        "beta": Range(1e-3, 1e-1, log=True),
+        "at": Choice(("trunk", "features")),
+    }
 
     def __init__(
         self,

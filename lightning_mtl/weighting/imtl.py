@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.search_space import Choice, Range, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.solvers.adam import AdamState, adam_step
 from lightning_mtl.weighting.imtlg import imtlg_weights
@@ -60,6 +61,10 @@ class IMTL(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    search_space: ClassVar[SearchSpace] = {
+        "lr": Range(1e-3, 1e-1, log=True),
+        "at": Choice(("trunk", "features")),
+    }
 
     def __init__(
         self,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Weighting
+from lightning_mtl.search_space import Range, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.solvers.adam import AdamState, adam_step
 
@@ -45,6 +47,8 @@ class IMTLL(Weighting):
         >>> IMTLL(lr=0.05).lr
         0.05
     """
+
+    search_space: ClassVar[SearchSpace] = {"lr": Range(1e-3, 1e-1, log=True)}
 
     def __init__(
         self,

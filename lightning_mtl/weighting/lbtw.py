@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Weighting
+from lightning_mtl.search_space import Range, SearchSpace
 from lightning_mtl.signals import Signals
 
 # A first loss that is next to nothing would make of a later one a weight that no number stands for.
@@ -51,6 +52,8 @@ class LBTW(Weighting):
         >>> LBTW(alpha=0.5).reference
         'epoch'
     """
+
+    search_space: ClassVar[SearchSpace] = {"alpha": Range(0.1, 1.0)}
 
     def __init__(
         self,

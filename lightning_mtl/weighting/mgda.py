@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.search_space import Choice, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.solvers import min_norm_weights
 
@@ -76,6 +77,10 @@ class MGDA(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    search_space: ClassVar[SearchSpace] = {
+        "normalize": Choice((None, "l2", "loss", "loss+")),
+        "at": Choice(("trunk", "features")),
+    }
 
     def __init__(
         self,

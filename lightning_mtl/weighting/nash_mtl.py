@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.search_space import Choice, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.solvers import Solution, nash_weights
 
@@ -69,6 +70,10 @@ class NashMTL(Weighting):
     """
 
     measures: ClassVar[Measure] = "gramian"
+    search_space: ClassVar[SearchSpace] = {
+        "max_norm": Choice((None, 1.0)),
+        "at": Choice(("trunk", "features")),
+    }
 
     def __init__(
         self,

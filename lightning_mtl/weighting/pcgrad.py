@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Measure, Weighting
+from lightning_mtl.search_space import Choice, SearchSpace
 from lightning_mtl.signals import Signals
 
 
@@ -80,6 +81,7 @@ class PCGrad(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
 
     def __init__(
         self,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Weighting
+from lightning_mtl.search_space import Choice, SearchSpace
 from lightning_mtl.signals import Signals
 
 Distribution = Literal["normal", "dirichlet"]
@@ -52,6 +53,8 @@ class RLW(Weighting):
         >>> RLW("dirichlet", seed=1).distribution
         'dirichlet'
     """
+
+    search_space: ClassVar[SearchSpace] = {"distribution": Choice(("normal", "dirichlet"))}
 
     def __init__(
         self,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Weighting
+from lightning_mtl.search_space import Range, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.weighting.preference import check_preference, check_tasks
 from lightning_mtl.weighting.scale_invariant import scale_invariant_weights
@@ -65,6 +67,7 @@ class STCH(Weighting):
     """
 
     takes_logarithms = True
+    search_space: ClassVar[SearchSpace] = {"mu": Range(0.1, 10.0, log=True)}
 
     def __init__(
         self,

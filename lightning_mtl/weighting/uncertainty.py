@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_mtl.callbacks import Weighting
+from lightning_mtl.search_space import Choice, Range, SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.solvers.adam import AdamState, adam_step
 
@@ -71,6 +72,11 @@ class UncertaintyWeighting(Weighting):
         >>> UncertaintyWeighting({"depth": "regression", "segmentation": "classification"}).kinds["depth"]
         'regression'
     """
+
+    search_space: ClassVar[SearchSpace] = {
+        "lr": Range(1e-3, 1e-1, log=True),
+        "regularizer": Choice(("log", "log1p")),
+    }
 
     def __init__(
         self,

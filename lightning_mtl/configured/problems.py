@@ -7,11 +7,14 @@ import importlib
 import os
 import re
 import sys
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_mtl.cli.short_names import load_short_names
+from lightning_mtl.configured.short_names import load_short_names
 
 PROGRAM = "lightning-mtl"
 # Whose names are meant where a key ends so; elsewhere it is the package's.
@@ -21,6 +24,7 @@ CLASS_PATH = re.compile(r"Problem with given class_path '([^']+)'")
 # Lines that say that something is wrong, or repeat what was given, and not what is wrong.
 NOISE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Expected a path but|"
+    r"Type .* expects a function or a callable class:|"
     r"Problem with given class_path '[^']+':$|Parser key \"[^\"]+\":$"
 )
 UNKNOWN_NAME = re.compile(
@@ -30,15 +34,35 @@ UNKNOWN_NAME = re.compile(
 )
 
 
+class ConfigurationError(ValueError):
+    """What a configuration, a space or a storage has wrong, in one line."""
+
+
 class OneLineParser(LightningArgumentParser):
-    """A parser that ends with one line and exit code 2."""
+    """A parser that ends with one line and exit code 2, or raises where ``exit_on_error`` is False."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the condensed message, and leave."""
         if ex is not None and debugging():
             raise ex
-        sys.stderr.write(f"{PROGRAM}: error: {condense(message)}\n")
-        sys.exit(2)
+        if not self.exit_on_error:
+            raise ArgumentError(None, message) from ex
+        leave(condense(message))
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Raise what a parser that does not exit refuses as a :class:`ConfigurationError`."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ConfigurationError(condense(error.message)) from error
+
+
+def leave(line: str) -> NoReturn:
+    """Print what is wrong and end the process with exit code 2."""
+    sys.stderr.write(f"{PROGRAM}: error: {line}\n")
+    sys.exit(2)
 
 
 def debugging() -> bool:
@@ -80,10 +104,10 @@ def _with_choices(reason: str, key: str | None) -> str:
         return reason
     if found["bare"]:
         name, module = found["bare"], MODULES.get((key or "").rpartition(".")[2])
-        choices = _public(module) if module else list(load_short_names())
-        return f"{name!r} is no class path, and no name of {module or 'this package'}. {_choices(name, choices)}"
+        known = _public(module) if module else list(load_short_names())
+        return f"{name!r} is no class path, and no name of {module or 'this package'}. {choices(name, known)}"
     if found["attribute"]:
-        return f"{reason}. {_choices(found['attribute'], _public(found['module']))}"
+        return f"{reason}. {choices(found['attribute'], _public(found['module']))}"
     return f"{reason}; install it, or run in the folder where it lies"
 
 
@@ -95,7 +119,13 @@ def _public(module_name: str) -> list[str]:
     return [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module_name]
 
 
-def _choices(name: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.6)
+def choices(name: str, known: list[str]) -> str:
+    """Say what a name may have been meant for, and which names there are.
+
+    Example:
+        >>> choices("losss", ["loss", "error"])
+        'Did you mean loss? There are error, loss.'
+    """
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     nearest = f"Did you mean {' or '.join(close)}? " if close else ""
-    return f"{nearest}There are {', '.join(sorted(choices))}."
+    return f"{nearest}There are {', '.join(sorted(known))}."

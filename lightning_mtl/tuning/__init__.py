@@ -1,0 +1,15 @@
+"""Searches over weightings and hyperparameters, on Optuna; with the extra ``tune``."""
+
+try:
+    import optuna  # noqa: F401
+    import optuna_integration  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"lightning_mtl.tuning needs {error.name}; install it with pip install 'lightning-mtl[tune]'."
+    ) from error
+
+from lightning_mtl.search_space import Choice, Range
+from lightning_mtl.tuning.report import Result
+from lightning_mtl.tuning.search import tune
+
+__all__ = ["Choice", "Range", "Result", "tune"]

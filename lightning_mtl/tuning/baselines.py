@@ -1,0 +1,85 @@
+"""The single-task models that ``val/delta_m`` compares with, trained once for a study."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import optuna
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_mtl.callbacks import Weighting
+from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
+from lightning_mtl.transfer import single_task_baselines
+from lightning_mtl.transfer.configuration import digest
+from lightning_mtl.tuning.configuration import Base, other_callbacks
+from lightning_mtl.tuning.ranks import Ranks
+from lightning_mtl.tuning.space import Space
+
+BASELINES = "baselines"
+
+
+def with_baselines(base: Base, space: Space, study: optuna.Study, folder: Path, ranks: Ranks) -> Base:
+    """Put single-task scores into the configuration, where the objective is delta_m and it holds none.
+
+    The first worker trains every task alone, with the configuration's own architecture and budget; its scores are kept
+    in the study, for all workers and for when it is resumed.
+
+    Raises:
+        ConfigurationError: If the configuration does not list the tasks, so that no baseline can be put there.
+    """
+    wanted = any(metric.endswith("/delta_m") for goal in space.goals for metric in goal.metrics)
+    if not wanted or any(task.baseline for task in base.tasks.values()):
+        return base
+    listed = base.values["model"].get("init_args", {}).get("tasks")
+    if not (isinstance(listed, dict) and listed.keys() == base.tasks.keys()):
+        raise ConfigurationError(
+            "objective delta_m compares with single-task scores, and the configuration lists no tasks to put them "
+            "into: give the module's tasks a Task(baseline=...)."
+        )
+    means = ranks.broadcast(study.user_attrs.get(BASELINES))
+    if means is None:
+        means = ranks.broadcast(_trained(base, folder))
+        if ranks.leads:
+            # Of two workers that trained at once, the first one's count for both.
+            means = study.user_attrs.get(BASELINES) or means
+            study.set_user_attr(BASELINES, means)
+        means = ranks.broadcast(means)
+    return base.with_baselines(means)
+
+
+def _trained(base: Base, folder: Path) -> dict[str, dict[str, float]]:
+    values = deepcopy(dict(base.values))
+    values["seed_everything"] = base.seed
+    # A weighting has nothing to weigh in a task alone, and scores are what is kept of it.
+    values["trainer"].update(
+        callbacks=other_callbacks(values, Weighting, ModelCheckpoint),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    found = single_task_baselines(
+        lambda seed: _made(values).model,
+        lambda seed: _made(values).datamodule,
+        lambda: _trainer(values),
+        seeds=(base.seed,),
+        cache_dir=folder / "baselines",
+        key=digest(values),
+    ).means()
+    return {
+        task: {metric: value for metric, value in scores.items() if value != 0 and math.isfinite(value)}
+        for task, scores in found.items()
+    }
+
+
+def _made(values: dict[str, Any]) -> MultiTaskCLI:
+    return MultiTaskCLI(deepcopy(values), run=False, exit_on_error=False)
+
+
+def _trainer(values: dict[str, Any]) -> pl.Trainer:
+    trainer: pl.Trainer = _made(values).trainer
+    return trainer

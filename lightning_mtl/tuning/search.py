@@ -1,0 +1,142 @@
+"""The search itself: configuration and space in, study and best configuration out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from lightning.pytorch.utilities.seed import isolate_rng
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
+
+from lightning_mtl.configured import ConfigurationError
+from lightning_mtl.transfer.configuration import digest
+from lightning_mtl.tuning.baselines import with_baselines
+from lightning_mtl.tuning.configuration import check_space, read_base
+from lightning_mtl.tuning.counting import fail_and_repeat
+from lightning_mtl.tuning.goals import Direction
+from lightning_mtl.tuning.ranks import Ranks
+from lightning_mtl.tuning.report import Result, write_report
+from lightning_mtl.tuning.space import Space, read_space
+from lightning_mtl.tuning.storage import open_storage
+from lightning_mtl.tuning.training import quiet
+from lightning_mtl.tuning.workers import Worker
+
+QUESTION = "question"
+
+
+def tune(
+    config: str | Path | Mapping[str, Any],
+    space: str | Path | Mapping[str, Any],
+    *,
+    trials: int,
+    storage: str | Path | None = None,
+    name: str = "search",
+    folder: str | Path | None = None,
+    seeds: int = 1,
+    prune: bool = False,
+    timeout: float | None = None,
+    silence: int = 60,
+    retry_running: bool = False,
+    overrides: Sequence[str] = (),
+    sampler: optuna.samplers.BaseSampler | None = None,
+) -> Result:
+    """Search over weightings and hyperparameters; also joins, or resumes, a study that exists.
+
+    Args:
+        config: What every trial begins with: a file as ``lightning-mtl fit`` takes it, or its content.
+        space: What varies and what is improved: a YAML file, or its content.
+        trials: How many trials the study shall have in the end, whoever runs them. Trainings that end with an error
+            count; trials of workers that died are repeated, and do not.
+        storage: Where workers meet: ``sqlite:///study.db`` or a journal file (``journal:///study.journal``) on one
+            machine, ``postgresql://...`` or ``mysql://...`` across machines; None for this process alone.
+        name: The study's name in the storage.
+        folder: Where logs, the best configuration and pictures go; None takes the study's name.
+        seeds: Train each trial with so many seeds and take the mean.
+        prune: End trials whose objective, after an epoch, is worse than the median of the others. With several seeds
+            the first one decides.
+        timeout: Begin no trial after so many seconds.
+        silence: Seconds without a sign of life after which a worker is taken for dead and its trial repeated. A
+            journal file has no such signs.
+        retry_running: Repeat the trials that are running: for a journal file whose workers were killed. No other
+            worker may be at work.
+        overrides: Further arguments for the configuration, as on the command line.
+        sampler: One of Optuna's samplers; None takes TPE, which serves one objective and several.
+
+    Raises:
+        ConfigurationError: If configuration, space or storage are wrong, or do not go together.
+
+    Example:
+        >>> result = tune("run.yaml", "space.yaml", trials=20, storage="sqlite:///study.db")  # doctest: +SKIP
+        >>> result.best  # doctest: +SKIP
+        {17: PosixPath('search/best.yaml')}
+    """
+    for argument, value in (("trials", trials), ("seeds", seeds), ("silence", silence)):
+        if value < 1:
+            raise ConfigurationError(f"{argument}={value} must be at least 1.")
+    folder = Path(name if folder is None else folder)
+    with isolate_rng(), quiet():
+        base, wanted = read_base(config, overrides), read_space(space)
+        directions = [goal.towards(base.tasks) for goal in wanted.goals]
+        check_space(base, wanted)
+        ranks = Ranks(base.world_size)
+        _check_pruning(wanted, prune, storage, ranks)
+        if ranks.size > 1 and storage is None:
+            raise ConfigurationError("several ranks need a storage that all of them reach, such as sqlite:///study.db.")
+        opened = open_storage(storage, silence)
+        question = digest({"base": base.values, "space": repr(wanted)})
+        study = _study(opened, name, directions, prune, sampler, question, ranks)
+        base = with_baselines(base, wanted, study, folder, ranks)
+        if retry_running and ranks.leads:
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                fail_and_repeat(study, trial)
+        worker = Worker(study, opened, base, wanted, ranks, trials, seeds, folder, prune, silence)
+        worker.work(timeout)
+    if ranks.leads:
+        return write_report(study, base, wanted, folder)
+    return Result(study, wanted, list(base.tasks), {}, (), leads=False)
+
+
+def _check_pruning(space: Space, prune: bool, storage: str | Path | None, ranks: Ranks) -> None:
+    if not prune:
+        return
+    if len(space.goals) > 1:
+        raise ConfigurationError("Optuna prunes for one objective, not for several; leave pruning out.")
+    if len(space.goals[0].metrics) > 1:
+        raise ConfigurationError(f"pruning follows one metric, not a mean; found objective {space.goals[0].name}.")
+    if ranks.size > 1 and (storage is None or "://" not in str(storage) or str(storage).startswith("journal:")):
+        raise ConfigurationError(f"pruning on several ranks needs a database, found storage={storage!r}.")
+
+
+def _study(
+    storage: BaseStorage,
+    name: str,
+    directions: Sequence[Direction],
+    prune: bool,
+    sampler: optuna.samplers.BaseSampler | None,
+    question: str,
+    ranks: Ranks,
+) -> optuna.Study:
+    """Create the study or load it; of several workers one creates it."""
+    # In Optuna 5, running trials count as bad ones by default, so that workers do not all try the same.
+    sampler = sampler or optuna.samplers.TPESampler()
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if prune else optuna.pruners.NopPruner()
+    if ranks.leads:
+        try:
+            study = optuna.create_study(
+                storage=storage, study_name=name, directions=list(directions), sampler=sampler, pruner=pruner
+            )
+            study.set_user_attr(QUESTION, question)
+        except optuna.exceptions.DuplicatedStudyError:
+            pass
+    ranks.broadcast(None)  # the others load what rank 0 has made
+    study = optuna.load_study(storage=storage, study_name=name, sampler=sampler, pruner=pruner)
+    asked = study.user_attrs.get(QUESTION)
+    if asked not in (None, question) or [where.name.lower() for where in study.directions] != list(directions):
+        raise ConfigurationError(
+            f"study {name!r} was begun with another configuration or space; give this one another name, or go "
+            "back to those."
+        )
+    return study

@@ -1,0 +1,127 @@
+"""Where a study lives, so that many workers share it."""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages.journal import JournalFileBackend
+
+from lightning_mtl.configured import ConfigurationError
+
+MAX_RETRIES = 3  # of the same values, on which a worker may have died for a reason; then others are drawn
+ATTEMPTS = 20
+LOCK_SECONDS = 120
+
+
+def open_storage(storage: str | Path | None, silence: int) -> BaseStorage:
+    """Open a storage, made where it does not exist.
+
+    Args:
+        storage: The URL of a database, ``sqlite:///study.db``; a journal file, ``journal:///path/to/file`` or a path
+            that ends in ``.journal``; None for this process's memory.
+        silence: Seconds without a sign of life after which a worker is taken for dead. Databases only.
+
+    Raises:
+        ConfigurationError: If there is no such kind of storage, or it cannot be reached.
+    """
+    if storage is None:
+        return InMemoryStorage()
+    text = str(storage)
+    if text.startswith("journal:///") or text.endswith(".journal"):
+        path = Path(
+            text.removeprefix("journal:///") if not text.startswith("journal:////") else text[len("journal://") :]
+        )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return JournalStorage(JournalFileBackend(str(path)))
+        except OSError as error:
+            raise ConfigurationError(f"storage={text!r} cannot be opened: {error}.") from error
+    if "://" not in text:
+        raise ConfigurationError(
+            f"storage={text!r} is neither the URL of a database, such as sqlite:///study.db, nor a journal file, "
+            "such as journal:///study.journal."
+        )
+    return _database(text, silence)
+
+
+def _database(url: str, silence: int) -> RDBStorage:
+    for attempt in range(ATTEMPTS):
+        storage, failure = _try_database(url, silence)
+        if storage is not None:
+            return storage
+        # Two workers that begin at once may both make the tables: whoever comes second finds them made.
+        if "unable to open" in _line(failure) or (attempt >= 2 and not url.startswith("sqlite")):
+            break
+        time.sleep(random.uniform(0.05, 0.3))
+    raise ConfigurationError(f"storage={url!r} cannot be opened: {_line(failure)}.") from failure
+
+
+def _try_database(url: str, silence: int) -> tuple[RDBStorage | None, Exception | None]:
+    try:
+        return _open_database(url, silence), None
+    except (sqlalchemy.exc.NoSuchModuleError, sqlalchemy.exc.ArgumentError, ImportError) as error:
+        raise ConfigurationError(f"storage={url!r} names no usable database: {_line(error)}") from error
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        return None, error
+
+
+def _line(error: BaseException | None) -> str:
+    reason = getattr(error, "orig", None) or getattr(error, "__cause__", None) or error
+    return " ".join(str(reason).split()) or type(error).__name__
+
+
+def _open_database(url: str, silence: int) -> RDBStorage:
+    sqlite = url.startswith("sqlite")
+    engine: dict[str, Any] = {"connect_args": {"timeout": LOCK_SECONDS}} if sqlite else {"pool_pre_ping": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        storage = RDBStorage(
+            url,
+            engine_kwargs=engine,
+            heartbeat_interval=max(1, silence // 4),
+            grace_period=silence,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
+        )
+    if sqlite:
+        # Python's sqlite3 begins a transaction at the first write: two workers could read the same waiting trial, then
+        # both take it. The recipe is SQLAlchemy's, "Enabling Non-Legacy SQLite Transactional Modes".
+        sqlalchemy.event.listen(storage.engine, "connect", _begin_by_hand)
+        sqlalchemy.event.listen(storage.engine, "begin", _lock_at_once)
+        storage.engine.dispose()
+    return storage
+
+
+def _begin_by_hand(connection: Any, _: object) -> None:  # noqa: ANN401 - sqlite3.Connection, behind SQLAlchemy
+    connection.isolation_level = None
+
+
+def _lock_at_once(connection: sqlalchemy.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def sign_of_life(storage: BaseStorage, trial: optuna.Trial) -> None:
+    """Record a first heartbeat, before anything that takes time; storages without heartbeat leave it."""
+    if isinstance(storage, RDBStorage):
+        storage.record_heartbeat(trial._trial_id)
+
+
+def has_heartbeat(storage: BaseStorage) -> bool:
+    """Whether a worker's death shows."""
+    return isinstance(storage, RDBStorage)
+
+
+def fail_silent_trials(study: optuna.Study, storage: BaseStorage) -> None:
+    """Mark trials whose worker has died as failed, and queue their values again."""
+    if not has_heartbeat(storage):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)

@@ -1,0 +1,85 @@
+"""One trial's training, from its configuration to the goals' values."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_mtl.configured import MultiTaskCLI
+from lightning_mtl.tuning.goals import Goal
+
+# What Lightning says of each Trainer and each seed, forty times over.
+_TALKATIVE = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let Lightning say only what is wrong."""
+    before = {name: logging.getLogger(name).level for name in _TALKATIVE}
+    for name in before:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One seed of one trial.
+
+    Args:
+        configuration: All of it.
+        folder: Where its logs and checkpoints go.
+        drawn: The trial's values, for TensorBoard's HParams tab.
+    """
+
+    configuration: Mapping[str, Any]
+    folder: Path
+    drawn: Mapping[str, Any]
+
+
+def train(job: Job, goals: Sequence[Goal], callbacks: Sequence[pl.Callback] = ()) -> list[float]:
+    """Train as ``lightning-mtl fit`` does, and return the value of each goal.
+
+    What reaches the numbers is what ``fit`` makes of the same configuration; logger, folder and progress bar differ.
+
+    Raises:
+        ConfigurationError: If a constructor refuses its values, or a goal is not logged.
+        ValueError: If a goal's value is not finite.
+        KeyboardInterrupt: If the training was interrupted.
+    """
+    values = deepcopy(dict(job.configuration))
+    logger = {"save_dir": str(job.folder.parent), "name": "", "version": job.folder.name, "default_hp_metric": False}
+    values["trainer"].update(
+        logger={"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger},
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with quiet():
+        cli = MultiTaskCLI(values, run=False, exit_on_error=False)
+        cli.trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
+        tensorboard = cli.trainer.logger
+        if isinstance(tensorboard, TensorBoardLogger):
+            tensorboard.log_hyperparams(dict(job.drawn))
+        try:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        except SystemExit as error:  # Lightning's way to end after Ctrl-C
+            raise KeyboardInterrupt from error
+    logged = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    found = [goal.value(logged) for goal in goals]
+    if isinstance(tensorboard, TensorBoardLogger):
+        metrics = {goal.name: value for goal, value in zip(goals, found, strict=True)}
+        # TensorBoard lists a run in the HParams tab once it knows a result.
+        tensorboard.log_hyperparams(dict(job.drawn), metrics)
+        tensorboard.finalize("success")
+    return found

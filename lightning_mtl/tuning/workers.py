@@ -1,0 +1,177 @@
+"""One worker's way through a study: draw, train, tell, until there are as many trials as were asked for."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
+
+from lightning_mtl.configured import ConfigurationError
+from lightning_mtl.tuning.configuration import Base, trial_configuration
+from lightning_mtl.tuning.counting import (
+    ERROR,
+    SURPLUS,
+    WORKER,
+    counting,
+    fail_and_repeat,
+    is_surplus,
+    without_sign,
+)
+from lightning_mtl.tuning.goals import NotLoggedError
+from lightning_mtl.tuning.ranks import Ranks
+from lightning_mtl.tuning.space import Space
+from lightning_mtl.tuning.storage import fail_silent_trials, has_heartbeat, sign_of_life
+from lightning_mtl.tuning.training import Job, train
+
+POLL_SECONDS = 1.0
+SEED_VALUES = "values_by_seed"
+
+
+@dataclass
+class Worker:
+    """One process, or one group of them, that works on a study.
+
+    Args:
+        study: The study, on every rank.
+        storage: Its storage.
+        base: What every trial begins with.
+        space: What varies.
+        ranks: The processes that train a trial together.
+        total: How many trials the study shall have in the end.
+        seeds: How many trainings a trial's value is the mean of.
+        folder: Where trials log.
+        prune: Whether to end unpromising trials.
+        silence: Seconds without a sign of life after which another worker is taken for dead.
+    """
+
+    study: optuna.Study
+    storage: BaseStorage
+    base: Base
+    space: Space
+    ranks: Ranks
+    total: int
+    seeds: int
+    folder: Path
+    prune: bool
+    silence: int
+    _stopped_by: Exception | None = field(default=None, init=False)
+
+    def work(self, timeout: float | None = None) -> None:
+        """Run trials until the study is complete, or no new one may begin after so many seconds.
+
+        Raises:
+            NotLoggedError: If the training does not log what is searched for.
+        """
+        if not self.ranks.leads:
+            self._train_along()
+            return
+        begun = time.monotonic()
+        try:
+            while timeout is None or time.monotonic() - begun < timeout:
+                self._bury_the_dead()
+                trials = self.study.get_trials(deepcopy=False)
+                counted = counting(trials)
+                waiting = any(trial.state == TrialState.WAITING for trial in trials)
+                if waiting or len(counted) < self.total:
+                    # Whatever a trial raises is its own end; the next may do better.
+                    self.study.optimize(self._trial, n_trials=1, catch=(Exception,))
+                elif has_heartbeat(self.storage) and any(trial.state == TrialState.RUNNING for trial in counted):
+                    time.sleep(POLL_SECONDS)  # one of them may have to be taken over
+                else:
+                    return
+                if self._stopped_by is not None:
+                    raise self._stopped_by
+        finally:
+            self.ranks.broadcast(None)
+
+    def _bury_the_dead(self) -> None:
+        fail_silent_trials(self.study, self.storage)
+        if has_heartbeat(self.storage):
+            for trial in without_sign(self.study.get_trials(deepcopy=False), self.silence):
+                fail_and_repeat(self.study, trial)
+
+    def _trial(self, trial: optuna.Trial) -> float | list[float]:
+        sign_of_life(self.storage, trial)
+        trial.set_user_attr(WORKER, f"{socket.gethostname()}:{os.getpid()}")
+        if is_surplus(self.study.get_trials(deepcopy=False), trial.number, self.total):
+            trial.set_user_attr(SURPLUS, True)
+            raise optuna.TrialPruned("There are enough trials: another worker was faster.")
+        try:
+            drawn = self.space.sample(trial, list(self.base.tasks))
+            self.ranks.broadcast((trial._trial_id, trial.number, drawn))
+            by_seed = self._train(trial, trial.number, drawn)
+        except optuna.TrialPruned:
+            raise
+        except Exception as error:
+            trial.set_user_attr(ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")
+            if isinstance(error, NotLoggedError):
+                self._stopped_by = error
+            raise
+        trial.set_user_attr(SEED_VALUES, {str(self.base.seed + i): values for i, values in enumerate(by_seed)})
+        means = [sum(values) / len(values) for values in zip(*by_seed, strict=True)]
+        return means[0] if len(means) == 1 else means
+
+    def _train_along(self) -> None:
+        """What the other ranks do: train what rank 0 has drawn."""
+        while (job := self.ranks.broadcast(None)) is not None:
+            trial_id, number, drawn = job
+            try:
+                self._train(optuna.Trial(self.study, trial_id) if self.prune else None, number, drawn)
+            except (optuna.TrialPruned, RankError, ConfigurationError):
+                continue  # rank 0 tells the study
+
+    def _train(self, trial: optuna.Trial | None, number: int, drawn: Mapping[str, Any]) -> list[list[float]]:
+        """Train every seed; an error on one rank is an error on all."""
+        by_seed = []
+        shown = self.space.in_words(drawn, list(self.base.tasks))
+        for index in range(self.seeds):
+            name = f"trial_{number:04d}" + (f"_seed_{index}" if self.seeds > 1 else "")
+            pruning = self._pruning(trial) if trial is not None and self.prune and index == 0 else []
+            error: Exception | None = None
+            try:
+                values = trial_configuration(self.base, self.space, drawn, seed=self.base.seed + index)
+                by_seed.append(train(Job(values, self.folder / name, shown), self.space.goals, pruning))
+            except optuna.TrialPruned:
+                raise
+            except Exception as raised:
+                if self.ranks.size == 1:
+                    raise
+                error = raised
+            where = self.ranks.first_error(None if error is None else f"{type(error).__name__}: {error}")
+            if isinstance(error, NotLoggedError):
+                raise error
+            if where is not None:
+                raise RankError(where) from error
+            self._end_if_pruned(pruning)
+        return by_seed
+
+    def _pruning(self, trial: optuna.Trial) -> list[pl.Callback]:
+        from optuna_integration import PyTorchLightningPruningCallback
+
+        return [PyTorchLightningPruningCallback(trial, monitor=self.space.goals[0].metrics[0])]
+
+    def _end_if_pruned(self, pruning: list[pl.Callback]) -> None:
+        """On several ranks the callback ends the training and leaves it to the caller to end the trial."""
+        if self.ranks.size == 1 or not pruning:
+            return
+        message: str | None = None
+        if self.ranks.leads:
+            try:
+                pruning[0].check_pruned()  # type: ignore[attr-defined]
+            except optuna.TrialPruned as pruned:
+                message = str(pruned)
+        if (message := self.ranks.broadcast(message)) is not None:
+            raise optuna.TrialPruned(message)
+
+
+class RankError(RuntimeError):
+    """What one of a trial's ranks has raised."""
