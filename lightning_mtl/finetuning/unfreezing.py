@@ -142,7 +142,6 @@ class GradualUnfreezing(BaseFinetuning):
                 continue
             if normalizes:
                 self._modes[module] = module.training
-                module.eval()
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad:
                     parameter.requires_grad_(False)
@@ -176,6 +175,11 @@ class GradualUnfreezing(BaseFinetuning):
             )
         depths = pl_module.depths if isinstance(pl_module, MultiTaskModule) else ()
         check_groups(groups, depths, fresh=trainer.ckpt_path is None)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let frozen batch normalization use the statistics it came with; no sooner, or Lightning warns of it."""
+        for module in self._modes:
+            module.eval()
 
     # During training
 
