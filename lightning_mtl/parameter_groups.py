@@ -24,7 +24,6 @@ class Depth(NamedTuple):
     factor: float
 
 
-
 def own_parameters(module: MultiTaskModule) -> dict[str, list[nn.Parameter]]:
     """Each head's own parameters: those that neither the shared part nor another head has, too."""
     shared = {*module.trunk.parameters(), *module.shared_parameters()}

@@ -114,8 +114,8 @@ def load_trunk(
 class LoadTrunk(Callback):
     """Load the trunk's weights before a training begins, by :func:`load_trunk`; for YAML and the command line.
 
-    A training that is resumed has its own weights, and leaves the file alone. Callbacks that copy the model at setup,
-    as weight averaging does, come after this one in the Trainer's list.
+    A training that is resumed goes on with its own weights, and does not need the file any more. Callbacks that copy
+    the model at setup, as weight averaging does, come after this one in the Trainer's list.
 
     Args:
         path: The file.
@@ -123,7 +123,7 @@ class LoadTrunk(Callback):
         prefix: As for :func:`load_trunk`.
 
     Raises:
-        TypeError: At setup, if the module has no trunk.
+        TypeError: At setup, if the module is no :class:`~lightning_mtl.MultiTaskModule`.
 
     Attributes:
         report: What the last loading did.
@@ -139,13 +139,22 @@ class LoadTrunk(Callback):
         self.report: LoadReport | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Load, unless the training goes on from a checkpoint of its own."""
+        """Load; a checkpoint to resume from, of which nobody knows yet, replaces the weights afterwards."""
         if not isinstance(pl_module, MultiTaskModule):
             raise TypeError(
                 f"LoadTrunk loads the trunk of a lightning_mtl.MultiTaskModule, found {type(pl_module).__name__}."
             )
-        if stage == "fit" and trainer.ckpt_path is None and trainer.global_step == 0:
-            self.report = load_trunk(pl_module, self.path, strict=self.strict, prefix=self.prefix)
+        self.report = None
+        if stage == "fit" and trainer.global_step == 0 and Path(self.path).is_file():
+            self._load(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Insist on the file, unless the training is resumed."""
+        if self.report is None and trainer.global_step == 0 and trainer.ckpt_path is None:
+            self._load(pl_module)
+
+    def _load(self, module: nn.Module) -> None:
+        self.report = load_trunk(module, self.path, strict=self.strict, prefix=self.prefix)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -178,7 +178,12 @@ def test_learning_rates_are_logged_by_part() -> None:
 
     logger = Memory()
     callbacks = [FROM_THE_TOP(lr_decay=0.5), LearningRateMonitor()]
-    fit(small(optimizer=SGD, lr_scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)), loader(batch(8)),
-        callbacks=callbacks, logger=logger, log_every_n_steps=1)
+    fit(
+        small(optimizer=SGD, lr_scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
+        loader(batch(8)),
+        callbacks=callbacks,
+        logger=logger,
+        log_every_n_steps=1,
+    )
     names = {name for _, line in logger.lines for name in line}
     assert {"lr-SGD/trunk/2", "lr-SGD/trunk/0", "lr-SGD/head/a"} <= names

@@ -135,9 +135,7 @@ def _check(module: MultiTaskModule, tasks: Sequence[str], path: Path, format: st
             "forward adds into them, or call torch.export.export(module, ...) by hand."
         )
     if format == "onnx" and (lacking := [name for name in ONNX if find_spec(name) is None]):
-        raise ImportError(
-            f"export(format='onnx') needs {' and '.join(lacking)}; pip install 'lightning-mtl[onnx]'."
-        )
+        raise ImportError(f"export(format='onnx') needs {' and '.join(lacking)}; pip install 'lightning-mtl[onnx]'.")
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
