@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,7 +113,7 @@ def export(
             for given in examples:
                 found = _run_onnx(partial, wanted, given) if format == "onnx" else _run_exported(partial, given)
                 _compare(predictor(given), found, path, tolerance)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path

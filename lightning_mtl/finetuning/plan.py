@@ -40,7 +40,7 @@ def check_schedule(schedule: Mapping[int, str | Sequence[str]]) -> dict[int, tup
     if not schedule or not all(schedule.values()):
         raise ValueError(f"GradualUnfreezing(schedule={dict(schedule)}) must name modules: {{epoch: names}}.")
     for epoch in schedule:
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+        if type(epoch) is not int or epoch < 0:
             raise ValueError(f"GradualUnfreezing(schedule=...) has the epoch {epoch!r}; use integers from 0 on.")
     ordered = sorted(schedule.items())
     return {epoch: (names,) if isinstance(names, str) else tuple(names) for epoch, names in ordered}

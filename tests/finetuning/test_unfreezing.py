@@ -80,9 +80,7 @@ def test_what_is_frozen_does_not_move() -> None:
     assert not torch.equal(weights[2], weights[3])
 
 
-@pytest.mark.parametrize(
-    "weighting", [DWA, MGDA, functools.partial(MGDA, at="features"), GradNorm, GradDrop], ids=lambda make: str(make)
-)
+@pytest.mark.parametrize("weighting", [DWA, MGDA, functools.partial(MGDA, at="features"), GradNorm, GradDrop], ids=str)
 def test_a_trunk_thawed_from_the_start_is_no_change(weighting: Callable[..., Any]) -> None:
     ends = []
     for callbacks in ([], [GradualUnfreezing({0: "trunk"})]):
@@ -123,7 +121,7 @@ def test_parameter_groups_of_a_module_with_its_own_optimizer() -> None:
 def test_automatic_optimization_and_accumulation() -> None:
     ends = []
     for automatic in (False, True):
-        module = small(optimizer=SGD, **({} if automatic else {"accumulate_grad_batches": 2}))
+        module = small(optimizer=SGD, accumulate_grad_batches=1 if automatic else 2)
         module.automatic_optimization = automatic
         settings = {"accumulate_grad_batches": 2} if automatic else {}
         history = History()
@@ -163,7 +161,7 @@ def test_frozen_batch_normalization_keeps_its_statistics() -> None:
 
 def test_a_model_is_as_trainable_afterwards_as_before() -> None:
     module = small(optimizer=SGD)
-    module.trunk[0].bias.requires_grad_(False)  # type: ignore[index, union-attr]
+    module.trunk[0].bias.requires_grad_(False)  # type: ignore[index]
     schedule = GradualUnfreezing({1: "trunk.0"})
     fit(module, loader(batch(8)), max_epochs=2, callbacks=[schedule])
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]

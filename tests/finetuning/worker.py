@@ -29,7 +29,7 @@ FLAVOURS: Mapping[str, Any] = {
     "static_graph": functools.partial(DDP, static_graph=True),
 }
 WEIGHTINGS: Mapping[str, Any] = {
-    "losses": lambda: [],
+    "losses": list,
     "GradNorm at the last layer": lambda: [GradNorm()],
     "MGDA at the features": lambda: [MGDA(at="features")],
     "MGDA at the trunk": lambda: [MGDA()],
