@@ -4,8 +4,8 @@
 
 A model learns which digit a scan shows, from 900 scans. Then it gets two tasks more, on scans that are out of focus:
 whether the digit is odd, and whether it is 5 or more, with 30 labelled scans for both. Compared are a trunk from
-scratch, the pretrained one frozen, trained at once, and thawed layer by layer, over five seeds; and what each forgets of
-the first task. What to copy is ``finetuned``. Ends with a table and a picture.
+scratch, the pretrained one frozen, trained at once, and thawed layer by layer, over five seeds; and what each forgets
+of the first task. What to copy is ``finetuned``. Ends with a table and a picture.
 """
 
 from __future__ import annotations

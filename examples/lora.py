@@ -31,8 +31,9 @@ def build() -> MultiTaskModule:
 def main(max_steps: int = 50) -> MultiTaskModule:
     torch.manual_seed(0)
     model = build()
-    targets = StackDataset(**{task: torch.rand(256, 1) for task in TASKS})
-    data = DataLoader(StackDataset(torch.randn(256, 64), targets), batch_size=32, shuffle=True)
+    targets = StackDataset(**{task: torch.rand(256, 1) for task in TASKS})  # type: ignore[arg-type]  # as torch's docs
+    images = torch.randn(256, 64)
+    data = DataLoader(StackDataset(images, targets), batch_size=32, shuffle=True)  # type: ignore[arg-type]
     pl.Trainer(max_steps=max_steps, callbacks=[MGDA()], logger=False, enable_checkpointing=False).fit(model, data)
     trained = sum(p.numel() for p in model.trunk.parameters() if p.requires_grad)
     print(f"{trained} of {sum(p.numel() for p in model.trunk.parameters())} parameters of the trunk trained.")
