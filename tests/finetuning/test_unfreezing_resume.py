@@ -15,7 +15,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_mtl import Weighting
 from lightning_mtl.finetuning import GradualUnfreezing
-from lightning_mtl.weighting import MGDA
+from lightning_mtl.weighting import DTP, MGDA
 from tests.contract import Row
 from tests.contract_rows import ROWS
 from tests.small import Batch, batch, binary
@@ -63,7 +63,7 @@ def train(
     schedule = GradualUnfreezing(every_n_epochs=1, lr_decay=0.5)
     given = [schedule, *callbacks, *([] if weighting is None else [weighting])]
     data = StatefulDataLoader(Samples(), batch_size=4)
-    val = None if weighting is None or weighting.step_metric is None else data
+    val = data if isinstance(weighting, DTP) else None  # it follows a metric of the validation
     fit(module, data, val, ckpt_path=ckpt, max_epochs=EPOCHS, callbacks=given)
     return flat_parameters(module), {} if weighting is None else weighting.state_dict()["state"]
 
