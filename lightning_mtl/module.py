@@ -16,7 +16,7 @@ from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.labels import number_of_samples
 from lightning_mtl.optimization import Optimization
 from lightning_mtl.overrides import keeping_schedules, putting_rates_back, with_recorder
-from lightning_mtl.parameter_groups import Rate, parameter_groups
+from lightning_mtl.parameter_groups import Rate, apply_lr_factors, parameter_groups
 from lightning_mtl.recorder import Recorder, sample_counts
 from lightning_mtl.setup_checks import check_arguments, check_inputs_differ
 from lightning_mtl.stepped_module import SteppedModule
@@ -256,7 +256,8 @@ class MultiTaskModule(SteppedModule):
         """Give an optimizer one named group for each part: ``"trunk"``, ``"head/<task>"``, and ``"rest"``.
 
         Each parameter is in one group. What several heads share, and what belongs to neither trunk nor heads, such as
-        a loss's parameters, is the rest's; what the trunk shares with a head is the trunk's.
+        a loss's parameters, is the rest's; what the trunk shares with a head is the trunk's. Where a callback gives
+        parts of the trunk learning rates of their own, these have groups: ``"trunk/<part>"``.
 
         Args:
             lr: The learning rate of all groups; None leaves it to the optimizer.
@@ -276,10 +277,11 @@ class MultiTaskModule(SteppedModule):
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - any of the forms that Lightning takes
         """Build the optimizer and scheduler given as arguments; override it as in any LightningModule.
 
-        Where a callback gives tasks learning rates of their own, the optimizer gets :meth:`parameter_groups`.
+        Where a callback gives tasks or depths learning rates of their own, the optimizer gets :meth:`parameter_groups`.
         """
-        grouped = self._trainer is not None and self.task_rates() is not None
+        grouped = self._trainer is not None and (self.task_rates() is not None or bool(self.depths))
         optimizer = self._make_optimizer(self.parameter_groups() if grouped else self.parameters())
+        apply_lr_factors(optimizer)
         if self._make_scheduler is None:
             return optimizer
         scheduler = self._make_scheduler(optimizer)

@@ -27,9 +27,12 @@ from lightning_mtl.steering import Steering
 from lightning_mtl.step_guards import (
     SkippedSteps,
     clipping,
+    for_heads_alone,
     forget_unreached,
     losses_after,
     synchronising,
+    trainable_shared_parameters,
+    waits_for_thaw,
 )
 from lightning_mtl.window import Window
 
@@ -140,17 +143,15 @@ class Optimization:
         trainer, weighting = module.trainer, module.weighting()
         ranks = Ranks(module.data_parallel_group, self.phases) if trainer.world_size > 1 else ALONE
         step, epoch = trainer.global_step, trainer.current_epoch
-        window = Window(tuple(module.tasks), weighting, step, epoch, size, ranks, self.steering.shares(module, step))
+        shares = self.steering.shares(module, step)
+        if waits_for_thaw(module):
+            weighting, shares = for_heads_alone(weighting), None
+        window = Window(tuple(module.tasks), weighting, step, epoch, size, ranks, shares)
         window.phases = self.phases
         if not module.automatic_optimization:
             module.single_optimizer().zero_grad()
         if window.way == "rows":
-            shared = [parameter for parameter in module.shared_parameters() if parameter.requires_grad]
-            if not shared:
-                raise ValueError(
-                    f"{type(weighting).__name__}(at='trunk') measures gradients of the shared parameters, but none of "
-                    "them can be trained; unfreeze some, override shared_parameters(), or weigh by the losses alone."
-                )
+            shared = trainable_shared_parameters(module)
             others = []
             if ranks.size > 1:
                 others = [p for p in module.parameters() if p.requires_grad and p not in set(shared)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
 
 Rate = float | Tensor
+
+
+class Depth(NamedTuple):
+    """Parameters that go by a learning rate of their own: ``factor`` times that of the part they belong to."""
+
+    name: str
+    parameters: frozenset[nn.Parameter]
+    factor: float
 
 
 def own_parameters(module: MultiTaskModule) -> dict[str, list[nn.Parameter]]:
@@ -51,15 +59,39 @@ def parameter_groups(
     ]
     groups: list[dict[str, Any]] = []
     for name, parameters, rate in parts:
-        group: dict[str, Any] = {"params": list(parameters), "name": name}
-        if rate is not None:
-            # A tensor of its own for each group: schedulers write into it.
-            group["lr"] = rate.clone() if isinstance(rate, Tensor) else rate
-        if weight_decay is not None:
-            group["weight_decay"] = weight_decay
-        if group["params"]:
+        for suffix, factor, members in _by_depth(list(parameters), module.depths):
+            group: dict[str, Any] = {"params": members, "name": name + suffix}
+            if rate is not None:
+                # A tensor of its own for each group: schedulers write into it.
+                group["lr"] = rate * factor if factor != 1 or isinstance(rate, Tensor) else rate
+            elif factor != 1:
+                group["lr_factor"] = factor
+            if weight_decay is not None:
+                group["weight_decay"] = weight_decay
             groups.append(group)
     return groups
+
+
+def _by_depth(
+    parameters: list[nn.Parameter], depths: Iterable[Depth]
+) -> Iterable[tuple[str, float, list[nn.Parameter]]]:
+    """Divide a part: what no depth claims first, under the part's name alone; nothing empty."""
+    claimed: set[nn.Parameter] = set()
+    found = []
+    for depth in depths:
+        members = [p for p in parameters if p in depth.parameters]
+        claimed.update(members)
+        found.append((f"/{depth.name}", depth.factor, members))
+    rest = [p for p in parameters if p not in claimed]
+    return [divided for divided in [("", 1.0, rest), *found] if divided[2]]
+
+
+def apply_lr_factors(optimizer: torch.optim.Optimizer) -> None:
+    """Scale the learning rates that the optimizer has given groups made without one; before any scheduler sees them."""
+    for group in optimizer.param_groups:
+        factor = group.pop("lr_factor", None)
+        if factor is not None:
+            group["lr"] = group["lr"] * factor
 
 
 def groups_of_heads(module: MultiTaskModule, optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:

@@ -8,14 +8,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mtl.agreement import agree, stack_losses
+from lightning_mtl.callbacks import Weighting
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.signals import Signals
 from lightning_mtl.window import Window
@@ -145,6 +147,31 @@ def check_cut(module: MultiTaskModule, batch: MicroBatch, window: Window) -> Non
             f"{called} at the trunk, but nothing the trunk returned requires a gradient; "
             "unfreeze some of it, or weigh by the losses alone."
         )
+
+
+def trainable_shared_parameters(module: MultiTaskModule) -> list[nn.Parameter]:
+    """The shared parameters as far as they train in this step; what has thawed since the last one is among them."""
+    shared = [parameter for parameter in module.shared_parameters() if parameter.requires_grad]
+    if not shared:
+        raise ValueError(
+            f"{type(module.weighting()).__name__}(at='trunk') measures gradients of the shared parameters, but none of "
+            "them can be trained; unfreeze some, override shared_parameters(), or weigh by the losses alone."
+        )
+    return shared
+
+
+def waits_for_thaw(module: MultiTaskModule) -> bool:
+    """Whether no shared parameter trains yet, and a callback is there to unfreeze some."""
+    callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(callback, BaseFinetuning) for callback in callbacks) and not any(
+        parameter.requires_grad for parameter in module.shared_parameters()
+    )
+
+
+def for_heads_alone(weighting: Weighting | None) -> Weighting | None:
+    """The weighting, where it can weigh heads over a frozen trunk; else None, for there is nothing to balance."""
+    able = weighting is not None and weighting.measures == "losses" and weighting.weighs_heads
+    return weighting if able else None
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from lightning_mtl.callbacks import Weighting
 from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.labels import MaskedTarget, labelled_part, number_of_samples
 from lightning_mtl.optimization import Optimization
+from lightning_mtl.parameter_groups import Depth
 from lightning_mtl.recorder import Recorder
 from lightning_mtl.task import Task, TaskOutput
 from lightning_mtl.task_rates import TaskRates
@@ -36,6 +37,8 @@ class SteppedModule(pl.LightningModule):
     _cut: FeatureCut | None
     learned_tasks: frozenset[str] | None = None
     """The tasks that train; the others count as absent from every batch. None stands for all."""
+    depths: tuple[Depth, ...] = ()
+    """Parts of the model with learning rates of their own, as a callback that unfreezes them gives them."""
 
     def task_losses(self, batch: Any) -> Mapping[str, Tensor | TaskOutput]:  # noqa: ANN401
         """Compute the loss of each task that the batch has labels for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 
-ROOMS = ("weighting", "architectures", "monitors", "learning_rates", "data")
+ROOMS = ("weighting", "architectures", "monitors", "learning_rates", "data", "finetuning")
 
 
 def load_short_names() -> dict[str, str]:

@@ -1,0 +1,105 @@
+"""Which parts of a model thaw, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_mtl.module import MultiTaskModule
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What thaws together.
+
+    Attributes:
+        epoch: The first epoch that trains it.
+        label: The modules' names, for messages, parameter groups and checkpoints.
+        modules: The modules.
+        parameters: Their parameters, but for those of earlier stages and those that were frozen before.
+    """
+
+    epoch: int
+    label: str
+    modules: list[nn.Module]
+    parameters: list[nn.Parameter]
+
+
+def check_schedule(schedule: Mapping[int, str | Sequence[str]]) -> dict[int, tuple[str, ...]]:
+    """Bring a schedule into the order of its epochs, all names in tuples.
+
+    Raises:
+        ValueError: If it is empty, or an epoch is negative or no integer.
+
+    Example:
+        >>> check_schedule({2: ["trunk.0"], 0: "trunk.2"})
+        {0: ('trunk.2',), 2: ('trunk.0',)}
+    """
+    if not schedule or not all(schedule.values()):
+        raise ValueError(f"GradualUnfreezing(schedule={dict(schedule)}) must name modules: {{epoch: names}}.")
+    for epoch in schedule:
+        if type(epoch) is not int or epoch < 0:
+            raise ValueError(f"GradualUnfreezing(schedule=...) has the epoch {epoch!r}; use integers from 0 on.")
+    ordered = sorted(schedule.items())
+    return {epoch: (names,) if isinstance(names, str) else tuple(names) for epoch, names in ordered}
+
+
+def by_epoch(module: MultiTaskModule, schedule: Mapping[int, Sequence[str]]) -> list[Stage]:
+    """The stages of a schedule.
+
+    Raises:
+        ValueError: If a name is unknown, or nothing is left to thaw.
+    """
+    return _stages(module, [(epoch, tuple(names)) for epoch, names in schedule.items()])
+
+
+def from_the_top(module: MultiTaskModule, layers: str, every_n_epochs: int) -> list[Stage]:
+    """A stage for each child of ``layers``, from the last one to the first, then what is left of the trunk.
+
+    Raises:
+        ValueError: If ``layers`` is unknown or has nothing to thaw.
+    """
+    modules = dict(module.named_modules())
+    if layers not in modules:
+        raise _unknown([layers], modules)
+    names = [f"{layers}.{name}" for name, child in modules[layers].named_children() if list(_trainable([child]))]
+    ordered = list(reversed(names))
+    claimed = set(_trainable([modules[name] for name in ordered]))
+    if any(parameter not in claimed for parameter in _trainable([module.trunk])):
+        ordered.append("trunk")
+    if not ordered:
+        raise ValueError(
+            f"GradualUnfreezing found no parameter to thaw in {layers!r}; all of them are frozen, or there are none. "
+            "Name the module whose children thaw one by one: layers='trunk.encoder.layer' say."
+        )
+    return _stages(module, [(every_n_epochs * (i + 1), (name,)) for i, name in enumerate(ordered)])
+
+
+def _stages(module: MultiTaskModule, asked: Iterable[tuple[int, tuple[str, ...]]]) -> list[Stage]:
+    modules = dict(module.named_modules())
+    claimed: set[nn.Parameter] = set()
+    found = []
+    for epoch, names in asked:
+        if unknown := [name for name in names if name not in modules]:
+            raise _unknown(unknown, modules)
+        parts = [modules[name] for name in names]
+        parameters = [p for p in dict.fromkeys(_trainable(parts)) if p not in claimed]
+        if not parameters:
+            raise ValueError(
+                f"GradualUnfreezing has nothing to thaw in {list(names)} at epoch {epoch}: there is no parameter that "
+                "could be trained before, or all of them thaw earlier. Leave the entry out."
+            )
+        claimed.update(parameters)
+        found.append(Stage(epoch, ",".join(name.removeprefix("trunk.") for name in names), parts, parameters))
+    return found
+
+
+def _trainable(modules: Iterable[nn.Module]) -> Iterable[nn.Parameter]:
+    return (p for module in modules for p in module.parameters() if p.requires_grad)
+
+
+def _unknown(names: Sequence[str], modules: Mapping[str, nn.Module]) -> ValueError:
+    choices = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
+    return ValueError(f"GradualUnfreezing names {list(names)}, which the module does not have; it has {choices}.")

@@ -1,0 +1,183 @@
+"""Trunks from checkpoints of every kind: prefixes, strictness, and nothing half loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_mtl import MultiTaskModule, Weighting
+from lightning_mtl.finetuning import LoadTrunk, load_trunk
+from lightning_mtl.weighting import UncertaintyWeighting
+from tests.small import batch, heads, regressions, small, trunk
+from tests.training import fit, loader
+
+
+def state(seed: int = 7) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return dict(trunk().state_dict())
+
+
+def same(module: nn.Module, expected: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, expected[key]) for key, value in module.state_dict().items())
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "trunk.", "module.trunk.", "model.encoder.layers.", "0."])
+def test_prefixes_are_found(prefix: str) -> None:
+    model = small()
+    others = {"heads.a.weight": torch.zeros(1, 4), "other.0.weight": torch.zeros(4, 3)} if prefix else {}
+    report = load_trunk(model, under(prefix, state()) | others)
+    assert same(model.trunk, state())
+    assert report.prefix == prefix
+    assert len(report.loaded) == 4
+    assert report.ignored == len(others)
+
+
+def test_compiled_models_on_either_side() -> None:
+    source = {"trunk._orig_mod." + key: value for key, value in state().items()}
+    for target in (trunk(), torch.compile(trunk(), backend="eager")):
+        assert isinstance(target, nn.Module)
+        assert load_trunk(target, source).prefix == "trunk."
+        original = getattr(target, "_orig_mod", target)
+        assert same(original, state())
+
+
+def test_a_lightning_checkpoint_of_other_tasks(tmp_path: Path) -> None:
+    pretrained = small(tasks=("x", "y", "z"))
+    weighting: Weighting = UncertaintyWeighting()
+    trainer = fit(pretrained, loader(batch(8, tasks="xyz")), callbacks=[weighting])
+    trainer.save_checkpoint(tmp_path / "three.ckpt")
+    model = small()
+    before = {name: p.clone() for name, p in model.heads.named_parameters()}
+    report = load_trunk(model, tmp_path / "three.ckpt")
+    assert same(model.trunk, dict(pretrained.trunk.state_dict()))
+    assert all(torch.equal(p, before[name]) for name, p in model.heads.named_parameters())
+    assert str(report) == (
+        "4 tensors loaded from keys 'trunk.*', 0 missing, 0 unexpected, 0 of another shape, 6 ignored"
+    )
+
+
+def test_a_checkpoint_of_a_single_task_module(tmp_path: Path) -> None:
+    class Single(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = trunk(), nn.Linear(4, 2)
+
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    single = Single()
+    trainer.strategy.connect(single)
+    trainer.save_checkpoint(tmp_path / "single.ckpt", weights_only=True)
+    model = small()
+    assert load_trunk(model, tmp_path / "single.ckpt").prefix == "backbone."
+    assert same(model.trunk, dict(single.backbone.state_dict()))
+
+
+@pytest.mark.parametrize("nest", [None, "state_dict", "model", "model_state_dict"])
+def test_state_dicts_that_torch_saved(nest: str | None, tmp_path: Path) -> None:
+    tensors: Any = state() if nest is None else {nest: state(), "epoch": 3}
+    torch.save(tensors, tmp_path / "saved.pth")
+    target = trunk()
+    load_trunk(target, str(tmp_path / "saved.pth"))
+    assert same(target, state())
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    torch_files = pytest.importorskip("safetensors.torch")
+    torch_files.save_file(under("model.", state()), tmp_path / "saved.safetensors")
+    target = trunk()
+    assert load_trunk(target, tmp_path / "saved.safetensors").prefix == "model."
+    assert same(target, state())
+
+
+def test_safetensors_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+    (tmp_path / "saved.safetensors").touch()
+    with pytest.raises(ImportError, match=r"lightning-mtl\[safetensors\]"):
+        load_trunk(trunk(), tmp_path / "saved.safetensors")
+
+
+def without(key: str) -> dict[str, Tensor]:
+    return {name: value for name, value in state().items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (without("2.bias"), r"missing: 2\.bias\. .*strict=False"),
+        (state() | {"fc.weight": torch.zeros(2)}, r"unexpected: fc\.weight"),
+        (state() | {"2.weight": torch.zeros(5, 4)}, r"of another shape: 2\.weight \[5, 4\] for \[4, 4\]"),
+    ],
+)
+def test_strictness(source: dict[str, Tensor], message: str) -> None:
+    target = trunk()
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_trunk(target, source)
+    assert same(target, before)
+    report = load_trunk(target, source, strict=False)
+    for key, value in target.state_dict().items():
+        assert torch.equal(value, state()[key] if key in report.loaded else before[key])
+    assert len(report.missing) + len(report.unexpected) + len(report.mismatched) == 1
+    assert len(report.loaded) == 4 - len(report.missing) - len(report.mismatched)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_has_nothing_of_the_trunk(strict: bool) -> None:
+    with pytest.raises(ValueError, match=r"the trunk has 0\.weight, .* the source conv\.kernel"):
+        load_trunk(trunk(), {"conv.kernel": torch.zeros(3)}, strict=strict)
+    with pytest.raises(ValueError, match="Nothing fits"):
+        load_trunk(trunk(), {"0.weight": torch.zeros(9)}, strict=strict)
+    with pytest.raises(ValueError, match="no tensors"):
+        load_trunk(trunk(), {"epoch": 3}, strict=strict)
+
+
+def test_prefixes_that_fit_alike() -> None:
+    both = under("student.", state(1)) | under("teacher.", state(2))
+    with pytest.raises(
+        ValueError, match=r"prefixes \['student\.', 'teacher\.'\] of the mapping; .* prefix='student\.'"
+    ):
+        load_trunk(trunk(), both)
+    target = trunk()
+    assert load_trunk(target, both, prefix="teacher.").ignored == 4
+    assert same(target, state(2))
+    load_trunk(target, under("average.trunk_ema.", state(1)) | under("model.trunk.", state(3)))
+    assert same(target, state(3))
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_trunk(trunk(), tmp_path / "nowhere.pt")
+    torch.save(small(), tmp_path / "pickled.pt")
+    with pytest.raises(ValueError, match="cannot be read as tensors alone"):
+        load_trunk(trunk(), tmp_path / "pickled.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="holds a list"):
+        load_trunk(trunk(), tmp_path / "list.pt")
+
+
+def test_the_callback_loads_before_training_and_not_on_resume(tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / "trunk.pt")
+    model = MultiTaskModule(trunk(), heads(), regressions(), optimizer=lambda ps: torch.optim.SGD(ps, lr=0.0))
+    callback = LoadTrunk(tmp_path / "trunk.pt")
+    trainer = fit(model, loader(batch(8)), callbacks=[callback])
+    assert same(model.trunk, state())
+    assert callback.report is not None
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    (tmp_path / "trunk.pt").unlink()
+    fit(
+        model,
+        loader(batch(8)),
+        callbacks=[LoadTrunk(tmp_path / "trunk.pt")],
+        max_epochs=2,
+        ckpt_path=tmp_path / "run.ckpt",
+    )
+    with pytest.raises(FileNotFoundError, match="no file"):
+        fit(model, loader(batch(8)), callbacks=[LoadTrunk(tmp_path / "trunk.pt")])

@@ -1,0 +1,87 @@
+"""One process of a pair: thaws a trunk step by step while training on its half of every batch.
+
+python -m tests.finetuning.worker RANK RENDEZVOUS RESULT
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+
+from lightning_mtl.finetuning import GradualUnfreezing
+from lightning_mtl.weighting import MGDA, GradDrop, GradNorm
+from tests.distributed.worker import RANKS, be_quiet
+from tests.small import Batch, batches, small
+from tests.training import History, fit, loader
+
+DDP = functools.partial(DDPStrategy, process_group_backend="gloo")
+FLAVOURS: Mapping[str, Any] = {
+    "default": DDP,
+    "find_unused_parameters": functools.partial(DDP, find_unused_parameters=True),
+    "static_graph": functools.partial(DDP, static_graph=True),
+}
+WEIGHTINGS: Mapping[str, Any] = {
+    "losses": list,
+    "GradNorm at the last layer": lambda: [GradNorm()],
+    "MGDA at the features": lambda: [MGDA(at="features")],
+    "MGDA at the trunk": lambda: [MGDA()],
+    "GradDrop at the trunk": lambda: [GradDrop()],
+}
+CASES = [
+    *(("default", weighting, False) for weighting in WEIGHTINGS),
+    ("default", "losses", True),
+    ("default", "MGDA at the features", True),
+    ("find_unused_parameters", "losses", False),
+    ("find_unused_parameters", "MGDA at the features", False),
+    ("static_graph", "losses", False),
+    ("static_graph", "losses", True),
+    ("static_graph", "MGDA at the features", False),
+    ("static_graph", "MGDA at the trunk", False),
+]
+
+
+def half(batch: Batch, rank: int, ranks: int) -> Batch:
+    inputs, targets = batch
+    return inputs[rank::ranks].double(), {task: target[rank::ranks].double() for task, target in targets.items()}
+
+
+def train(flavour: str, weighting: str, automatic: bool, rank: int = 0, ranks: int = 1) -> Tensor:
+    """Parameters after each of eight steps; a layer of the trunk thaws in the second and in the third epoch."""
+    module = small(optimizer=functools.partial(torch.optim.SGD, lr=0.1)).double()
+    module.automatic_optimization = automatic
+    history = History()
+    fit(
+        module,
+        loader(*(half(batch, rank, ranks) for batch in batches(4, 4))),
+        max_epochs=4,
+        callbacks=[*WEIGHTINGS[weighting](), GradualUnfreezing(every_n_epochs=1, lr_decay=0.5), history],
+        devices=ranks,
+        strategy="auto" if ranks == 1 else FLAVOURS[flavour](),
+        use_distributed_sampler=False,
+    )
+    return torch.stack(history.parameters)
+
+
+def main(rank: str, rendezvous: str, result: str) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=int(rank),
+        world_size=RANKS,
+        timeout=timedelta(seconds=20),
+    )
+    torch.save({str(case): train(*case, int(rank), RANKS) for case in CASES}, result)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    be_quiet()
+    main(*sys.argv[1:])
