@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -15,8 +16,9 @@ import torch
 import yaml
 
 from lightning_mtl import weighting
-from lightning_mtl.cli import MultiTaskCLI, main
+from lightning_mtl.cli import main
 from lightning_mtl.cli.method_table import methods
+from lightning_mtl.configured import MultiTaskCLI
 from lightning_mtl.configured.problems import condense
 from lightning_mtl.configured.short_names import load_short_names
 from tests.test_readme import commands_of
@@ -229,3 +231,21 @@ def test_every_command_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_p
             assert left.value.code == 0
         else:
             run(monkeypatch, *words, *([] if words == ["methods"] else SHORT))
+
+
+@pytest.mark.parametrize(("command", "extra"), [("fit", "cli"), ("methods", "cli"), ("tune", "tune")])
+def test_a_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, extra: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert f"pip install 'lightning-mtl[{extra}]'" in refused(monkeypatch, capsys, command)
+
+
+def test_importing_the_package_loads_no_extra() -> None:
+    """What Lightning itself imports where it is installed does not count."""
+    after_lightning = "import sys, lightning.pytorch; before = set(sys.modules)"
+    code = f"{after_lightning}; import lightning_mtl; print(*(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    extras = {"jsonargparse", "optuna", "matplotlib", "sklearn", "rich", "torchjd", "safetensors"}
+    assert not extras & {name.partition(".")[0] for name in loaded}
+    assert "lightning_mtl.module" in loaded

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
-from lightning_mtl.cli.method_table import print_methods
-from lightning_mtl.cli.search import search
-from lightning_mtl.configured import MultiTaskCLI
+# What a command imports beyond the package's own dependencies, and the extra that brings it.
+NEEDED = {
+    "tune": ("tune", ("jsonargparse", "rich", "optuna", "optuna_integration", "matplotlib")),
+    "methods": ("cli", ("rich",)),
+}
+NEEDED_BY_THE_REST = ("cli", ("jsonargparse",))
 
 
 def main() -> None:
     """Run the command that the process's arguments name."""
     given = sys.argv[1:]
+    command = given[0] if given else ""
+    extra, modules = NEEDED.get(command, NEEDED_BY_THE_REST)
+    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
+        sys.stderr.write(
+            f"lightning-mtl: error: {', '.join(missing)} is not installed; run pip install 'lightning-mtl[{extra}]'.\n"
+        )
+        sys.exit(2)
     # As with ``python -m``: a YAML file names classes of modules that lie beside it.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    if given[:1] == ["methods"]:
+    # Imported here: each command needs an extra of its own, and the others shall not wait for it.
+    if command == "methods":
+        from lightning_mtl.cli.method_table import print_methods
+
         print_methods(given[1:])
-    elif given[:1] == ["tune"]:
+    elif command == "tune":
+        from lightning_mtl.cli.search import search
+
         search(given[1:])
     else:
+        from lightning_mtl.configured import MultiTaskCLI
+
         MultiTaskCLI()
