@@ -40,7 +40,6 @@ def draw_sums(axes: Any, courses: Sequence[Course], num_tasks: int) -> None:  # 
         mean = [statistics.mean(sums) for sums in zip(*(course.sums for course in found), strict=True)]
         axes.plot(found[0].steps, mean, color=f"C{place}", linewidth=2, label=method)
     axes.set_title(f"K = {num_tasks}: Σ L(t) / L(0) on test data (thin: each seed)", fontsize=10)
-    axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
 
 
