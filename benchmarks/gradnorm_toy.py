@@ -220,7 +220,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / "gradnorm_toy.json"
-    about = {**environment(), "seeds": options.seeds, "steps": options.steps, "alpha": ALPHA, "adam_lr": 1e-3}
+    about = {
+        **environment(),
+        "seeds": list(range(options.seeds)),
+        "steps": options.steps,
+        "alpha": ALPHA,
+        "adam_lr": 1e-3,
+    }
     scales = {num_tasks: list(scales_of(num_tasks).values()) for num_tasks in (2, 10)}
     results = [asdict(course) for course in courses]
     path.write_text(json.dumps({**about, "scales": scales, "claims": claims, "results": results}) + "\n")

@@ -188,7 +188,7 @@ def write(
         "metric": problem.metric,
         "steps": problem.steps,
         "batch": TRAIN_BATCH,
-        "seeds": len(rows[0].scores),
+        "seeds": list(range(len(rows[0].scores))),
         "learning_rates": lrs,
         "processor_seconds": round(seconds),
         "verdict": verdict(rows, comparison),
