@@ -24,7 +24,7 @@ install = $(PIP) install --quiet --constraint constraints.txt --editable ".[$(1)
 .PHONY: help demo test check lint doctest fmt bench env hooks clean distclean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.examples ## Train the quickstart on its embedded data; says how to open TensorBoard.
 	env -u LIGHTNING_MTL_DATA $(BIN)/python examples/quickstart.py --logdir $(LOGDIR) $(DEMO_ARGS)
@@ -52,6 +52,13 @@ fmt: $(VENV)/.dev ## Format the code and mend what the linter can.
 
 bench: $(VENV)/.dev ## Measure the cost of a step against plain Lightning.
 	$(BIN)/python benchmarks/step_time.py $(BENCH_ARGS)
+
+.PHONY: bench-methods-work bench-gradnorm-toy
+bench-methods-work: $(VENV)/.dev ## Train with every named method on real data: which differ from equal weights?
+	$(BIN)/python -m benchmarks.do_methods_work $(BENCH_ARGS)
+
+bench-gradnorm-toy: $(VENV)/.dev ## Train GradNorm's toy; the paper's claims beside the outcome.
+	$(BIN)/python -m benchmarks.gradnorm_toy $(BENCH_ARGS)
 
 env: $(VENV)/.dev ## Make the environment with the tools for developers.
 
