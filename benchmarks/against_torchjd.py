@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.step_cases import Case, Variant
+from benchmarks.step_cases import Case, Device, Precision, Variant
 from benchmarks.torchjd_modules import METHODS, SCALARIZATIONS, Autogram, Autojac
 from benchmarks.trunks import PEER_TRUNKS
 
@@ -72,7 +72,7 @@ def chosen() -> list[Cell]:
     each = [Cell("mlp", 8, 32, name) for name in list(METHODS)[1:]]
     sums = [Cell("mlp", k, 256, name) for k in (8, 40) for name in SCALARIZATIONS]
     large = [Cell(t, 2, 256, "MGDA") for t in ("resnet", "transformer")]
-    return [*grid, *others, *each, *sums, *large]
+    return [*grid, *others, *sums[:4], *each, *large, *sums[4:]]
 
 
 def quick() -> list[Cell]:
@@ -100,9 +100,11 @@ def variants(cell: Cell) -> list[Variant]:
     return found
 
 
-def measure(cell: Cell, rounds: int, log_dir: str) -> dict[str, Any]:
+def measure(
+    cell: Cell, rounds: int, log_dir: str, device: Device = "cpu", precision: Precision = "32-true"
+) -> dict[str, Any]:
     steps = 8 if cell.num_tasks <= 8 else 4
-    case = Case(cell.trunk, cell.num_tasks, steps, log_dir, PEER_TRUNKS, cell.batch)
+    case = Case(cell.trunk, cell.num_tasks, steps, log_dir, PEER_TRUNKS, cell.batch, device, precision)
     todo = variants(cell)
     order = random.Random(0)
     for _ in range(rounds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 import time
@@ -51,6 +52,8 @@ TRUNKS = {"mlp": Trunk(mlp, (128, 784), 4, 1.40), "conv": Trunk(conv, (64, 3, 32
 
 Batch = tuple[Tensor, dict[str, Tensor]]
 Heads = dict[str, nn.Module]
+Device = Literal["cpu", "cuda"]
+Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed"]
 
 
 def clock(device: str) -> float:
@@ -119,8 +122,8 @@ class Case:
     log_dir: str
     models: Mapping[str, Trunk] = field(default_factory=lambda: TRUNKS)
     batch_size: int | None = None  # the trunk's own, if not given
-    device: Literal["cpu", "cuda"] = "cpu"
-    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    device: Device = "cpu"
+    precision: Precision = "32-true"
     times: dict[str, list[Times]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -208,6 +211,7 @@ class Case:
             torch.cuda.reset_peak_memory_stats()
             self.fit(module, weighting, logger=True, steps=3)
             return torch.cuda.max_memory_allocated()
+        gc.collect()  # an earlier module that is freed meanwhile would count against what is held
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             self.fit(module, weighting, logger=True, steps=3)
         assert profile.profiler is not None  # noqa: S101 - for mypy
