@@ -11,7 +11,9 @@ LOGDIR ?= lightning_logs
 # Passed on: `make demo DEMO_ARGS="--weighting MGDA"`, `make test TEST_ARGS="-k MGDA"`.
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# `make bench-torchjd BENCH_ARGS=--quick`.
 BENCH_ARGS ?=
+RESULTS ?= benchmarks/results
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -21,10 +23,12 @@ install = $(PIP) install --quiet --constraint constraints.txt --editable ".[$(1)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check lint doctest fmt bench env hooks clean distclean
+.PHONY: help demo test check lint doctest fmt env hooks clean distclean
+.PHONY: bench bench-step bench-floor bench-torchjd bench-methods bench-solvers bench-toy bench-gpu
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s
+", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.examples ## Train the quickstart on its embedded data; says how to open TensorBoard.
 	env -u LIGHTNING_MTL_DATA $(BIN)/python examples/quickstart.py --logdir $(LOGDIR) $(DEMO_ARGS)
@@ -50,8 +54,29 @@ fmt: $(VENV)/.dev ## Format the code and mend what the linter can.
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev ## Measure the cost of a step against plain Lightning.
-	$(BIN)/python benchmarks/step_time.py $(BENCH_ARGS)
+# Each writes its figures, with the machine, the versions and the date, to $(RESULTS); BENCH_ARGS go to all of them.
+bench: bench-step bench-floor bench-torchjd bench-methods bench-solvers bench-toy ## All benchmarks but the GPU's: an hour.
+
+bench-step: $(VENV)/.dev ## The cost of a step against plain Lightning.
+	$(BIN)/python -m benchmarks.step_time --json $(RESULTS)/step_time.json $(BENCH_ARGS)
+
+bench-floor: $(VENV)/.dev ## A step over its floor as tasks, model and batch grow.
+	$(BIN)/python -m benchmarks.floor --json $(RESULTS)/floor.json --png $(RESULTS)/floor.png $(BENCH_ARGS)
+
+bench-torchjd: $(VENV)/.bench ## A step and its memory against TorchJD's.
+	$(BIN)/python -m benchmarks.against_torchjd --json $(RESULTS)/torchjd.json $(BENCH_ARGS)
+
+bench-methods: $(VENV)/.dev ## The cost of a step with every method.
+	$(BIN)/python -m benchmarks.methods --json $(RESULTS)/methods.json $(BENCH_ARGS)
+
+bench-solvers: $(VENV)/.bench ## A solve of each small convex problem, beside TorchJD's.
+	$(BIN)/python -m benchmarks.solvers --json $(RESULTS)/solvers.json $(BENCH_ARGS)
+
+bench-toy: $(VENV)/.dev ## Every method on the toy Pareto problem.
+	$(BIN)/python -m benchmarks.toy_pareto --json $(RESULTS)/toy_pareto.json $(BENCH_ARGS)
+
+bench-gpu: $(VENV)/.bench ## The contract and step times on a GPU.
+	$(BIN)/python -m benchmarks.on_gpu --json $(RESULTS)/gpu.json $(BENCH_ARGS)
 
 .PHONY: bench-methods-work bench-gradnorm-toy
 bench-methods-work: $(VENV)/.dev ## Train with every named method on real data: which differ from equal weights?
@@ -85,3 +110,7 @@ $(VENV)/.examples: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(call install,dev)
 	@touch $(VENV)/.examples $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(call install,bench)
+	@touch $@

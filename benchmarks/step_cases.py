@@ -1,13 +1,14 @@
-"""The models, batches and fits whose steps ``step_time.py`` times."""
+"""The models, batches and fits whose steps ``step_time.py`` and others time."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -21,7 +22,6 @@ from lightning_mtl.weighting import DWA, MGDA, GradNorm, UncertaintyWeighting
 
 CLASSES = 10
 WARM_UP = 3
-CLOCK = time.process_time  # what else the machine runs disturbs it less than the clock on the wall
 LEARNING_RATE = 1e-6  # nothing is to be learned from one batch: losses and gradients stay what they are at the start
 
 
@@ -51,6 +51,17 @@ class Trunk:
 TRUNKS = {"mlp": Trunk(mlp, (128, 784), 4, 1.40), "conv": Trunk(conv, (64, 3, 32, 32), 6, 1.10)}
 
 Batch = tuple[Tensor, dict[str, Tensor]]
+Heads = dict[str, nn.Module]
+Device = Literal["cpu", "cuda"]
+Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed"]
+
+
+def clock(device: str) -> float:
+    """Processor time, which what else runs disturbs less than the wall's; on a GPU the wall's, its work done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Repeated:
@@ -69,7 +80,7 @@ class Repeated:
 class Plain(pl.LightningModule):
     """What one would write without the package: automatic optimization of the summed loss, nothing logged."""
 
-    def __init__(self, trunk: nn.Module, heads: dict[str, nn.Module]) -> None:
+    def __init__(self, trunk: nn.Module, heads: Heads) -> None:
         super().__init__()
         self.trunk, self.heads = trunk, nn.ModuleDict(heads)
 
@@ -85,11 +96,12 @@ class Plain(pl.LightningModule):
 class StepClock(pl.Callback):
     """Notes when each step begins; from one beginning to the next lies everything that a step costs."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.begun: list[float] = []
 
     def on_train_batch_start(self, *_: Any) -> None:  # noqa: ANN401
-        self.begun.append(CLOCK())
+        self.begun.append(clock(self.device))
 
 
 @dataclass(frozen=True)
@@ -108,22 +120,27 @@ class Case:
     num_tasks: int
     steps: int  # timed in a round
     log_dir: str
+    models: Mapping[str, Trunk] = field(default_factory=lambda: TRUNKS)
+    batch_size: int | None = None  # the trunk's own, if not given
+    device: Device = "cpu"
+    precision: Precision = "32-true"
     times: dict[str, list[Times]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        size = TRUNKS[self.trunk].inputs[0]
+        own, *shape = self.models[self.trunk].inputs
+        size = own if self.batch_size is None else self.batch_size
         self.tasks = [f"task_{k}" for k in range(self.num_tasks)]
         self.batch = (
-            torch.randn(TRUNKS[self.trunk].inputs),
-            {k: torch.randint(CLASSES, (size,)) for k in self.tasks},
+            torch.randn(size, *shape).to(self.device),
+            {k: torch.randint(CLASSES, (size,)).to(self.device) for k in self.tasks},
         )
         self._modules: dict[str, pl.LightningModule] = {}
 
-    def parts(self) -> tuple[nn.Sequential, dict[str, nn.Module]]:
+    def parts(self) -> tuple[nn.Sequential, Heads]:
         torch.manual_seed(0)
-        trunk = TRUNKS[self.trunk].make()
-        width = trunk(self.batch[0][:1]).shape[1]
+        trunk = self.models[self.trunk].make()
+        width = trunk(self.batch[0][:1].cpu()).shape[1]
         return trunk, {task: nn.Linear(width, CLASSES) for task in self.tasks}
 
     def module(self, *, plain: bool = False, metrics: bool = False) -> pl.LightningModule:
@@ -140,24 +157,31 @@ class Case:
 
     def fit(self, module: pl.LightningModule, weighting: Weighting | None, *, logger: bool, steps: int) -> list[float]:
         """Train for so many steps; the last timed one writes its scalars. Returns each step's seconds."""
-        clock = StepClock()
+        steps_begin = StepClock(self.device)
         trainer = pl.Trainer(
-            accelerator="cpu",
+            accelerator=self.device,
+            devices=1,
+            precision=self.precision,
             max_epochs=1,
             logger=TensorBoardLogger(self.log_dir) if logger else False,
             log_every_n_steps=steps,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[clock] if weighting is None else [clock, weighting],
+            callbacks=[steps_begin] if weighting is None else [steps_begin, weighting],
         )
         # One step more than is timed: the last one runs into the end of the epoch.
         trainer.fit(module, Repeated(self.batch, steps + 1))
-        return [after - before for before, after in itertools.pairwise(clock.begun)]
+        return [after - before for before, after in itertools.pairwise(steps_begin.begun)]
+
+    def made(self, variant: Variant) -> pl.LightningModule:
+        if variant.make is not None:
+            return variant.make(*self.parts())
+        return self.module(plain=variant.plain, metrics=variant.metrics)
 
     def time_round(self, variant: Variant) -> None:
         if variant.name not in self._modules:
-            self._modules[variant.name] = self.module(plain=variant.plain, metrics=variant.metrics)
+            self._modules[variant.name] = self.made(variant)
         weighting = None if variant.weighting is None else variant.weighting()
         steps = self.fit(self._modules[variant.name], weighting, logger=variant.logger, steps=WARM_UP + self.steps + 1)[
             WARM_UP:
@@ -168,20 +192,26 @@ class Case:
 
     def time_floors(self) -> None:
         """Time one task's backward pass of the trunk, and one that ends at the weights of its last layer."""
-        trunk, _ = self.parts()
+        trunk = self.parts()[0].to(self.device)
         features = trunk(self.batch[0])
         cotangent = torch.randn_like(features)
-        for name, part in (("trunk backward", trunk), ("layer gradient", trunk[TRUNKS[self.trunk].last_layer])):
+        last_layer = trunk[self.models[self.trunk].last_layer]
+        for name, part in (("trunk backward", trunk), ("layer gradient", last_layer)):
             parameters, seconds = list(part.parameters()), []
             for _ in range(WARM_UP + self.steps):
-                begun = CLOCK()
+                begun = clock(self.device)
                 torch.autograd.grad(features, parameters, cotangent, retain_graph=True)
-                seconds.append(CLOCK() - begun)
+                seconds.append(clock(self.device) - begun)
             middle = statistics.median(seconds[WARM_UP:])
             self.times.setdefault(name, []).append(Times(middle, middle))
 
     def peak(self, module: pl.LightningModule, weighting: Weighting | None) -> int:
         """The most bytes that tensors held at once over a few steps, the model's own included."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.fit(module, weighting, logger=True, steps=3)
+            return torch.cuda.max_memory_allocated()
+        gc.collect()  # an earlier module that is freed meanwhile would count against what is held
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             self.fit(module, weighting, logger=True, steps=3)
         assert profile.profiler is not None  # noqa: S101 - for mypy
@@ -208,6 +238,7 @@ class Variant:
     plain: bool = False
     metrics: bool = False
     logger: bool = True
+    make: Callable[[nn.Module, Heads], pl.LightningModule] | None = None  # a module that is not ours
 
 
 VARIANTS = {

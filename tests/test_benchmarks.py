@@ -1,0 +1,57 @@
+"""What benchmarks promise of their models, arguments and pictures; no timing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.floor import plot, rows
+from benchmarks.on_gpu import main as on_gpu
+from benchmarks.step_cases import Case, Trunk
+from benchmarks.trunks import PEER_TRUNKS, sized
+
+
+@pytest.mark.parametrize("millions", [1, 3, 10])
+def test_an_mlp_has_about_the_parameters_asked_for(millions: int) -> None:
+    trunk = sized(millions)
+    found = sum(parameter.numel() for parameter in trunk.make().parameters())
+    assert found == pytest.approx(millions * 10**6, rel=0.005)
+    assert isinstance(trunk.make()[trunk.last_layer], torch.nn.Linear)
+
+
+@pytest.mark.parametrize("name", PEER_TRUNKS)
+def test_a_case_has_the_batch_asked_for_and_heads_that_fit(name: str, tmp_path: Path) -> None:
+    case = Case(name, 2, 1, str(tmp_path), PEER_TRUNKS, batch_size=4)
+    trunk, heads = case.parts()
+    features = trunk(case.batch[0])
+    assert {task: head(features).shape for task, head in heads.items()} == {"task_0": (4, 10), "task_1": (4, 10)}
+
+
+def test_memory_is_counted_from_the_same_beginning(tmp_path: Path) -> None:
+    models = {"one layer": Trunk(lambda: torch.nn.Sequential(torch.nn.Linear(1000, 100)), (2, 1000), 0, 1.0)}
+    case = Case("one layer", 2, 1, str(tmp_path), models)
+    first, second = (case.peak(case.module(plain=True), None) for _ in range(2))
+    assert first == pytest.approx(second, rel=0.05)
+    assert first >= 4 * 4 * 100_000  # weights, gradients and Adam's two averages
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refuses only where there is no GPU")
+def test_without_a_gpu_the_gpu_script_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        on_gpu([])
+    assert "--device cpu tries the script without one" in capsys.readouterr().err
+
+
+def test_floors_are_drawn(tmp_path: Path) -> None:
+    point = {"step_ms": 2.0, "over_ms": 1.5, "ratio": 4 / 3, "quartiles": [1.2, 1.5]}
+    sweeps = {"tasks": (2, 8), "batch": (32, 128)}
+    results = [
+        {"sweep": sweep, "value": value, "variant": row.variant, **point}
+        for sweep, values in sweeps.items()
+        for value in values
+        for row in rows(2)
+    ]
+    plot(results, "a title", tmp_path / "floor.png")
+    assert (tmp_path / "floor.png").read_bytes().startswith(b"\x89PNG")
