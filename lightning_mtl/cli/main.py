@@ -19,7 +19,7 @@ def main() -> None:
     given = sys.argv[1:]
     command = given[0] if given else ""
     extra, modules = NEEDED.get(command, NEEDED_BY_THE_REST)
-    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
+    if missing := [module for module in modules if not _is_installed(module)]:
         sys.stderr.write(
             f"lightning-mtl: error: {', '.join(missing)} is not installed; run pip install 'lightning-mtl[{extra}]'.\n"
         )
@@ -40,3 +40,8 @@ def main() -> None:
         from lightning_mtl.configured import MultiTaskCLI
 
         MultiTaskCLI()
+
+
+def _is_installed(module: str) -> bool:
+    # What is imported already may have no spec to be found by, as optuna_integration, which replaces itself.
+    return module in sys.modules or importlib.util.find_spec(module) is not None
