@@ -1,8 +1,8 @@
 """What a solve costs, beside TorchJD where that is installed.
 
-    python benchmarks/solvers.py                       # everything
-    python benchmarks/solvers.py --tasks 4 8           # only these K
-    python benchmarks/solvers.py --json solvers.json   # the figures as a file, too
+    python -m benchmarks.solvers                       # everything
+    python -m benchmarks.solvers --tasks 4 8           # only these K
+    python -m benchmarks.solvers --json solvers.json   # the figures as a file, too
 
 Microseconds of processor time per solve, one thread, float64: the median over rounds, in each of which every solver
 goes through the same Gramians of independent normal rows, K x 3K. TorchJD (`pip install torchjd[full]`) runs with its
@@ -22,7 +22,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import platform
 import statistics
 import time
 import warnings
@@ -34,6 +33,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.step_time import environment
 from lightning_mtl.solvers import (
     cagrad_weights,
     fairgrad_weights,
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for num_tasks, measured in results.items()
             for (method, library), microseconds in measured.items()
         ]
-        report = {"python": platform.python_version(), "packages": packages, "figures": figures}
+        report = {**environment(), "packages": packages, "figures": figures}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.types import LRSchedulerConfig, LRSchedulerPLType
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 
 from lightning_mtl.batches import as_pair, is_joint, is_per_task, refuse_batch, under_its_name
@@ -18,13 +18,11 @@ from lightning_mtl.optimization import Optimization
 from lightning_mtl.overrides import keeping_schedules, putting_rates_back, with_recorder
 from lightning_mtl.parameter_groups import Rate, apply_lr_factors, parameter_groups
 from lightning_mtl.recorder import Recorder, sample_counts
+from lightning_mtl.schedules import LRSchedulerCallable, OptimizerCallable
 from lightning_mtl.setup_checks import check_arguments, check_inputs_differ
 from lightning_mtl.stepped_module import SteppedModule
 from lightning_mtl.task import Task, TaskOutput
 from lightning_mtl.trunks import Penalised, call_trunk, penalised_parts, penalties_of, shared_parameters_of, takes_tasks
-
-OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
-LRSchedulerCallable = Callable[[torch.optim.Optimizer], LRSchedulerPLType]
 
 
 class MultiTaskModule(SteppedModule):
@@ -55,6 +53,8 @@ class MultiTaskModule(SteppedModule):
             overridden.
         lr_scheduler: Called with the optimizer, returns a scheduler stepped once an epoch. For another interval, or a
             monitored metric, override ``configure_optimizers`` and return Lightning's usual dictionary.
+        trunk_lr: The trunk's learning rate, where it is not the optimizer's; unused like ``optimizer``.
+        head_lr: ``{task: learning rate}`` of heads, likewise.
 
     Raises:
         ValueError: If the names of heads and tasks differ or cannot name a module, or a number is out of its range.
@@ -87,6 +87,8 @@ class MultiTaskModule(SteppedModule):
         max_skipped_steps: int = 100,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
+        trunk_lr: float | None = None,
+        head_lr: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         check_arguments(trunk, heads, tasks, accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
@@ -95,20 +97,18 @@ class MultiTaskModule(SteppedModule):
         self.heads = nn.ModuleDict({task: heads[task] for task in tasks})
         self.tasks = dict(tasks)
         self.accumulate_grad_batches = accumulate_grad_batches
-        self.gradient_clip_val = gradient_clip_val
-        self.gradient_clip_algorithm = gradient_clip_algorithm
-        self.concatenate_inputs = concatenate_inputs
-        self.max_skipped_steps = max_skipped_steps
+        self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
+        self.concatenate_inputs, self.max_skipped_steps = concatenate_inputs, max_skipped_steps
         self.recorder = Recorder(self.tasks)
         self.schedules: list[LRSchedulerConfig] = []
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
+        self._trunk_lr, self._head_lr = trunk_lr, dict(head_lr or {})
         self.optimization = Optimization()
         self._cut: FeatureCut | None = None
         self._penalised: tuple[nn.Module, list[tuple[str, Penalised]]] | None = None
         # A loss with buffers or parameters of its own moves with the module and is saved with it.
-        self.loss_modules = nn.ModuleDict(
-            {k: task.loss for k, task in tasks.items() if isinstance(task.loss, nn.Module)}
-        )
+        losses = {k: task.loss for k, task in tasks.items() if isinstance(task.loss, nn.Module)}
+        self.loss_modules = nn.ModuleDict(losses)
         for stage in ("train", "val", "test"):
             metrics = {k: task.metric_collection() for k, task in tasks.items() if task.metrics is not None}
             setattr(self, f"{stage}_metrics", nn.ModuleDict(metrics))
@@ -275,18 +275,17 @@ class MultiTaskModule(SteppedModule):
 
     @keeping_schedules
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - any of the forms that Lightning takes
-        """Build the optimizer and scheduler given as arguments; override it as in any LightningModule.
-
-        Where a callback gives tasks or depths learning rates of their own, the optimizer gets :meth:`parameter_groups`.
-        """
-        grouped = self._trainer is not None and (self.task_rates() is not None or bool(self.depths))
-        optimizer = self._make_optimizer(self.parameter_groups() if grouped else self.parameters())
+        """Build what the arguments say, of :meth:`parameter_groups` where parts have own rates; overridable."""
+        grouped = self._trunk_lr is not None or bool(self._head_lr or self.depths)
+        grouped = grouped or (self._trainer is not None and self.task_rates() is not None)
+        groups = self.parameter_groups(trunk_lr=self._trunk_lr, head_lr=self._head_lr) if grouped else self.parameters()
+        optimizer = self._make_optimizer(groups)
         apply_lr_factors(optimizer)
         if self._make_scheduler is None:
             return optimizer
         scheduler = self._make_scheduler(optimizer)
-        monitor = getattr(scheduler, "monitor", None)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+        followed = {"scheduler": scheduler, "monitor": getattr(scheduler, "monitor", None)}
+        return {"optimizer": optimizer, "lr_scheduler": followed}
 
     @with_recorder
     def configure_callbacks(self) -> list[pl.Callback]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
-from lightning.pytorch.utilities.types import LRSchedulerConfig
+from lightning.pytorch.utilities.types import LRSchedulerConfig, LRSchedulerPLType
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
+LRSchedulerCallable = Callable[[torch.optim.Optimizer], LRSchedulerPLType]
 
 
 def parse_optimizer_config(returned: Any) -> tuple[torch.optim.Optimizer, list[LRSchedulerConfig]]:  # noqa: ANN401

@@ -130,3 +130,15 @@ def test_several_groups_of_a_head_are_found_by_their_parameters() -> None:
         for task in TASKS
     }
     assert moved == {"a": [False, False], "b": [True, True]}
+
+
+def test_rates_given_as_arguments_reach_the_optimizer() -> None:
+    module = small(optimizer=functools.partial(torch.optim.SGD, lr=0.1), trunk_lr=0.01, head_lr={"a": 0.5})
+    trainer = fit(module, loader(batch()))
+    rates = {group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups}
+    assert rates == {"trunk": 0.01, "head/a": 0.5, "head/b": 0.1}
+
+
+def test_a_rate_for_an_unknown_head_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"head_lr=.* names \['c'\], but the tasks are \['a', 'b'\]"):
+        fit(small(head_lr={"c": 0.5}), loader(batch()))
