@@ -8,20 +8,14 @@ import pytest
 import torch
 
 from tests.architectures.worker import CASES, train
-from tests.distributed.pairs import run_together
+from tests.distributed.pairs import results_of
 from tests.distributed.worker import RANKS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_two_processes_follow_one(tmp_path: Path) -> None:
-    results = [tmp_path / f"rank{rank}.pt" for rank in range(RANKS)]
-    commands = [
-        ["-m", "tests.architectures.worker", str(rank), str(tmp_path / "rendezvous"), str(result)]
-        for rank, result in enumerate(results)
-    ]
-    run_together(commands, tmp_path, seconds=120)
-    first, second = (torch.load(result) for result in results)
+    first, second = results_of("tests.architectures.worker", tmp_path, RANKS, seconds=120)
     for case in CASES:
         name = " / ".join(case)
         assert torch.equal(first[name], second[name]), f"{name}: the ranks differ"

@@ -8,8 +8,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[2]
+
+
+def results_of(worker: str, folder: Path, ranks: int, seconds: float) -> list[Any]:
+    """What each rank of a worker module saved, run as ``python -m worker RANK RENDEZVOUS RESULT``."""
+    results = [folder / f"rank{rank}.pt" for rank in range(ranks)]
+    meeting = str(folder / "rendezvous")
+    commands = [["-m", worker, str(rank), meeting, str(result)] for rank, result in enumerate(results)]
+    run_together(commands, folder, seconds)
+    return [torch.load(result) for result in results]
 
 
 def run_together(commands: Sequence[Sequence[str]], folder: Path, seconds: float) -> None:
