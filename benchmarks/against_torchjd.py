@@ -1,9 +1,12 @@
 """A step's time and its peak memory against TorchJD's, the same methods on both sides (`pip install torchjd[full]`).
 
-    python -m benchmarks.against_torchjd                  # a choice of cells, 8 minutes on a free core
+    python -m benchmarks.against_torchjd                  # 103 cells, an hour on a free core
     python -m benchmarks.against_torchjd --quick          # an MLP, K = 2 and 8, MGDA and UPGrad
-    python -m benchmarks.against_torchjd --full           # every trunk, K, batch and method, hours
+    python -m benchmarks.against_torchjd --full           # every trunk, K, batch and method, many hours
     python -m benchmarks.against_torchjd --only mlp K=8   # the cells whose name holds every word
+
+MGDA is measured on every trunk, K and batch; every other method, which differs from it by the problem it solves, on the
+MLP at every K, and with eight tasks on the other trunks; scalarisations on the MLP at every K with the large batch.
 
 Each cell times fits of a few steps, in one process, on one thread, ours and TorchJD's in turn and in another order each
 round; ratios are formed within a round. Median, and in brackets where half of the rounds' ratios lie. Times are the
@@ -32,6 +35,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +70,12 @@ def full() -> list[Cell]:
 
 
 def chosen() -> list[Cell]:
-    """MGDA as trunks, K and batches grow, the longest steps left out; every method at K = 8 on the MLP."""
-    grid = [Cell("mlp", k, 32, "MGDA") for k in NUM_TASKS] + [Cell("mlp", k, 256, "MGDA") for k in (2, 8)]
-    others = [Cell(t, k, 32, "MGDA") for t in ("resnet", "transformer") for k in (2, 8)]
-    each = [Cell("mlp", 8, 32, name) for name in list(METHODS)[1:]]
-    sums = [Cell("mlp", k, 256, name) for k in (8, 40) for name in SCALARIZATIONS]
-    large = [Cell(t, 2, 256, "MGDA") for t in ("resnet", "transformer")]
-    return [*grid, *others, *sums[:4], *each, *large, *sums[4:]]
+    """MGDA everywhere; every other method on the MLP, and with eight tasks elsewhere. The longest steps come last."""
+    grid = [Cell(t, k, b, "MGDA") for b in BATCHES for k in NUM_TASKS for t in PEER_TRUNKS]
+    each = [Cell("mlp", k, 32, name) for k in NUM_TASKS for name in list(METHODS)[1:]]
+    elsewhere = [Cell(t, 8, 32, name) for t in PEER_TRUNKS if t != "mlp" for name in (*list(METHODS)[1:], "UW", "FAMO")]
+    sums = [Cell("mlp", k, 256, name) for k in NUM_TASKS for name in SCALARIZATIONS]
+    return [*grid[:15], *sums, *each, *elsewhere, *grid[15:]]
 
 
 def quick() -> list[Cell]:
@@ -115,6 +118,9 @@ def measure(
     faster = min(peers, key=lambda name: statistics.median(seconds[name]))
     result: dict[str, Any] = {
         "cell": " ".join(cell.name.split()),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rounds": rounds,
+        "load_average": list(os.getloadavg()),
         "step_ms": {name: statistics.median(found) * 1e3 for name, found in seconds.items()},
         "faster": faster,
         "ours_over_faster": ratio(seconds["ours"], seconds[faster]),
@@ -182,6 +188,15 @@ def summary(results: Sequence[dict[str, Any]]) -> None:
             print(f"{what:8} met in {sum(judged_here)} of {len(judged_here)} cells")
 
 
+def write(path: Path, about: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the cells beside those that the file has from the same machine and versions; return them all."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    same = all(found.get(name) == about[name] for name in ("machine", "versions", "threads"))
+    cells = {result["cell"]: result for result in [*(found["results"] if same else []), *results]}
+    path.write_text(json.dumps({**about, "results": list(cells.values())}, indent=2) + "\n")
+    return list(cells.values())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
@@ -200,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore")
     about = environment()
     about["versions"].update({name: importlib.metadata.version(name) for name in PACKAGES})
-    about |= {"seed": 0, "rounds": rounds, "load_average": list(os.getloadavg())}
+    about["seed"] = 0
     print(", ".join(f"{name} {value}" for name, value in {**about["machine"], **about["versions"]}.items()))
     cells = full() if options.full else quick() if options.quick else chosen()
     results: list[dict[str, Any]] = []
@@ -211,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(measure(cell, rounds, log_dir))
             show(cell, results[-1])
             if options.json:  # a long run that is cut short keeps what it has
-                options.json.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+                results = write(options.json, about, results)
     summary(results)
 
 

@@ -16,6 +16,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,14 +28,15 @@ from benchmarks.real_problems import PROBLEMS, Problem, digits
 from benchmarks.trials import NAMED, REST, SINGLE, STATIC, Method, Tuned, complete, shared_methods, tune
 from quickstart import quieten
 
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 TUNING_SEEDS = 2
+FILE_WIDTH = 160  # columns of a table that goes to a file, where no terminal says how many there are
 
 
 def run(problem: Problem, methods: Sequence[Method], options: argparse.Namespace, console: Console) -> dict[str, Tuned]:
     """Tune all rows, then train them seed by seed, so that what a row is compared with ran beside it."""
     seeds = range(options.seeds)
-    searches = sum(len(method.makes) for method in methods) * len(options.lrs)
+    rates = problem.learning_rates
+    searches = sum(len(method.makes) for method in methods) * len(rates)
     found: dict[str, Tuned] = {}
     with Progress(console=console, transient=True) as progress:
         tuning = seeds[:TUNING_SEEDS]
@@ -42,7 +44,7 @@ def run(problem: Problem, methods: Sequence[Method], options: argparse.Namespace
         for method in methods:
             progress.update(bar, description=f"tuning {method.name}")
             told = lambda: progress.advance(bar)  # noqa: E731
-            found[method.name] = tune(problem, method, lrs=options.lrs, tuning_seeds=tuning, told=told)
+            found[method.name] = tune(problem, method, lrs=rates, tuning_seeds=tuning, told=told)
         bar = progress.add_task("other seeds", total=len(methods) * len(seeds))
         for seed in seeds:
             for method in methods:
@@ -60,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these methods, beside equal weights")
     parser.add_argument("--seeds", type=int, default=5, help="default: 5")
     parser.add_argument("--steps", type=int, help="of a training; default: what the data have")
-    parser.add_argument("--lrs", type=float, nargs="+", default=LEARNING_RATES, metavar="LR", help="to choose from")
+    parser.add_argument("--lrs", type=float, nargs="+", metavar="LR", help="to choose from; default: the data's three")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), metavar="FOLDER")
     options = parser.parse_args(argv)
     options.data = options.data or "multidigits"
@@ -78,12 +80,17 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     quieten()
     torch.set_num_threads(1)
     console, began = Console(highlight=False), time.process_time()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(highlight=False, width=FILE_WIDTH)
     try:
         problem = digits() if options.data == "multidigits" else PROBLEMS[options.data](options.data_dir)
     except (OSError, ValueError) as error:
         raise SystemExit(f"do_methods_work.py: {error}") from error
-    if options.steps:
-        problem = Problem(problem.name, problem.tasks, problem.metric, options.steps, problem.fold, problem.model)
+    problem = replace(
+        problem,
+        steps=options.steps or problem.steps,
+        learning_rates=tuple(options.lrs or problem.learning_rates),
+    )
     methods = shared_methods(problem, {**NAMED, **(REST if options.full or options.only else {})})
     if options.only:
         methods = [methods[0], *(method for method in methods if method.name in options.only)]
@@ -97,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         console.print(line, soft_wrap=True)
     trainings = sum(len(row.searched) for row in rows) * min(TUNING_SEEDS, options.seeds)
     console.print(f"{trainings} trainings to choose, {seconds:.0f} s of processor time in all")
-    paths = write(problem, rows, comparison, options.results, lrs=list(options.lrs), seconds=seconds)
+    paths = write(problem, rows, comparison, options.results, lrs=list(problem.learning_rates), seconds=seconds)
     console.print("written: " + ", ".join(str(path) for path in paths), soft_wrap=True)
     return rows
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_every_weighting_has_its_row() -> None:
 
 def tiny() -> Problem:
     whole = digits()
-    return Problem(whole.name, whole.tasks, whole.metric, 4, whole.fold, whole.model)
+    return replace(whole, steps=4)
 
 
 def test_a_training_is_the_seeds_alone() -> None:
@@ -134,7 +135,7 @@ def test_partial_labels_are_read_and_learned(tmp_path: Path) -> None:
     fold = whole.fold(0)
     sizes = [len(loader.dataset) for loader in (fold.train, fold.val, fold.test)]  # type: ignore[arg-type]
     assert sizes == [280, 40, 80]
-    problem = Problem(whole.name, whole.tasks, whole.metric, 2, whole.fold, whole.model)
+    problem = replace(whole, steps=2)
     assert set(train(problem, methods.MGDA(), lr=1e-3, seed=0).test) == {"one", "two", "three"}
     assert set(PROBLEMS) == {"multimnist", "tox21", "adult"}
 
