@@ -63,7 +63,7 @@ bench-floor: $(VENV)/.dev ## A step over its floor as tasks, model and batch gro
 	$(BIN)/python -m benchmarks.floor --json $(RESULTS)/floor.json --png $(RESULTS)/floor.png $(BENCH_ARGS)
 
 bench-torchjd: $(VENV)/.bench ## A step and its memory against TorchJD's.
-	$(BIN)/python -m benchmarks.against_torchjd --json $(RESULTS)/torchjd.json $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.against_torchjd --json $(RESULTS)/torchjd.json --png $(RESULTS)/torchjd.png $(BENCH_ARGS)
 
 bench-methods: $(VENV)/.dev ## The cost of a step with every method.
 	$(BIN)/python -m benchmarks.methods --json $(RESULTS)/methods.json $(BENCH_ARGS)

@@ -43,6 +43,7 @@ import torch
 
 from benchmarks.step_cases import Case, Device, Precision, Variant
 from benchmarks.torchjd_modules import METHODS, SCALARIZATIONS, Autogram, Autojac
+from benchmarks.torchjd_results import add, draw
 from benchmarks.trunks import PEER_TRUNKS
 
 NUM_TASKS = (2, 4, 8, 16, 40)
@@ -188,15 +189,6 @@ def summary(results: Sequence[dict[str, Any]]) -> None:
             print(f"{what:8} met in {sum(judged_here)} of {len(judged_here)} cells")
 
 
-def write(path: Path, about: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write the cells beside those that the file has from the same machine and versions; return them all."""
-    found = json.loads(path.read_text()) if path.exists() else {}
-    same = all(found.get(name) == about[name] for name in ("machine", "versions", "threads"))
-    cells = {result["cell"]: result for result in [*(found["results"] if same else []), *results]}
-    path.write_text(json.dumps({**about, "results": list(cells.values())}, indent=2) + "\n")
-    return list(cells.values())
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
@@ -204,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size.add_argument("--full", action="store_true", help="every trunk, K, batch and method")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cells whose name holds every word")
     parser.add_argument("--rounds", type=int, help="how often the variants take turns; 5, or 3 with --quick")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there, too, after each cell")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="add the figures there, too, after each cell")
+    parser.add_argument("--png", type=Path, metavar="PATH", help="draw what --json holds by then")
     options = parser.parse_args(arguments)
     rounds = options.rounds or (3 if options.quick else 5)
     if rounds < 2:
@@ -226,8 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(measure(cell, rounds, log_dir))
             show(cell, results[-1])
             if options.json:  # a long run that is cut short keeps what it has
-                results = write(options.json, about, results)
+                results = add(options.json, about, results)
     summary(results)
+    if options.png:
+        versions = f"torch {about['versions']['torch']}, TorchJD {about['versions']['torchjd']}"
+        title = f"{about['machine']['processor']}, {versions}, one thread, {about['date'][:10]}"
+        draw(results, title).savefig(options.png, dpi=110)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Heading(pl.LightningModule):
 
 
 class Autojac(Heading):
-    def __init__(self, trunk: nn.Module, heads: Heads, aggregator: nn.Module, chunk: int | None) -> None:
+    def __init__(self, trunk: nn.Module, heads: Heads, aggregator: aggregation.Aggregator, chunk: int | None) -> None:
         super().__init__(trunk, heads)
         self.aggregator, self.chunk = aggregator, chunk
 

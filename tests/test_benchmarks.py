@@ -10,6 +10,8 @@ import torch
 from benchmarks.floor import plot, rows
 from benchmarks.on_gpu import main as on_gpu
 from benchmarks.step_cases import Case, Trunk
+from benchmarks.torchjd_results import add
+from benchmarks.torchjd_results import draw as draw_steps
 from benchmarks.trunks import PEER_TRUNKS, sized
 
 
@@ -55,3 +57,40 @@ def test_floors_are_drawn(tmp_path: Path) -> None:
     ]
     plot(results, "a title", tmp_path / "floor.png")
     assert (tmp_path / "floor.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_steps_beside_torchjd_are_drawn() -> None:
+    names = ("plain", "ours", "TorchJD", "TorchJD one by one")
+    ratio = {"median": 0.9, "quartiles": [0.8, 1.1]}
+    results = [
+        {
+            "cell": f"{trunk} K={k} B={batch} {method}",
+            "step_ms": {name: float(k) for name in names},
+            "ours_over_faster": ratio,
+            "ours_over_default": ratio,
+            "met": {"faster": True},
+        }
+        for trunk in ("mlp", "resnet")
+        for k in (8, 2)
+        for batch in (32, 256)
+        for method in ("MGDA", "UPGrad")
+    ]
+    figure = draw_steps(results, "a title")
+    assert [axes.get_title() for axes in figure.axes][::5] == ["mlp, batch 32, MGDA", "resnet, batch 32, K = 8"]
+    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == ["MGDA", "UPGrad"]
+    assert list(figure.axes[0].lines[0].get_xdata()) == [2, 8]  # in order, whatever order the cells came in
+
+
+def test_cells_of_several_runs_add_up_while_machine_and_versions_stay(tmp_path: Path) -> None:
+    about = {"machine": "one", "versions": {"torch": "2"}, "threads": 1}
+    path = tmp_path / "cells.json"
+    add(path, about, [{"cell": "a", "ms": 1}, {"cell": "b", "ms": 1}])
+    assert add(path, about, [{"cell": "b", "ms": 2}]) == [{"cell": "a", "ms": 1}, {"cell": "b", "ms": 2}]
+    assert add(path, {**about, "machine": "another"}, [{"cell": "c", "ms": 3}]) == [{"cell": "c", "ms": 3}]
+
+
+def test_the_readme_of_benchmarks_lists_every_file() -> None:
+    folder = Path(__file__).parents[1] / "benchmarks"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    missing = [path.name for path in folder.glob("*.py") if f"`{path.name}`" not in page]
+    assert not missing
