@@ -26,7 +26,6 @@ from benchmarks.step_time import environment, keep_freed_memory, step
 import argparse
 import functools
 import importlib.metadata
-import json
 import logging
 import os
 import random

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,7 +79,7 @@ def test_steps_beside_torchjd_are_drawn() -> None:
     figure = draw_steps(results, "a title")
     assert [axes.get_title() for axes in figure.axes][::5] == ["mlp, batch 32, MGDA", "resnet, batch 32, K = 8"]
     assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == ["MGDA", "UPGrad"]
-    assert list(figure.axes[0].lines[0].get_xdata()) == [2, 8]  # in order, whatever order the cells came in
+    assert np.array_equal(figure.axes[0].lines[0].get_xdata(), [2, 8])  # in order, whatever order the cells came in
 
 
 def test_cells_of_several_runs_add_up_while_machine_and_versions_stay(tmp_path: Path) -> None:
