@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
+from transformers import BertConfig, BertModel
 
 from lightning_mtl import MultiTaskModule, Task
 from tests.plain import momentum
@@ -97,12 +99,30 @@ def texts() -> list[Any]:
     return found
 
 
+def bert(*, frozen_embedding: bool) -> nn.Module:
+    """The library's own, small and built from a configuration."""
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=6,
+        intermediate_size=8,
+        max_position_embeddings=7,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_dropout_prob=0.0,
+        output_hidden_states=True,
+    )
+    encoder = BertModel(config)
+    encoder.embeddings.requires_grad_(not frozen_embedding)
+    return encoder
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("frozen", [False, True])
-def test_every_way_trains_it(way: str, frozen: bool) -> None:
+@pytest.mark.parametrize("encoder", [Encoder, bert])
+def test_every_way_trains_it(way: str, frozen: bool, encoder: Callable[..., nn.Module]) -> None:
     torch.manual_seed(3)
     module = MultiTaskModule(
-        Encoder(frozen_embedding=frozen),
+        encoder(frozen_embedding=frozen),
         {"topic": Pooled(), "tags": Tagger()},
         {"topic": Task(cross_entropy), "tags": Task(mse_loss)},
         optimizer=momentum,
