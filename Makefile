@@ -25,6 +25,7 @@ install = $(PIP) install --quiet --constraint constraints.txt --editable ".[$(1)
 .NOTPARALLEL:
 .PHONY: help demo test check lint doctest fmt env hooks clean distclean
 .PHONY: bench bench-step bench-floor bench-torchjd bench-methods bench-solvers bench-toy bench-gpu
+.PHONY: bench-methods-work bench-gradnorm-toy
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,7 +55,8 @@ fmt: $(VENV)/.dev ## Format the code and mend what the linter can.
 	$(BIN)/ruff format .
 
 # Each writes its figures, with the machine, the versions and the date, to $(RESULTS); BENCH_ARGS go to all of them.
-bench: bench-step bench-floor bench-torchjd bench-methods bench-solvers bench-toy ## All benchmarks but the GPU's: an hour.
+bench: bench-step bench-floor bench-torchjd bench-methods bench-solvers ## All benchmarks but the GPU's: three hours.
+bench: bench-toy bench-gradnorm-toy bench-methods-work
 
 bench-step: $(VENV)/.dev ## The cost of a step against plain Lightning.
 	$(BIN)/python -m benchmarks.step_time --json $(RESULTS)/step_time.json $(BENCH_ARGS)
@@ -72,12 +74,11 @@ bench-solvers: $(VENV)/.bench ## A solve of each small convex problem, beside To
 	$(BIN)/python -m benchmarks.solvers --json $(RESULTS)/solvers.json $(BENCH_ARGS)
 
 bench-toy: $(VENV)/.dev ## Every method on the toy Pareto problem.
-	$(BIN)/python -m benchmarks.toy_pareto --json $(RESULTS)/toy_pareto.json $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.toy_pareto --full --json $(RESULTS)/toy_pareto.json --png $(RESULTS)/toy_pareto.png $(BENCH_ARGS)
 
 bench-gpu: $(VENV)/.bench ## The contract and step times on a GPU.
 	$(BIN)/python -m benchmarks.on_gpu --json $(RESULTS)/gpu.json $(BENCH_ARGS)
 
-.PHONY: bench-methods-work bench-gradnorm-toy
 bench-methods-work: $(VENV)/.dev ## Train with every named method on real data: which differ from equal weights?
 	$(BIN)/python -m benchmarks.do_methods_work $(BENCH_ARGS)
 

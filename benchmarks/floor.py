@@ -1,7 +1,7 @@
 """Each way of weighting over the least that it can cost, as K, the model and the batch grow.
 
-    python -m benchmarks.floor                        # 10 minutes on a free core, models of 1 to 10 million parameters
-    python -m benchmarks.floor --full                 # up to 100 million
+    python -m benchmarks.floor                        # half an hour on a free core, models of 1 to 100 million parameters
+    python -m benchmarks.floor --quick                # 3 minutes, up to 3 million
     python -m benchmarks.floor --json PATH --png PATH
 
 The floors are those of ``step_time.py``: plain training where losses alone are weighed or gradients are taken at the
@@ -35,10 +35,9 @@ from benchmarks.trunks import sized
 TASKS, MILLIONS, BATCH = 8, 1, 128
 SWEEPS: dict[str, tuple[int, ...]] = {
     "tasks": (2, 4, 8, 16, 40),
-    "million parameters": (1, 3, 10),
+    "million parameters": (1, 3, 10, 30, 100),
     "batch": (32, 128, 512),
 }
-FULL = {**SWEEPS, "million parameters": (1, 3, 10, 30, 100)}
 QUICK: dict[str, tuple[int, ...]] = {"tasks": (2, 8), "million parameters": (1, 3), "batch": (32, 128)}
 
 
@@ -115,9 +114,7 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="two points a sweep")
-    size.add_argument("--full", action="store_true", help="models of 30 and 100 million parameters, too")
+    parser.add_argument("--quick", action="store_true", help="two points a sweep")
     parser.add_argument("--rounds", type=int, help="how often the variants take turns; 5, or 3 with --quick")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there, too")
     parser.add_argument("--png", type=Path, metavar="PATH", help="draw them there")
@@ -133,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(", ".join(f"{name} {value}" for name, value in {**about["machine"], **about["versions"]}.items()))
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as log_dir:
-        for sweep, values in (FULL if options.full else QUICK if options.quick else SWEEPS).items():
+        for sweep, values in (QUICK if options.quick else SWEEPS).items():
             for value in values:
                 results += point(sweep, value, rounds, log_dir)
                 if options.json:  # a long run that is cut short keeps what it has

@@ -245,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trainer-steps", type=int, default=300)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there, too")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write a picture for each method there")
+    parser.add_argument("--png", type=Path, metavar="PATH", help="write all of them on one sheet there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -258,11 +259,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row, runs[name][start] = measure(name, start, options.steps)
             results.append(row)
             show(row)
-    if options.plots:
+    if options.plots or options.png:
         # Not at the top: only pictures need matplotlib.
-        from benchmarks.toy_pictures import plot
+        from benchmarks.toy_pictures import plot, plot_sheet
 
-        plot(runs, options.plots)
+        if options.plots:
+            plot(runs, options.plots)
+        if options.png:
+            plot_sheet(runs, options.png)
     agreement = compare_with_trainer(options.trainer, STARTS[2], options.trainer_steps)
     print(f"\n{agreement['method']}, {agreement['steps']} steps by the Trainer and by the light loop:")
     print(f"the largest difference is {agreement['largest_difference']:.1e}")

@@ -21,7 +21,7 @@ SHEET_COLUMNS = 6
 
 
 def plot(runs: dict[str, dict[tuple[float, float], Run]], folder: Path) -> None:
-    """Draw each method's picture, and all of them on one sheet."""
+    """Draw each method's picture."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, found in runs.items():
         figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
@@ -31,6 +31,10 @@ def plot(runs: dict[str, dict[tuple[float, float], Run]], folder: Path) -> None:
         file_name = "".join(letter if letter.isalnum() else "_" for letter in name).strip("_")
         figure.savefig(folder / f"{file_name}.png", dpi=120)
         plt.close(figure)
+
+
+def plot_sheet(runs: dict[str, dict[tuple[float, float], Run]], path: Path) -> None:
+    """Draw all methods on one sheet."""
     columns = min(SHEET_COLUMNS, len(runs))
     lines = math.ceil(len(runs) / columns)
     size = (1.9 * columns, 2.0 * lines)
@@ -39,7 +43,7 @@ def plot(runs: dict[str, dict[tuple[float, float], Run]], folder: Path) -> None:
         axes.set_axis_off()
     for axes, (name, found) in zip(grid.flat, runs.items(), strict=False):
         draw(axes, name, found)
-    sheet.savefig(folder / "all_methods.png", dpi=90)
+    sheet.savefig(path, dpi=90)
     plt.close(sheet)
 
 
