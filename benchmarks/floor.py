@@ -1,6 +1,6 @@
 """Each way of weighting over the least that it can cost, as K, the model and the batch grow.
 
-    python -m benchmarks.floor                        # half an hour on a free core, models of 1 to 100 million parameters
+    python -m benchmarks.floor                        # half an hour on a free core, up to 100 million parameters
     python -m benchmarks.floor --quick                # 3 minutes, up to 3 million
     python -m benchmarks.floor --json PATH --png PATH
 
