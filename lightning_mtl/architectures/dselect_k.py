@@ -122,9 +122,9 @@ class DSelectK(nn.Module):
     Source: Hazimeh et al., DSelect-k: Differentiable Selection in the Mixture of Experts with Applications to
     Multi-Task Learning, NeurIPS 2021, arXiv:2106.03760.
 
-    Deviation: penalties are means over the samples, where the official code adds them up; λ does not depend on the size
-    of a batch then. λ is constant. 1e-6 is added to Σ_e r_e, as to what a logarithm is taken of: a selector that has
-    landed on a code without an expert does not make the objective infinite.
+    Deviations: penalties are means over the samples, where the official code adds them up; λ does not depend on the
+    size of a batch then. λ is constant. 1e-6 is added to Σ_e r_e, as to what a logarithm is taken of: a selector that
+    has landed on a code without an expert does not make the objective infinite.
 
     Example:
         >>> trunk = DSelectK(lambda: nn.Linear(10, 4), ["a", "b"], num_selected=2, num_experts=6, entropy=0.1)

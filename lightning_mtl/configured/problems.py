@@ -35,7 +35,13 @@ UNKNOWN_NAME = re.compile(
 
 
 class ConfigurationError(ValueError):
-    """What a configuration, a space or a storage has wrong, in one line."""
+    """What a configuration, a space or a storage has wrong, in one line.
+
+    Example:
+        >>> raise ConfigurationError("objective is missing; name a metric to improve.")
+        Traceback (most recent call last):
+        lightning_mtl.configured.problems.ConfigurationError: objective is missing; name a metric to improve.
+    """
 
 
 class OneLineParser(LightningArgumentParser):

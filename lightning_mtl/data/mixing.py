@@ -20,6 +20,16 @@ class Mixing(ABC):
     """The base of the mixing modes: how many steps an epoch has, and which tasks give a batch in each of them.
 
     Sizes are counted in batches of one pass over a task's data on all ranks together, None where that is unknown.
+
+    Example:
+        >>> class Reversed(Mixing):
+        ...     def steps(self, sizes):
+        ...         return len(sizes)
+        ...
+        ...     def order(self, sizes, steps, generator):
+        ...         return itertools.islice(itertools.cycle((task,) for task in reversed(sizes)), steps)
+        >>> list(Reversed().order({"a": 2, "b": 1}, 3, torch.Generator()))
+        [('b',), ('a',), ('b',)]
     """
 
     @abstractmethod
@@ -45,6 +55,9 @@ class Joint(Mixing):
     Args:
         until: An epoch lasts until the task with the most batches (``"longest"``) has been seen once, while the others
             begin anew in another order; or until the one with the fewest (``"shortest"``) has.
+
+    Raises:
+        ValueError: If ``until`` is neither of the two.
 
     Example:
         >>> Joint().steps({"a": 10, "b": 4}), Joint("shortest").steps({"a": 10, "b": 4})
@@ -73,6 +86,9 @@ class RoundRobin(Mixing):
 
     Args:
         until: An epoch gives every task as many turns as the longest one has batches, or the shortest.
+
+    Raises:
+        ValueError: If ``until`` is neither ``"longest"`` nor ``"shortest"``.
 
     Example:
         >>> list(RoundRobin().order({"a": 2, "b": 1}, 4, torch.Generator()))
@@ -172,6 +188,7 @@ class Ratios(Drawn):
             a :class:`Schedule` for instance.
 
     Raises:
+        TypeError: If ``ratios`` is no mapping, or empty.
         ValueError: If a number is negative or not finite, or none is above 0.
 
     Example:

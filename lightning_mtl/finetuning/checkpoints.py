@@ -31,6 +31,13 @@ class LoadReport:
         unexpected: Keys of the source, below the prefix, that the trunk does not have.
         mismatched: ``{key: (shape in the source, shape in the trunk)}``.
         ignored: How many other keys the source has: heads, other parts.
+
+    Example:
+        >>> report = LoadReport(
+        ...     "model.trunk.", loaded=("weight",), missing=("bias",), unexpected=(), mismatched={}, ignored=4
+        ... )
+        >>> print(report)
+        1 tensors loaded from keys 'model.trunk.*', 1 missing, 0 unexpected, 0 of another shape, 4 ignored
     """
 
     prefix: str

@@ -61,6 +61,9 @@ def magnitude_similarity(gramian: Tensor) -> Tensor:
 def conflict_measures(gramian: Tensor) -> dict[str, Tensor]:
     """Sum the pairs of K >= 2 gradients up in four numbers; pairs with a gradient of zero are left out.
 
+    Args:
+        gramian: ``[K, K]``, the inner products.
+
     Returns:
         ``fraction`` of the pairs whose cosine is below 0, ``mean_cosine``, ``min_cosine``, and ``gms``, the mean
         gradient magnitude similarity. All are scalars; not a number if no pair is left.

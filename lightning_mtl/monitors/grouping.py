@@ -61,6 +61,11 @@ def best_grouping(affinity: Tensor, num_groups: int, *, alone: float = 0.0) -> l
 def grouping_score(affinity: Tensor, groups: Sequence[Sequence[int]], *, alone: float = 0.0) -> float:
     """Compute the sum that :func:`best_grouping` maximises.
 
+    Args:
+        affinity: ``[K, K]``, Z.
+        groups: Disjoint lists of task indices.
+        alone: What a task by itself counts.
+
     Example:
         >>> import torch
         >>> round(grouping_score(torch.tensor([[0.0, 0.3], [0.2, 0.0]]), [[0, 1]]), 6)

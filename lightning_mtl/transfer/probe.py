@@ -101,7 +101,7 @@ class ProbeResult:
         return rich_table(grid, title=f"{self.task}: {self.metric}, {way} is better", caption="positive is better")
 
     def to_csv(self, path: str | Path) -> None:
-        """Write every score, a row each: samples, trunk, place of the seed, metric, score."""
+        """Write every score, a row each: samples, trunk, place of the seed, and the score under the metric's name."""
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("samples", "trunk", "seed", self.metric))

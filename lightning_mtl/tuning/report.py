@@ -38,6 +38,10 @@ class Result:
             objective, one for each trial of the Pareto front for several.
         pictures: The pictures drawn.
         leads: Whether this is rank 0, which alone writes files.
+
+    Example:
+        >>> result = tune("run.yaml", "space.yaml", trials=20)  # doctest: +SKIP
+        >>> result.print_table()  # doctest: +SKIP
     """
 
     study: optuna.Study

@@ -59,6 +59,9 @@ class GradNorm(Weighting):
         start_step: Optimizer steps with equal weights before.
         total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Source: Chen et al., GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask Networks, 2018,
     arXiv:1711.02257, algorithm 1.
 

@@ -50,6 +50,9 @@ class IMTL(Weighting):
         start_step: Optimizer steps with equal weights before.
         total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021, algorithm 1.
 
     Deviations: those of :class:`IMTLG` and :class:`IMTLL`.

@@ -38,6 +38,9 @@ class IMTLL(Weighting):
         start_step: Optimizer steps with equal weights before.
         total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021, section 3.2.
 
     Deviations: the paper learns s with the network's optimizer, here it has an Adam of its own, so that a weight decay
