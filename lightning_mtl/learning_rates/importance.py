@@ -104,9 +104,11 @@ class Importance(Factor):
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse unknown tasks, and metrics that say nothing of a lag."""
         tasks: Mapping[str, Task] = pl_module.tasks  # type: ignore[assignment]  # setup has seen a mapping
-        named = self.weights if self.weights is not None else self.metric
-        if isinstance(named, Mapping) and (unknown := named.keys() - tasks.keys()):
-            raise ValueError(f"Importance names {sorted(unknown)}, but the tasks are {list(tasks)}.")
+        for argument, named in (("weights", self.weights), ("metric", self.metric)):
+            if isinstance(named, Mapping) and (unknown := named.keys() - tasks.keys()):
+                raise ValueError(
+                    f"Importance({argument}=...) names {sorted(unknown)}, but the tasks are {list(tasks)}."
+                )
         if self.metric is None:
             return
         if not isinstance(self.metric, str) and (missing := tasks.keys() - self.metric.keys()):

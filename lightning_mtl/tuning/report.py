@@ -24,6 +24,7 @@ from lightning_mtl.tuning.space import Space
 from lightning_mtl.tuning.workers import SEED_VALUES
 
 ROWS = 10
+PIPED_WIDTH = 180  # so that a line stays a line for grep
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Result:
         """Print the best trials, what became of the others, and where the files are."""
         console = console or Console()
         if not console.is_terminal:
-            console.width = 180
+            console.width = PIPED_WIDTH
         table = Table(title=f"Study {self.study.study_name}", title_justify="left", box=box.SIMPLE)
         table.add_column("trial", justify="right")
         for goal in self.goals:

@@ -89,9 +89,9 @@ class GradNorm(Weighting):
         total: float | None = None,
     ) -> None:
         super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
-        for name, value, low in (("lr", lr, 0.0), ("min_weight", min_weight, 0.0)):
-            if not value > low:
-                raise ValueError(f"GradNorm({name}={value}) must be above {low:g}.")
+        for name, value in (("lr", lr), ("min_weight", min_weight)):
+            if not value > 0:
+                raise ValueError(f"GradNorm({name}={value}) must be above 0.")
         if alpha < 0:
             raise ValueError(f"GradNorm(alpha={alpha}) must be at least 0.")
         self.alpha, self.lr, self.min_weight = alpha, lr, min_weight
