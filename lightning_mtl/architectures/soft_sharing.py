@@ -126,7 +126,12 @@ class SoftSharing(nn.Module):
         return {"soft_sharing": inject(value, moved, lambda outer: torch._foreach_mul(known, outer))}
 
     def single_task(self, task: str) -> nn.Module:
-        """The backbone of one task."""
+        """The backbone of one task.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        wanted_tasks("SoftSharing", self.tasks, [task])
         return self.backbones[task]
 
 
