@@ -223,7 +223,7 @@ def _cost(
     return Cost(name, total, shared, total - shared, adds, latency_ms(model, run, repeats))
 
 
-class _Through(nn.Module):
+class _SingleTaskModel(nn.Module):
     """The part of a trunk that a task has to itself, and the task's head."""
 
     def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
@@ -237,7 +237,7 @@ class _Through(nn.Module):
 
 def _alone(module: MultiTaskModule, task: str) -> nn.Module:
     own = getattr(module.trunk, "single_task", None)
-    return _Through(own(task), module.heads[task]) if callable(own) else module
+    return _SingleTaskModel(own(task), module.heads[task]) if callable(own) else module
 
 
 def _assumption(module: MultiTaskModule, single_task: Mapping[str, nn.Module] | None) -> str:

@@ -71,7 +71,7 @@ class Joint(Mixing):
 
     def steps(self, sizes: Sizes) -> int:
         """As many as the longest task has batches, or the shortest."""
-        return _END[self.until](_known(sizes, self))
+        return _TURNS_UNTIL[self.until](_known(sizes, self))
 
     def order(self, sizes: Sizes, steps: int, generator: torch.Generator) -> Iterator[tuple[str, ...]]:
         """All tasks, always."""
@@ -104,7 +104,7 @@ class RoundRobin(Mixing):
 
     def steps(self, sizes: Sizes) -> int:
         """K times the batches of the longest task, or of the shortest."""
-        return len(sizes) * _END[self.until](_known(sizes, self))
+        return len(sizes) * _TURNS_UNTIL[self.until](_known(sizes, self))
 
     def order(self, sizes: Sizes, steps: int, generator: torch.Generator) -> Iterator[tuple[str, ...]]:
         """One task after the other."""
@@ -221,7 +221,7 @@ class Ratios(Drawn):
         return [float(self.ratios[task]) for task in sizes]
 
 
-_END: dict[Until, Callable[[list[int]], int]] = {"longest": max, "shortest": min}
+_TURNS_UNTIL: dict[Until, Callable[[list[int]], int]] = {"longest": max, "shortest": min}
 
 
 def check_mixing(mixing: object) -> None:
@@ -234,7 +234,7 @@ def check_mixing(mixing: object) -> None:
 
 
 def _check_until(mode: Joint | RoundRobin) -> None:
-    if mode.until not in _END:
+    if mode.until not in _TURNS_UNTIL:
         raise ValueError(f"{type(mode).__name__}(until={mode.until!r}) must be 'longest' or 'shortest'.")
 
 
