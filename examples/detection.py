@@ -43,7 +43,7 @@ from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl import weighting as methods
 from lightning_mtl.figures import blank_figure, log_figure
 from lightning_mtl.metrics import delta_m
-from quickstart import Watcher, positive, quieten, spread
+from quickstart import Watcher, next_folder, positive, quieten, spread
 from scattered_digits import TASKS, Scenes, Splits, load_splits
 
 CHOICES: dict[str, Callable[[], Weighting]] = {
@@ -242,8 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         splits = load_splits(args.data_dir, seed=args.seed)
     except (OSError, ValueError) as error:
         raise SystemExit(f"detection.py: {error}") from error
-    number = next(n for n in itertools.count() if not (args.logdir / f"Detection-{n}").exists())
-    log_to = args.logdir / f"Detection-{number}"
+    log_to = next_folder(args.logdir, "Detection")
     sizes = ", ".join(f"{len(getattr(splits, part))} {part}" for part in ("train", "val", "test"))
     console.print(f"{sizes} images; {args.epochs} epochs a model; curves and pictures in {log_to}", soft_wrap=True)
     runs = [

@@ -9,9 +9,7 @@ What to copy is ``trunks``, which makes each kind of trunk, and ``train``, where
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,6 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table as Printed
-from scipy.stats import t as student
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics import MetricCollection
@@ -34,7 +31,7 @@ from lightning_mtl.figures import heatmap
 from lightning_mtl.gate_statistics import GateTable
 from lightning_mtl.metrics import delta_m
 from lightning_mtl.monitors import GateUsage
-from quickstart import positive, quieten, spread
+from quickstart import margin_of, next_folder, positive, quieten, spread
 
 OUTPUTS = 16
 
@@ -161,7 +158,7 @@ def compare(name: str, found: Sequence[Result], other: str, baseline: Sequence[R
     says = f"{name} against {other}: {statistics.mean(differences):+.2f} points of AUC"
     if len(differences) < 2:
         return f"{says}; one seed cannot tell that from noise, --repeats 5 can."
-    margin = student.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    margin = margin_of(differences)
     verdict = "within noise" if abs(statistics.mean(differences)) <= margin else "beyond noise"
     return f"{says} ± {margin:.2f} (95 % interval over {len(differences)} seeds): {verdict}."
 
@@ -203,15 +200,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     quieten()
-    warnings.filterwarnings("ignore", r"You defined a `validation_step` but have no")  # the test comes after the fit
     torch.set_num_threads(1)  # more threads would only wait for each other: the models are small
     console = Console(highlight=False)
     try:
         splits = load_splits(args.data_dir, seed=args.seed)
     except (OSError, ValueError) as error:
         raise SystemExit(f"experts.py: {error}") from error
-    number = next(n for n in itertools.count() if not (args.logdir / f"{splits.name}-{n}").exists())
-    log_to = args.logdir / f"{splits.name}-{number}"
+    log_to = next_folder(args.logdir, splits.name)
     console.print(
         f"{splits.name}: {len(splits.train)} people to learn from, {len(splits.test)} to be tested on, "
         f"{splits.train.features.shape[1]} features, tasks {' and '.join(splits.tasks)}; {args.epochs} epochs a model",

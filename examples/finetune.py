@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 import math
 import statistics
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +32,7 @@ from lightning_mtl import MultiTaskModule, Task
 from lightning_mtl.figures import blank_figure
 from lightning_mtl.finetuning import GradualUnfreezing, add_task
 from lightning_mtl.metrics import paired_bootstrap_interval
+from quickstart import quieten, spread
 
 CLASSES = {"digit": 10, "odd": 2, "upper": 2}
 NEW = ("odd", "upper")
@@ -136,14 +135,8 @@ def table(results: dict[str, list[Scores]]) -> Table:
         found.add_column(column, justify="left" if column == "trunk" else "right")
     for way, scores in results.items():
         columns = [[score[name] for score in scores] for name in (*NEW, "digit")]
-        found.add_row(way, *(spread(column) for column in columns))
+        found.add_row(way, *("-" if any(map(math.isnan, column)) else spread(column) for column in columns))
     return found
-
-
-def spread(values: Sequence[float]) -> str:
-    if any(math.isnan(value) for value in values):
-        return "-"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.1f}"
 
 
 def verdict(results: dict[str, list[Scores]], other: str) -> str:
@@ -188,9 +181,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args, console = parse(arguments), Console()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*`val_dataloader`.*", ".*logging interval.*"):
-        warnings.filterwarnings("ignore", message=message)
+    quieten()
     results: dict[str, list[Scores]] = {way: [] for way in WAYS}
     seeds = range(args.seed, args.seed + args.repeats)
     for seed in track(seeds, description="training", console=console, transient=True):

@@ -11,9 +11,6 @@ put together as the tasks' affinities say, which were watched while all four tra
 from __future__ import annotations
 
 import argparse
-import itertools
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,6 +29,7 @@ from lightning_mtl.monitors import TaskAffinity, best_grouping
 from lightning_mtl.transfer import TaskScores, TransferReport, single_task_baselines, train_and_score
 from lightning_mtl.weighting import MGDA, UncertaintyWeighting
 from multi_digits import DigitPairs, load_splits
+from quickstart import next_folder, quieten
 
 CLASSES = {"left": 10, "left_odd": 2, "right": 10, "right_odd": 2}
 Loader = DataLoader[tuple[Tensor, dict[str, Tensor]]]
@@ -168,15 +166,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def quieten() -> None:
-    """Leave out what Lightning says about things that are as they should be here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # devices found, tips
-    # Lightning 2.6 builds torch's LeafSpec by hand, which torch 2.13 deprecates.
-    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-    warnings.filterwarnings("ignore", r".*does not have many workers")  # the data are in memory
-    warnings.filterwarnings("ignore", r"GPU available but not used")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     quieten()
@@ -187,8 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for line in verdict(report):
         console.print(line, soft_wrap=True)
 
-    number = next(n for n in itertools.count() if not (args.logdir / f"NegativeTransfer-{n}").exists())
-    logger = TensorBoardLogger(args.logdir, name=f"NegativeTransfer-{number}", version="report")
+    name = next_folder(args.logdir, "NegativeTransfer").name
+    logger = TensorBoardLogger(args.logdir, name=name, version="report")
     report.log(logger)
     logger.finalize("success")
     folder = Path(logger.log_dir)

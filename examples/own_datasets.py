@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import statistics
 import time
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +36,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_mtl import MultiTaskModule, Task
 from lightning_mtl.data import Joint, Mixing, MultiTaskDataModule, Proportional, RoundRobin, Schedule
+from quickstart import next_folder, quieten
 
 SAMPLES = {"digit": 1200, "parity": 300, "large": 60}
 CLASSES = {"digit": 10, "parity": 2, "large": 2}
@@ -196,13 +195,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.batches < EPOCHS * len(SAMPLES) or options.seeds < 1:
         parser.error(f"--batches must be at least {EPOCHS * len(SAMPLES)}, --seeds at least 1")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+    quieten()
     mpl.use("agg")
     torch.set_num_threads(1)  # the model is too small to share
     console, began = Console(highlight=False), time.perf_counter()
-    number = next(n for n in itertools.count() if not (options.logdir / f"OwnDatasets-{n}").exists())
-    folder = options.logdir / f"OwnDatasets-{number}"
+    folder = next_folder(options.logdir, "OwnDatasets")
     results: dict[str, list[Outcome]] = {name: [] for name in MODES}
     runs = list(itertools.product(range(options.seeds), MODES.items()))
     for seed, (name, mixing) in track(runs, description="training", console=console, transient=True):

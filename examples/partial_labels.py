@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import os
 import statistics
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -41,7 +39,7 @@ from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl import weighting as methods
 from lightning_mtl.figures import blank_figure, log_figure
 from missing_labels import EXPECTED, MISSING, Splits, load, split
-from quickstart import positive, quieten, spread
+from quickstart import next_folder, positive, quieten, spread
 
 CHOICES: dict[str, Callable[[], Weighting]] = {
     "GradNorm": methods.GradNorm,
@@ -161,16 +159,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     quieten()
-    warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_dataloader`")
-    warnings.filterwarnings("ignore", r"The number of training batches .* is smaller than the logging interval")
     torch.set_num_threads(1)
     console = Console(highlight=False)
     try:
         data = load(args.data_dir, seed=args.seed)
     except (OSError, ValueError) as error:
         raise SystemExit(f"partial_labels.py: {error}") from error
-    number = next(n for n in itertools.count() if not (args.logdir / f"PartialLabels-{n}").exists())
-    log_to = args.logdir / f"PartialLabels-{number}"
+    log_to = next_folder(args.logdir, "PartialLabels")
     console.print(f"{len(data)} samples, {len(data.tasks)} tasks; curves and pictures in {log_to}", soft_wrap=True)
     scores: dict[str, list[Scores]] = {args.weighting: [], "equal weights": [], "single-task": []}
     with Progress(console=console, transient=True, refresh_per_second=4) as progress:

@@ -198,10 +198,15 @@ def compare(name: str, found: Sequence[Scores], other: str, baseline: Sequence[S
     says = f"{name} against {other}: {round(mean, 1) + 0.0:+.1f} points of accuracy"  # + 0.0 turns -0.0 into 0.0
     if len(differences) < 2:
         return f"{says}; one seed cannot tell that from noise, --repeats 3 can."
-    # The 95 % interval of Student's t for paired differences: few seeds make it wide, as it should be.
-    margin = student.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    margin = margin_of(differences)
     verdict = "within noise" if abs(mean) <= margin else "beyond noise"
     return f"{says} ± {margin:.1f} (95 % interval over {len(differences)} seeds): {verdict}."
+
+
+def margin_of(differences: Sequence[float]) -> float:
+    """Half the 95 % interval of Student's t for paired differences: few seeds make it wide, as it should be."""
+    margin: float = student.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    return margin
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -236,6 +241,13 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", r".*does not have many workers")  # the data are in memory
     warnings.filterwarnings("ignore", r"GPU available but not used")
+    warnings.filterwarnings("ignore", r"You defined a `validation_step` but have no")  # the test comes after the fit
+    warnings.filterwarnings("ignore", r"The number of training batches .* is smaller than the logging interval")
+
+
+def next_folder(logdir: Path, name: str) -> Path:
+    """The first of ``name-0``, ``name-1``, ... that no earlier start has taken."""
+    return next(folder for n in itertools.count() if not (folder := logdir / f"{name}-{n}").exists())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -248,8 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         raise SystemExit(f"quickstart.py: {error}") from error
     name = "MultiMNIST" if args.data_dir else "MultiDigits"
-    number = next(n for n in itertools.count() if not (args.logdir / f"{name}-{n}").exists())
-    log_to = args.logdir / f"{name}-{number}"
+    log_to = next_folder(args.logdir, name)
     sizes = ", ".join(f"{len(getattr(splits, part))} {part}" for part in ("train", "val", "test"))
     console.print(f"{name}: {sizes} pairs; {args.epochs} epochs a model; curves in {log_to}", soft_wrap=True)
     runs = [

@@ -10,9 +10,7 @@ seeds. What to copy is ``model``. Ends with a table, a picture, and what each wa
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -22,7 +20,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from scipy.stats import t as student
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy
@@ -32,6 +29,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_mtl import MultiTaskModule, Task
 from lightning_mtl.architectures import SoftSharing, parameter_report
 from lightning_mtl.figures import blank_figure
+from quickstart import margin_of, quieten, spread
 
 TASKS = ("sharp", "blurred")
 LABELLED, HELD_OUT = 50, 200  # scans of each task to train on, and of all to choose the strength with
@@ -99,10 +97,6 @@ def deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {deviation(values):.1f}"
-
-
 def mean(scores: Scores) -> float:
     return statistics.mean(scores.values())
 
@@ -113,7 +107,7 @@ def verdict(ours: Sequence[Scores], theirs: Sequence[Scores], name: str) -> str:
     line = f"Soft sharing against {name}: {statistics.mean(differences):+.1f} points of accuracy"
     if len(differences) < 2:
         return f"{line}, of one seed: nothing to tell from noise."
-    half = student.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    half = margin_of(differences)
     beyond = "beyond noise" if abs(statistics.mean(differences)) > half else "within noise"
     return f"{line} ± {half:.1f} (95 % interval over {len(differences)} seeds): {beyond}."
 
@@ -164,11 +158,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args, console = parse(arguments), Console()
+    quieten()
     torch.set_num_threads(1)  # the models are too small to share
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")
     runs = [(seed, way) for seed in range(args.seed, args.seed + args.repeats) for way in WAYS]
     validated: dict[str, list[Scores]] = {way: [] for way in WAYS}
     results: dict[str, list[Scores]] = {way: [] for way in WAYS}

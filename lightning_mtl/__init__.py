@@ -1,6 +1,6 @@
 """Multi-task learning for PyTorch Lightning: a shared trunk, a dict of heads, and the tasks balanced by a callback."""
 
-from importlib.metadata import version
+import importlib.metadata
 
 from lightning_mtl.callbacks import Aggregator, Weighting
 from lightning_mtl.labels import MaskedTarget
@@ -9,7 +9,7 @@ from lightning_mtl.monitor import Monitor
 from lightning_mtl.signals import Signals
 from lightning_mtl.task import Task, TaskOutput
 
-__version__ = version("lightning-mtl")
+__version__ = importlib.metadata.version("lightning-mtl")
 
 __all__ = [
     "Aggregator",

@@ -134,6 +134,11 @@ def _cells(table: Any) -> list[tuple[tuple[int, int], float]]:  # noqa: ANN401
     ]
 
 
+def has_tensorboard(trainer: pl.Trainer) -> bool:
+    """Whether a figure would be seen."""
+    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+
+
 def log_figure(trainer: pl.Trainer, name: str, figure: Figure) -> None:
     """Show a figure in every TensorBoard logger, at the step where Lightning logs an epoch's end; rank 0 alone."""
     if not trainer.is_global_zero:

@@ -120,6 +120,11 @@ def mean_rank(scores: Sequence[Sequence[float]], higher_is_better: Sequence[bool
 class Interval(NamedTuple):
     """A mean and its confidence interval; the ends are not numbers where there is nothing to tell them from.
 
+    Args:
+        mean: The mean.
+        low: The interval's lower end.
+        high: Its upper end.
+
     Example:
         >>> Interval(2.0, 1.0, 3.0).beyond_noise
         True

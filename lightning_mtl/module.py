@@ -71,7 +71,6 @@ class MultiTaskModule(SteppedModule):
         {'age': [3, 1], 'smile': [3, 2]}
     """
 
-    trunk: nn.Module
     heads: nn.ModuleDict
 
     def __init__(
@@ -165,6 +164,9 @@ class MultiTaskModule(SteppedModule):
                 a target or an entry of None stands for no label. Where some samples of a batch are labelled, see
                 ``Task(missing=...)`` and :class:`~lightning_mtl.MaskedTarget`. A batch with all of the module's tasks
                 may have others, too, so that a model of one task trains on the same loader.
+
+        Raises:
+            ValueError: If the batch has another form.
         """
         if is_joint(batch, self.tasks):
             inputs, targets = batch

@@ -27,6 +27,10 @@ class Monitor(Callback):
     one warning. So is a monitor that has taken 30 seconds in all and more than :attr:`most_time` of the time since it
     was first called. Where several processes train, one that measures gradients is then turned off on all of them.
 
+    Raises:
+        TypeError: At setup, if the module is no :class:`~lightning_mtl.MultiTaskModule`.
+        ValueError: At setup, if it measures gradients at a module that there is not, or of sharded parameters (FSDP2).
+
     Example:
         >>> class Largest(Monitor):
         ...     every_n_steps = 10
@@ -58,7 +62,11 @@ class Monitor(Callback):
         return step % self.every_n_steps == 0
 
     def lookahead_rate(self, pl_module: pl.LightningModule) -> float:
-        """The step size of the trial steps that lead to :attr:`Signals.losses_ahead`."""
+        """The step size of the trial steps that lead to :attr:`Signals.losses_ahead`.
+
+        Raises:
+            TypeError: If a monitor that ``looks_ahead`` does not override it.
+        """
         raise TypeError(f"{type(self).__name__} looks ahead without saying how far; implement lookahead_rate.")
 
     def observe(

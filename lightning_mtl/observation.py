@@ -86,8 +86,7 @@ class Observation:
         """
         if not self._beside or not agreed.names or _would_hang(module, agreed, batch):
             return
-        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-        scale = batch.scale if scaler is None else scaler.scale(torch.ones((), device=module.device))
+        scale = module.gradient_scale
         shares = agreed.shares()
         shares = torch.ones(len(agreed.names), device=module.device) if shares is None else shares
         seeds = list((shares if scale is None else shares * scale).unbind())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,11 @@ from lightning_mtl.task import TaskOutput
 
 
 def aligned(
-    outputs: Mapping[str, TaskOutput], tasks: Sequence[str], what: str, limit: int, device: torch.device
+    outputs: Mapping[str, TaskOutput],
+    tasks: Sequence[str],
+    what: Literal["targets", "predictions"],
+    limit: int,
+    device: torch.device,
 ) -> Tensor:
     """Lay one micro-batch's targets, or predicted classes, side by side.
 

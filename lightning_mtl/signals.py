@@ -1,4 +1,4 @@
-"""What one optimisation step measured, as the weighting methods see it."""
+"""What one optimizer step measured, as the weighting methods see it."""
 
 from __future__ import annotations
 
@@ -46,3 +46,25 @@ class Signals:
     def num_tasks(self) -> int:
         """K, the number of present tasks."""
         return len(self.tasks)
+
+
+def cosines(gramian: Tensor) -> Tensor:
+    r"""Compute the cosine of the angle between each two gradients.
+
+    .. math:: \cos\phi_{ij} = \frac{g_i \cdot g_j}{\lVert g_i \rVert \lVert g_j \rVert}
+
+    Args:
+        gramian: ``[K, K]``, the inner products.
+
+    Returns:
+        ``[K, K]``, not a number where a gradient is zero.
+
+    Example:
+        >>> import torch
+        >>> cosines(torch.tensor([[4.0, -3.0], [-3.0, 9.0]]))
+        tensor([[ 1.0000, -0.5000],
+                [-0.5000,  1.0000]])
+    """
+    norms = gramian.diagonal().sqrt()
+    # One after the other: the product of two tiny norms may be no number any more.
+    return (gramian / norms[:, None] / norms).clamp(-1, 1)

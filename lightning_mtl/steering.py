@@ -71,8 +71,7 @@ class Steering:
             return
         optimizer = module.single_optimizer().optimizer
         if finite:
-            scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-            self.before_step(module, optimizer, None if scaler is None else scaler.scale(_one(module)))
+            self.before_step(module, optimizer, module.gradient_scale)
         with self.groups.putting_back(optimizer):
             self.groups.apply(optimizer)
             yield
@@ -92,7 +91,3 @@ class Steering:
         rates.observe(signals, window.positions(signals.tasks))
         for what, values in window.samples.items():
             rates.observe_samples(what, of_all_ranks(values, window.ranks))
-
-
-def _one(module: MultiTaskModule) -> Tensor:
-    return torch.ones((), device=module.device)

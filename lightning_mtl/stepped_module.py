@@ -26,6 +26,12 @@ from lightning_mtl.task import Task, TaskOutput
 from lightning_mtl.task_rates import TaskRates
 
 
+def weighting_of(trainer: pl.Trainer) -> Weighting | None:
+    """The weighting among a Trainer's callbacks, if there is one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, Weighting)), None)
+
+
 class SteppedModule(pl.LightningModule):
     """The side of a multi-task module that its training step sees; users meet ``MultiTaskModule`` alone."""
 
@@ -69,13 +75,21 @@ class SteppedModule(pl.LightningModule):
 
     def weighting(self) -> Weighting | None:
         """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        return next((callback for callback in callbacks if isinstance(callback, Weighting)), None)
+        return weighting_of(self.trainer)
 
     def task_rates(self) -> TaskRates | None:
         """The Trainer's callback for learning rates of the tasks' own, if there is one."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         return next((callback for callback in callbacks if isinstance(callback, TaskRates)), None)
+
+    @property
+    def gradient_scale(self) -> Tensor | None:
+        """A gradient scaler's factor, which gradients have until the optimizer's step; None where nothing scales."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None:
+            return None
+        factor: Tensor = scaler.scale(torch.ones((), device=self.device))
+        return factor
 
     def single_optimizer(self) -> LightningOptimizer:
         """The one optimizer."""

@@ -97,11 +97,16 @@ class Task:
         """Whether a higher value of the metric, or of ``"loss"``, is better.
 
         Raises:
-            ValueError: If the metric does not say.
+            ValueError: If the task has no such metric, or the metric does not say.
         """
         if name == "loss":
             return False
-        direction = self.metric_collection()[name].higher_is_better
+        metrics = self.metric_collection()
+        try:
+            direction = metrics[name].higher_is_better
+        except KeyError as error:
+            known = sorted(["loss", *map(str, metrics)])
+            raise ValueError(f"There is no metric {name!r} among the task's, {known}.") from error
         if direction is None:
             raise ValueError(
                 f"The metric {name!r} does not say whether higher is better; leave it out of the baseline."

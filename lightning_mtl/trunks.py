@@ -56,7 +56,7 @@ def call_trunk(trunk: nn.Module, inputs: Any, tasks: Sequence[str]) -> Any:  # n
 
 
 def shared_parameters_of(trunk: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the trunk calls shared; all of them where it does not say."""
+    """The parameters that the trunk calls shared; all of them where it is not :class:`PartlyShared`."""
     own = getattr(trunk, "shared_parameters", None)
     return list(own() if callable(own) else trunk.parameters())
 

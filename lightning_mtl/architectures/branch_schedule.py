@@ -8,10 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_mtl.architectures.branching import LTB
-from lightning_mtl.figures import heatmap, log_figure, require_matplotlib
+from lightning_mtl.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
 
 
 class Branching(Callback):
@@ -99,7 +98,7 @@ class Branching(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the branching probabilities."""
-        if not self.heatmaps or not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        if not self.heatmaps or not has_tensorboard(trainer):
             return
         for path, trunk in self._trunks.items():
             for depth, probabilities in enumerate(trunk.probabilities()):

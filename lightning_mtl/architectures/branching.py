@@ -154,7 +154,12 @@ class LTB(nn.Module):
         return {task: value for task, value in zip(self.tasks, read, strict=True) if task in wanted}
 
     def single_task(self, task: str) -> nn.Module:
-        """The nodes on the likeliest way to one task."""
+        """The nodes on the likeliest way to one task.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        wanted_tasks("LTB", self.tasks, [task])
         position, path = self.tasks.index(task), []
         for parents in reversed(self.likeliest()):
             position = parents[position]

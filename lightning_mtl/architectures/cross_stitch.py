@@ -125,7 +125,12 @@ class CrossStitch(nn.Module):
         return [*self.units, *dict.fromkeys(p for stage in before for p in stage.parameters())]
 
     def single_task(self, task: str) -> nn.Module:
-        """The backbone of one task, without units."""
+        """The backbone of one task, without units.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        wanted_tasks("CrossStitch", self.tasks, [task])
         return Chain([self._stage(task, stage) for stage in range(self.num_stages)])
 
     def _stage(self, task: str, stage: int) -> nn.Module:

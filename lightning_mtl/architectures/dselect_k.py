@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.architectures.experts import Experts, expert_group, mix
+from lightning_mtl.architectures.experts import Experts, expert_group, mix_experts
+from lightning_mtl.architectures.gates import flattened
 from lightning_mtl.architectures.mmoe import usage_of
 from lightning_mtl.architectures.shapes import check_tasks
 from lightning_mtl.gate_statistics import GateMeter, GateTable
@@ -51,7 +52,7 @@ class DSelectGate(nn.Module):
 
     def __init__(self, num_experts: int, num_selected: int, gamma: float, in_features: int | None, who: str) -> None:
         super().__init__()
-        self.num_selected, self.gamma, self.in_features, self.who = num_selected, gamma, in_features, who
+        self.num_selected, self.gamma, self.who = num_selected, gamma, who
         self.num_bits = math.ceil(math.log2(num_experts))
         bits = torch.arange(num_experts)[:, None] >> torch.arange(self.num_bits)
         self.register_buffer("codes", (bits & 1).bool(), persistent=False)
@@ -72,12 +73,7 @@ class DSelectGate(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights q, ``[B, E]``, and the selectors r, ``[B, k, E]``; B is 1 where x plays no part."""
         if isinstance(self.alpha, nn.Linear) and isinstance(self.z, nn.Linear):
-            flat = x.flatten(1)
-            if flat.shape[1] != self.in_features:
-                raise ValueError(
-                    f"{self.who} was built for {self.in_features} numbers a sample, but its input has shape "
-                    f"{list(x.shape)}; pass gate={flat.shape[1]}."
-                )
+            flat = flattened(x, self.alpha.in_features, self.who)
             alpha, z = self.alpha(flat), self.z(flat).unflatten(1, (self.num_selected, self.num_bits))
         else:
             alpha, z = self.alpha.unsqueeze(0), self.z.unsqueeze(0)  # type: ignore[operator]  # both are parameters
@@ -122,9 +118,9 @@ class DSelectK(nn.Module):
     Source: Hazimeh et al., DSelect-k: Differentiable Selection in the Mixture of Experts with Applications to
     Multi-Task Learning, NeurIPS 2021, arXiv:2106.03760.
 
-    Deviation: penalties are means over the samples, where the official code adds them up; λ does not depend on the size
-    of a batch then. λ is constant. 1e-6 is added to Σ_e r_e, as to what a logarithm is taken of: a selector that has
-    landed on a code without an expert does not make the objective infinite.
+    Deviations: penalties are means over the samples, where the official code adds them up; λ does not depend on the
+    size of a batch then. λ is constant. 1e-6 is added to Σ_e r_e, as to what a logarithm is taken of: a selector that
+    has landed on a code without an expert does not make the objective infinite.
 
     Example:
         >>> trunk = DSelectK(lambda: nn.Linear(10, 4), ["a", "b"], num_selected=2, num_experts=6, entropy=0.1)
@@ -185,7 +181,7 @@ class DSelectK(nn.Module):
                 self.gate_meter.add(task, q)
         if self.depends_on_sample and self.training and torch.is_grad_enabled():
             self._selectors.append([r for _, r in found])
-        return dict(zip(self.tasks, mix(weights, self.experts(x)), strict=True))
+        return dict(zip(self.tasks, mix_experts(weights, self.experts(x)), strict=True))
 
     def penalties(self) -> dict[str, Tensor]:
         """The entropy and, unless E is a power of two, the reachability of the selectors."""
@@ -193,7 +189,7 @@ class DSelectK(nn.Module):
             passes = list(self._selectors)
             self._selectors.clear()
         else:
-            nothing = self.experts.parameters().__next__().new_zeros(1)
+            nothing = next(self.experts.parameters()).new_zeros(1)
             passes = [[gate(nothing)[1] for gate in self.gates.values()]]
         if not passes:
             return {}

@@ -70,14 +70,14 @@ def _check_modules(modules: Sequence[object], who: str) -> None:
 class ExpertList(nn.ModuleList):
     """Experts of any kind, run one after another; ``forward`` returns ``[E, B, ...]``."""
 
+    def __init__(self, experts: Sequence[nn.Module], who: str) -> None:
+        super().__init__(experts)
+        self.who = who
+
     @property
     def num_experts(self) -> int:
         """E."""
         return len(self)
-
-    def __init__(self, experts: Sequence[nn.Module], who: str) -> None:
-        super().__init__(experts)
-        self.who = who
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply every expert to ``x``.
@@ -180,7 +180,7 @@ def _batch(modules: Sequence[nn.Module]) -> nn.Module | None:
     return first if type(first) in ELEMENTWISE else None
 
 
-def mix(weights: Sequence[Tensor], outputs: Tensor) -> list[Tensor]:
+def mix_experts(weights: Sequence[Tensor], outputs: Tensor) -> list[Tensor]:
     r"""Compute :math:`\sum_e w_{be} y_{eb}` for K sets of weights at once.
 
     Args:
@@ -191,7 +191,7 @@ def mix(weights: Sequence[Tensor], outputs: Tensor) -> list[Tensor]:
         K tensors ``[B, ...]``.
 
     Example:
-        >>> mix([torch.tensor([[0.25, 0.75]])], torch.tensor([[[4.0]], [[8.0]]]))
+        >>> mix_experts([torch.tensor([[0.25, 0.75]])], torch.tensor([[[4.0]], [[8.0]]]))
         [tensor([[7.]])]
     """
     flat = outputs

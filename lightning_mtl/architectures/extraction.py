@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.architectures.experts import expert_group, mix
+from lightning_mtl.architectures.experts import expert_group, mix_experts
 from lightning_mtl.architectures.gates import Gate, build_gate, gate_weights
 from lightning_mtl.gate_statistics import GateMeter, GateTable
 
@@ -87,7 +87,7 @@ class Extraction(nn.Module):
         mixed = {}
         for stream, found in weights.items():
             read = outputs.values() if stream == SHARED else (outputs[stream], outputs[SHARED])
-            (mixed[stream],) = mix([found], torch.cat(list(read)))
+            (mixed[stream],) = mix_experts([found], torch.cat(list(read)))
         return mixed
 
     def _check(self, outputs: Mapping[str, Tensor]) -> None:

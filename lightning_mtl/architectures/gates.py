@@ -13,6 +13,21 @@ Gate: TypeAlias = int | Callable[[int], nn.Module]
 """The number of features of a linear gate's input, or a function from a number of experts to a module of scores."""
 
 
+def flattened(x: Tensor, in_features: int, who: str) -> Tensor:
+    """Flatten all dimensions but the first, for a gate that is linear in what there is of a sample.
+
+    Raises:
+        ValueError: If ``x`` has another number of features.
+    """
+    flat = x.flatten(1)
+    if flat.shape[1] != in_features:
+        raise ValueError(
+            f"{who} was built for {in_features} numbers a sample, but its input has shape {list(x.shape)}; pass "
+            f"gate={flat.shape[1]}."
+        )
+    return flat
+
+
 class LinearGate(nn.Linear):
     """Scores linear in the input, all dimensions but the first flattened; without a bias, as in the papers."""
 
@@ -26,13 +41,7 @@ class LinearGate(nn.Linear):
         Raises:
             ValueError: If ``x`` has another number of features.
         """
-        flat = x.flatten(1)
-        if flat.shape[1] != self.in_features:
-            raise ValueError(
-                f"{self.who} was built for {self.in_features} numbers a sample, but its input has shape "
-                f"{list(x.shape)}; pass gate={flat.shape[1]}."
-            )
-        return super().forward(flat)
+        return super().forward(flattened(x, self.in_features, self.who))
 
 
 def build_gate(gate: Gate, num_experts: int, who: str) -> nn.Module:

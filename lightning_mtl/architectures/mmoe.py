@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.architectures.experts import Experts, expert_group, mix
+from lightning_mtl.architectures.experts import Experts, expert_group, mix_experts
 from lightning_mtl.architectures.gates import Gate, build_gate, gate_weights
 from lightning_mtl.architectures.shapes import check_tasks
 from lightning_mtl.gate_statistics import GateMeter, GateTable
@@ -67,7 +67,7 @@ class MMoE(nn.Module):
         if self.training and self.gate_meter.gathering:
             for task, found in weights.items():
                 self.gate_meter.add(task, found)
-        return dict(zip(weights, mix(list(weights.values()), self.experts(x)), strict=True))
+        return dict(zip(weights, mix_experts(list(weights.values()), self.experts(x)), strict=True))
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """The experts' parameters; each gate serves one task."""

@@ -10,11 +10,11 @@ from torch import Tensor
 # Below this ratio to the largest eigenvalue of W W^T, in float64, a singular value of W is rounding.
 RANK_TOLERANCE = 1e-14
 
-Found = tuple[Tensor, list[list[Tensor]]]
+ValueAndGradients = tuple[Tensor, list[list[Tensor]]]
 """A penalty's value, a scalar, and its gradients, one list a network."""
 
 
-def distance_to_mean(networks: Sequence[Sequence[Tensor]], strengths: Sequence[float]) -> Found:
+def distance_to_mean(networks: Sequence[Sequence[Tensor]], strengths: Sequence[float]) -> ValueAndGradients:
     r"""Compute :math:`\sum_l s_l \sum_k \lVert\theta_{kl} - \bar\theta_l\rVert^2`.
 
     Args:
@@ -43,7 +43,7 @@ def distance_to_mean(networks: Sequence[Sequence[Tensor]], strengths: Sequence[f
     return value, scaled
 
 
-def pairwise_distance(networks: Sequence[Sequence[Tensor]], strengths: Sequence[float]) -> Found:
+def pairwise_distance(networks: Sequence[Sequence[Tensor]], strengths: Sequence[float]) -> ValueAndGradients:
     r"""Compute :math:`\sum_l s_l \sum_{i<j} \lVert\theta_{il} - \theta_{jl}\rVert^2`, K times the distance to the mean.
 
     Example:
@@ -53,7 +53,7 @@ def pairwise_distance(networks: Sequence[Sequence[Tensor]], strengths: Sequence[
     return distance_to_mean(networks, [len(networks) * strength for strength in strengths])
 
 
-def trace_norm(networks: Sequence[Sequence[Tensor]], strengths: Sequence[float]) -> Found:
+def trace_norm(networks: Sequence[Sequence[Tensor]], strengths: Sequence[float]) -> ValueAndGradients:
     r"""Compute :math:`\sum_l s_l \lVert[\mathrm{vec}\,\theta_{1l}, \dots, \mathrm{vec}\,\theta_{Kl}]\rVert_*`.
 
     The singular values come from the K x K Gramian in float64, all layers at once. Where the matrix has not full rank,

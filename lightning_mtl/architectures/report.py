@@ -33,6 +33,10 @@ class Cost:
         multiply_adds: Of a forward pass: matrix products, convolutions and attention; what is element by element is not
             counted.
         milliseconds: The median forward pass.
+
+    Example:
+        >>> Cost("age", parameters=107, shared=40, own=67, multiply_adds=1560, milliseconds=0.25).cells()
+        ('age', '107', '40', '67', '1,560', '0.250')
     """
 
     name: str
@@ -57,6 +61,12 @@ class ParameterReport:
         single_task: ``{task: cost}`` of each task's model.
         idle: Parameters of the multi-task model that no prediction depends on.
         assumption: What the single-task models were taken to be.
+
+    Example:
+        >>> both, age = Cost("all", 107, 40, 67, 560, 0.5), Cost("age", 49, 40, 9, 400, 0.25)
+        >>> report = ParameterReport(both, {"age": age, "smile": age}, idle=0, assumption="Made up.")
+        >>> report.single_task_total.parameters, round(report.ratios["multiply_adds"], 2)
+        (98, 0.7)
     """
 
     multi_task: Cost
@@ -213,7 +223,7 @@ def _cost(
     return Cost(name, total, shared, total - shared, adds, latency_ms(model, run, repeats))
 
 
-class _Through(nn.Module):
+class _SingleTaskModel(nn.Module):
     """The part of a trunk that a task has to itself, and the task's head."""
 
     def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
@@ -227,7 +237,7 @@ class _Through(nn.Module):
 
 def _alone(module: MultiTaskModule, task: str) -> nn.Module:
     own = getattr(module.trunk, "single_task", None)
-    return _Through(own(task), module.heads[task]) if callable(own) else module
+    return _SingleTaskModel(own(task), module.heads[task]) if callable(own) else module
 
 
 def _assumption(module: MultiTaskModule, single_task: Mapping[str, nn.Module] | None) -> str:

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mtl.architectures.parameter_penalties import Found, distance_to_mean, pairwise_distance, trace_norm
+from lightning_mtl.architectures.parameter_penalties import (
+    ValueAndGradients,
+    distance_to_mean,
+    pairwise_distance,
+    trace_norm,
+)
 from lightning_mtl.architectures.stages import per_task, wanted_tasks
 from lightning_mtl.gradients.inject import inject
 
 Penalty = Literal["distance_to_mean", "pairwise", "trace_norm"]
-PENALTIES: Mapping[str, Callable[[Sequence[Sequence[Tensor]], Sequence[float]], Found]] = {
+PENALTIES: Mapping[str, Callable[[Sequence[Sequence[Tensor]], Sequence[float]], ValueAndGradients]] = {
     "distance_to_mean": distance_to_mean,
     "pairwise": pairwise_distance,
     "trace_norm": trace_norm,
@@ -126,7 +131,12 @@ class SoftSharing(nn.Module):
         return {"soft_sharing": inject(value, moved, lambda outer: torch._foreach_mul(known, outer))}
 
     def single_task(self, task: str) -> nn.Module:
-        """The backbone of one task."""
+        """The backbone of one task.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        wanted_tasks("SoftSharing", self.tasks, [task])
         return self.backbones[task]
 
 

@@ -15,7 +15,12 @@ NEEDED_BY_THE_REST = ("cli", ("jsonargparse",))
 
 
 def main() -> None:
-    """Run the command that the process's arguments name."""
+    """Run the command that the process's arguments name; leave with exit code 2 where an extra is not installed.
+
+    Example:
+        >>> sys.argv = ["lightning-mtl", "methods"]  # doctest: +SKIP
+        >>> main()  # doctest: +SKIP
+    """
     given = sys.argv[1:]
     command = given[0] if given else ""
     extra, modules = NEEDED.get(command, NEEDED_BY_THE_REST)

@@ -35,7 +35,13 @@ UNKNOWN_NAME = re.compile(
 
 
 class ConfigurationError(ValueError):
-    """What a configuration, a space or a storage has wrong, in one line."""
+    """What a configuration, a space or a storage has wrong, in one line.
+
+    Example:
+        >>> raise ConfigurationError("objective is missing; name a metric to improve.")
+        Traceback (most recent call last):
+        lightning_mtl.configured.problems.ConfigurationError: objective is missing; name a metric to improve.
+    """
 
 
 class OneLineParser(LightningArgumentParser):
@@ -79,7 +85,8 @@ def condense(message: str) -> str:
     """
     lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
     reasons = list(dict.fromkeys(line for line in lines if line and not NOISE.match(line)))
-    key = _joined(KEY.findall(message))
+    # Nested keys as one; a message that tries several types names each of them more than once.
+    key = ".".join(dict.fromkeys(KEY.findall(message))) or None
     reason = "; ".join(_with_choices(reason, key) for reason in reasons[:2]) or " ".join(message.split())
     # YAML's own messages run over several lines.
     if key is None and len(reasons) > 2:
@@ -87,15 +94,6 @@ def condense(message: str) -> str:
     inside = CLASS_PATH.findall(message)
     where = f" (in {inside[-1]})" if inside and inside[-1].rpartition(".")[2] not in reason else ""
     return f"{key}: {KEY.sub('', reason).lstrip(': ')}{where}" if key else reason
-
-
-def _joined(keys: list[str]) -> str | None:
-    """Nested keys as one; a message that tries several types names each of them more than once."""
-    joined: list[str] = []
-    for key in keys:
-        if key not in joined:
-            joined.append(key)
-    return ".".join(joined) or None
 
 
 def _with_choices(reason: str, key: str | None) -> str:

@@ -68,8 +68,9 @@ class MultiTaskDataModule(pl.LightningDataModule):
             goes on with the seed of its checkpoint.
 
     Raises:
-        TypeError, ValueError: If an argument is of the wrong kind or out of range, data are empty, or names differ; at
-            setup, if the names are not those of the module's tasks.
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If an argument is out of range, data are empty, or names differ; at setup, if the names are not
+            those of the module's tasks.
 
     Resuming: map-style data go on at the next unseen sample, on another number of ranks or with another batch size,
     too. An iterable dataset with ``state_dict`` and ``load_state_dict`` (of tensors and plain numbers) goes on from its

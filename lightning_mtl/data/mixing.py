@@ -20,6 +20,16 @@ class Mixing(ABC):
     """The base of the mixing modes: how many steps an epoch has, and which tasks give a batch in each of them.
 
     Sizes are counted in batches of one pass over a task's data on all ranks together, None where that is unknown.
+
+    Example:
+        >>> class Reversed(Mixing):
+        ...     def steps(self, sizes):
+        ...         return len(sizes)
+        ...
+        ...     def order(self, sizes, steps, generator):
+        ...         return itertools.islice(itertools.cycle((task,) for task in reversed(sizes)), steps)
+        >>> list(Reversed().order({"a": 2, "b": 1}, 3, torch.Generator()))
+        [('b',), ('a',), ('b',)]
     """
 
     @abstractmethod
@@ -46,6 +56,9 @@ class Joint(Mixing):
         until: An epoch lasts until the task with the most batches (``"longest"``) has been seen once, while the others
             begin anew in another order; or until the one with the fewest (``"shortest"``) has.
 
+    Raises:
+        ValueError: If ``until`` is neither of the two.
+
     Example:
         >>> Joint().steps({"a": 10, "b": 4}), Joint("shortest").steps({"a": 10, "b": 4})
         (10, 4)
@@ -58,7 +71,7 @@ class Joint(Mixing):
 
     def steps(self, sizes: Sizes) -> int:
         """As many as the longest task has batches, or the shortest."""
-        return _END[self.until](_known(sizes, self))
+        return _TURNS_UNTIL[self.until](_known(sizes, self))
 
     def order(self, sizes: Sizes, steps: int, generator: torch.Generator) -> Iterator[tuple[str, ...]]:
         """All tasks, always."""
@@ -74,6 +87,9 @@ class RoundRobin(Mixing):
     Args:
         until: An epoch gives every task as many turns as the longest one has batches, or the shortest.
 
+    Raises:
+        ValueError: If ``until`` is neither ``"longest"`` nor ``"shortest"``.
+
     Example:
         >>> list(RoundRobin().order({"a": 2, "b": 1}, 4, torch.Generator()))
         [('a',), ('b',), ('a',), ('b',)]
@@ -88,7 +104,7 @@ class RoundRobin(Mixing):
 
     def steps(self, sizes: Sizes) -> int:
         """K times the batches of the longest task, or of the shortest."""
-        return len(sizes) * _END[self.until](_known(sizes, self))
+        return len(sizes) * _TURNS_UNTIL[self.until](_known(sizes, self))
 
     def order(self, sizes: Sizes, steps: int, generator: torch.Generator) -> Iterator[tuple[str, ...]]:
         """One task after the other."""
@@ -172,6 +188,7 @@ class Ratios(Drawn):
             a :class:`Schedule` for instance.
 
     Raises:
+        TypeError: If ``ratios`` is no mapping, or empty.
         ValueError: If a number is negative or not finite, or none is above 0.
 
     Example:
@@ -204,7 +221,7 @@ class Ratios(Drawn):
         return [float(self.ratios[task]) for task in sizes]
 
 
-_END: dict[Until, Callable[[list[int]], int]] = {"longest": max, "shortest": min}
+_TURNS_UNTIL: dict[Until, Callable[[list[int]], int]] = {"longest": max, "shortest": min}
 
 
 def check_mixing(mixing: object) -> None:
@@ -217,7 +234,7 @@ def check_mixing(mixing: object) -> None:
 
 
 def _check_until(mode: Joint | RoundRobin) -> None:
-    if mode.until not in _END:
+    if mode.until not in _TURNS_UNTIL:
         raise ValueError(f"{type(mode).__name__}(until={mode.until!r}) must be 'longest' or 'shortest'.")
 
 

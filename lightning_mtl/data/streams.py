@@ -18,10 +18,10 @@ State = dict[str, Any]
 class Stream(ABC):
     """One task's batches, pass after pass."""
 
-    #: The batches of a pass over all ranks; None where unknown.
     batches: int | None
-    #: Whether the state is the same on all ranks.
+    """The batches of a pass over all ranks; None where unknown."""
     alike_on_ranks: bool
+    """Whether the state is the same on all ranks."""
 
     @abstractmethod
     def next(self) -> Any:  # noqa: ANN401 - whatever the dataset yields, collated

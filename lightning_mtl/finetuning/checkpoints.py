@@ -18,6 +18,7 @@ from lightning_mtl.module import MultiTaskModule
 
 _NESTED = ("state_dict", "model_state_dict", "model")
 _COMPILED = "_orig_mod."  # torch.compile's part of a key
+MOST_LISTED = 6  # keys in an error message
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,13 @@ class LoadReport:
         unexpected: Keys of the source, below the prefix, that the trunk does not have.
         mismatched: ``{key: (shape in the source, shape in the trunk)}``.
         ignored: How many other keys the source has: heads, other parts.
+
+    Example:
+        >>> report = LoadReport(
+        ...     "model.trunk.", loaded=("weight",), missing=("bias",), unexpected=(), mismatched={}, ignored=4
+        ... )
+        >>> print(report)
+        1 tensors loaded from keys 'model.trunk.*', 1 missing, 0 unexpected, 0 of another shape, 4 ignored
     """
 
     prefix: str
@@ -239,6 +247,7 @@ def _check(report: LoadReport, name: str, *, strict: bool) -> None:
     )
 
 
-def _some(keys: Iterable[str], limit: int = 6) -> str:
+def _some(keys: Iterable[str]) -> str:
     listed = list(keys)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+    more = f" and {len(listed) - MOST_LISTED} more" if len(listed) > MOST_LISTED else ""
+    return ", ".join(listed[:MOST_LISTED]) + more

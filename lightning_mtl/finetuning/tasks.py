@@ -50,7 +50,7 @@ def add_task(module: MultiTaskModule, name: str, head: nn.Module, task: Task) ->
     check_task_name(name)
     if name in module.tasks:
         raise ValueError(f"The module has a task {name!r} already; its tasks are {list(module.tasks)}.")
-    _check_trunk(module, f"would have none for {name!r}", "load_trunk(new, old.state_dict(), strict=False)")
+    _check_trunk(module, f"would have none for {name!r}")
     check_arguments(module.trunk, {name: head}, {name: task}, 1, None, "norm")
     module.tasks[name] = task
     module.heads[name] = head
@@ -93,7 +93,7 @@ def drop_task(module: MultiTaskModule, name: str) -> tuple[nn.Module, Task]:
         raise ValueError(f"The module has no task {name!r}; its tasks are {list(module.tasks)}.")
     if len(module.tasks) == 1:
         raise ValueError(f"{name!r} is the module's only task; add another one before it is dropped.")
-    _check_trunk(module, f"would keep that of {name!r}", "load_trunk(new, old.state_dict(), strict=False)")
+    _check_trunk(module, f"would keep that of {name!r}")
     task, head = module.tasks.pop(name), module.heads[name]
     del module.heads[name]
     for stored in (module.loss_modules, *(getattr(module, f"{stage}_metrics") for stage in STAGES)):
@@ -114,11 +114,12 @@ def _check_idle(what: str, module: MultiTaskModule) -> None:
         )
 
 
-def _check_trunk(module: MultiTaskModule, consequence: str, way_out: str) -> None:
+def _check_trunk(module: MultiTaskModule, consequence: str) -> None:
     if takes_tasks(module.trunk) or hasattr(module.trunk, "tasks"):
         raise ValueError(
             f"The trunk, {type(module.trunk).__name__}, has an output for each task and {consequence}. Build a module "
-            f"with a trunk for the new set of tasks, and take over what they have in common: {way_out}."
+            "with a trunk for the new set of tasks, and take over what they have in common: "
+            "load_trunk(new, old.state_dict(), strict=False)."
         )
 
 

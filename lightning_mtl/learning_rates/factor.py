@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.callbacks import Weighting
 from lightning_mtl.signals import Signals
 from lightning_mtl.task_rates import Collected
 from lightning_mtl.task_state import TaskState
@@ -71,12 +70,6 @@ class Factor(TaskState, ABC):
         """Refuse a factor that nothing multiplies."""
         name = type(self).__name__
         raise TypeError(f"{name} is a factor, no callback; give the Trainer TaskLearningRate([{name}(...)]).")
-
-
-def weighting_of(trainer: pl.Trainer) -> Weighting | None:
-    """The Trainer's weighting, whose measurements a factor may read."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, Weighting)), None)
 
 
 def moved(before: Tensor, newest: Tensor, decay: float) -> Tensor:

@@ -8,8 +8,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.learning_rates.factor import Factor, moved, weighting_of
+from lightning_mtl.learning_rates.factor import Factor, moved
 from lightning_mtl.signals import Signals
+from lightning_mtl.stepped_module import weighting_of
 
 SMALLEST = 1e-3
 
@@ -51,7 +52,7 @@ class GradientNorm(Factor):
 
     Source: the inverse norms are those of :class:`~lightning_mtl.weighting.GradientNormBalance`, here on the learning
     rate; You et al., Large Batch Training of Convolutional Networks, 2017, arXiv:1708.03888, set the learning rate of
-    each layer by the inverse norm of its gradient.
+    each layer in proportion to the norm of its weights over that of its gradient.
 
     Example:
         >>> factor = GradientNorm(decay=0.0)

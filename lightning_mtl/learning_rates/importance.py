@@ -42,10 +42,10 @@ class Importance(Factor):
         l_k = \begin{cases} b_k / \kappa_k & \text{higher is better} \\ \kappa_k / b_k & \text{lower is better} \\
         1 - \kappa_k & \text{without baselines} \end{cases}
 
-    so that the lag :math:`l_k` of a task on a par with its ``Task.baseline`` b is 1, of one twice as bad 2, of a higher
-    one's score at or below 0 a thousand. Where no
-    task has a baseline, κ must be a performance in [0, 1], accuracy say, and the lag is what is missing to 1. A task
-    without a value yet has the factor 1.
+    so that the lag :math:`l_k` of a task on a par with its ``Task.baseline`` b is 1, and of one twice as bad 2; where
+    higher is better, a score at or below 0 counts as a thousandth of the baseline, a lag of 1,000. Where no task has a
+    baseline, κ must be a performance in [0, 1], accuracy say, and the lag is what is missing to 1. A task without a
+    value yet has the factor 1.
 
     Args:
         weights: ``{task: factor}``; tasks not named keep 1. 0 stops the head.
@@ -104,9 +104,11 @@ class Importance(Factor):
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse unknown tasks, and metrics that say nothing of a lag."""
         tasks: Mapping[str, Task] = pl_module.tasks  # type: ignore[assignment]  # setup has seen a mapping
-        named = self.weights if self.weights is not None else self.metric
-        if isinstance(named, Mapping) and (unknown := named.keys() - tasks.keys()):
-            raise ValueError(f"Importance names {sorted(unknown)}, but the tasks are {list(tasks)}.")
+        for argument, named in (("weights", self.weights), ("metric", self.metric)):
+            if isinstance(named, Mapping) and (unknown := named.keys() - tasks.keys()):
+                raise ValueError(
+                    f"Importance({argument}=...) names {sorted(unknown)}, but the tasks are {list(tasks)}."
+                )
         if self.metric is None:
             return
         if not isinstance(self.metric, str) and (missing := tasks.keys() - self.metric.keys()):

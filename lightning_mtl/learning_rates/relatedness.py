@@ -10,27 +10,15 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.clustering import normalized_mutual_info_score
 
-from lightning_mtl.learning_rates.factor import Factor, moved, weighting_of
-from lightning_mtl.signals import Signals
+from lightning_mtl.learning_rates.factor import Factor, moved
+from lightning_mtl.signals import Signals, cosines
+from lightning_mtl.stepped_module import weighting_of
 from lightning_mtl.task_rates import Collected
 from lightning_mtl.task_state import Declared
 
 RelatednessMeasure = Literal[
     "gradient_cosine", "target_correlation", "target_mutual_information", "prediction_mutual_information"
 ]
-
-
-def cosines(gramian: Tensor) -> Tensor:
-    """Compute the cosines between gradients from their Gramian, ``[K, K]``; nan with a gradient of 0.
-
-    Example:
-        >>> cosines(torch.tensor([[4.0, -3.0], [-3.0, 9.0]]))
-        tensor([[ 1.0000, -0.5000],
-                [-0.5000,  1.0000]])
-    """
-    norms = gramian.diagonal().sqrt()
-    products = norms[:, None] * norms
-    return torch.where(products > 0, gramian / products, torch.nan)
 
 
 def correlation(x: Tensor, y: Tensor) -> float:

@@ -10,28 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.monitors.pairs import PairMonitor
-from lightning_mtl.signals import Signals
-
-
-def cosines(gramian: Tensor) -> Tensor:
-    r"""Compute the cosine of the angle between each two gradients.
-
-    .. math:: \cos\phi_{ij} = \frac{g_i \cdot g_j}{\lVert g_i \rVert \lVert g_j \rVert}
-
-    Args:
-        gramian: ``[K, K]``, the inner products.
-
-    Returns:
-        ``[K, K]``, not a number where a gradient is zero.
-
-    Example:
-        >>> cosines(torch.tensor([[4.0, -3.0], [-3.0, 9.0]]))
-        tensor([[ 1.0000, -0.5000],
-                [-0.5000,  1.0000]])
-    """
-    norms = gramian.diagonal().sqrt()
-    # One after the other: the product of two tiny norms may be no number any more.
-    return (gramian / norms[:, None] / norms).clamp(-1, 1)
+from lightning_mtl.signals import Signals, cosines
 
 
 def magnitude_similarity(gramian: Tensor) -> Tensor:
@@ -60,6 +39,9 @@ def magnitude_similarity(gramian: Tensor) -> Tensor:
 
 def conflict_measures(gramian: Tensor) -> dict[str, Tensor]:
     """Sum the pairs of K >= 2 gradients up in four numbers; pairs with a gradient of zero are left out.
+
+    Args:
+        gramian: ``[K, K]``, the inner products.
 
     Returns:
         ``fraction`` of the pairs whose cosine is below 0, ``mean_cosine``, ``min_cosine``, and ``gms``, the mean

@@ -33,6 +33,10 @@ class Course:
         train_loss: The last epoch's mean training loss, if an epoch was finished.
         val_loss: The last validation's loss, if there was one.
         words: What is to be said of it; ``("converged",)`` if nothing.
+
+    Example:
+        >>> Course("age", 40, late_loss=0.5, late_std=0.01, train_loss=0.5, val_loss=0.75, words=("converged",)).gap
+        0.25
     """
 
     task: str
@@ -106,6 +110,12 @@ def describe_course(
         val: Losses of validations.
         fraction: As in :func:`steps_to_fraction`.
         metric: A validation metric to judge the speed by instead, and whether higher is better.
+
+    Example:
+        >>> losses = [(step, 1.0 if step < 10 else 0.2) for step in range(40)]
+        >>> course = describe_course("age", losses, train=[(20, 0.6), (40, 0.2)], val=[], fraction=0.9)
+        >>> course.steps_to_fraction, course.words
+        (11, ('converged',))
     """
     window = max(1, len(losses) // 20)
     values = torch.tensor([value for _, value in losses], dtype=torch.float64)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from lightning_mtl.callbacks import Monitor
-from lightning_mtl.figures import heatmap, log_figure, require_matplotlib
+from lightning_mtl.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
 from lightning_mtl.gate_statistics import GateMeter, GateTable, GathersGates, ReportsGates
+from lightning_mtl.monitor import Monitor
 
 
 class GateUsage(Monitor):
@@ -94,7 +93,7 @@ class GateUsage(Monitor):
         values_on_all = trainer.strategy.reduce(table.values.detach().float().to(pl_module.device), reduce_op="mean")
         table = GateTable(torch.as_tensor(values_on_all).cpu(), table.rows, table.columns, table.limits)
         self.latest[name] = table
-        if trainer.is_global_zero and any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        if trainer.is_global_zero and has_tensorboard(trainer):
             figure = heatmap(
                 table.values, table.rows, table.columns, title=name, limits=table.limits, colours="viridis"
             )

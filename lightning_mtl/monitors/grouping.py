@@ -61,6 +61,11 @@ def best_grouping(affinity: Tensor, num_groups: int, *, alone: float = 0.0) -> l
 def grouping_score(affinity: Tensor, groups: Sequence[Sequence[int]], *, alone: float = 0.0) -> float:
     """Compute the sum that :func:`best_grouping` maximises.
 
+    Args:
+        affinity: ``[K, K]``, Z.
+        groups: Disjoint lists of task indices.
+        alone: What a task by itself counts.
+
     Example:
         >>> import torch
         >>> round(grouping_score(torch.tensor([[0.0, 0.3], [0.2, 0.0]]), [[0, 1]]), 6)
@@ -165,16 +170,18 @@ def _improved(matrix: _Matrix, groups: _Groups, alone: float) -> _Groups:
         for task in range(len(matrix)):
             source = next(group for group in groups if task in group)
             for target in groups:
-                if target is not source and _change(matrix, source, target, [task], [], alone):
+                if target is not source and _exchange_if_better(matrix, source, target, [task], [], alone):
                     improves = True
                     break
             else:
                 pairs = [(target, other) for target in groups if target is not source for other in target]
-                improves |= any(_change(matrix, source, target, [task], [other], alone) for target, other in pairs)
+                improves |= any(
+                    _exchange_if_better(matrix, source, target, [task], [other], alone) for target, other in pairs
+                )
     return [group for group in groups if group]
 
 
-def _change(
+def _exchange_if_better(
     matrix: _Matrix, source: list[int], target: list[int], leaving: list[int], coming: list[int], alone: float
 ) -> bool:
     """Exchange tasks between two groups if their sum grows."""

@@ -7,10 +7,9 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from lightning_mtl.figures import heatmap, log_figure, require_matplotlib
+from lightning_mtl.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
 from lightning_mtl.monitor import Monitor, guarding
 
 
@@ -110,7 +109,7 @@ class PairMonitor(Monitor):
         if self.off or self.epoch.empty:
             return
         with guarding([self]):
-            if self.figure and trainer.is_global_zero and _has_tensorboard(trainer):
+            if self.figure and trainer.is_global_zero and has_tensorboard(trainer):
                 row, column = self.from_to
                 figure = heatmap(
                     self.epoch.mean(),
@@ -143,10 +142,6 @@ class PairMonitor(Monitor):
         if not self.tasks or state_dict["tasks"] == list(self.tasks):
             self.tasks = tuple(state_dict["tasks"])
             self.epoch.sums, self.whole.sums = state_dict["epoch"].clone(), state_dict["whole"].clone()
-
-
-def _has_tensorboard(trainer: pl.Trainer) -> bool:
-    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
 
 
 def _symmetric(values: Tensor) -> tuple[float, float]:

@@ -28,8 +28,8 @@ def cagrad_weights(gramian: ArrayLike, c: float) -> Array:
 
     .. math:: \min_w \; g_w^\top g_0 + c \|g_0\| \|g_w\| , \qquad d = g_0 + c \|g_0\| \, g_w / \|g_w\| .
 
-    What is returned are the weights of d itself, :math:`1 / K + c \|g_0\| w / \|g_w\|`. Liu et al. 2021, arXiv
-    2110.14048, algorithm 1; nothing is divided by 1 + c, as the paper's code does.
+    What is returned are the weights of d itself, :math:`1 / K + c \|g_0\| w / \|g_w\|`. Liu et al. 2021,
+    arXiv:2110.14048, algorithm 1; nothing is divided by 1 + c, as the paper's code does.
 
     Where :math:`g_w = 0` is optimal the primal problem has many solutions: the one nearest the mean gradient is taken,
     its projection on the dual cone.

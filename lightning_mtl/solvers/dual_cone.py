@@ -17,7 +17,7 @@ def project_on_dual_cone(gramian: ArrayLike, preference: ArrayLike) -> Array:
     .. math:: w = \arg\min_{v \ge p} \; v^\top G v ,
 
     elementwise. It is the direction of DualProj, the quadratic programme of GEM (Lopez-Paz & Ranzato 2017,
-    arXiv 1706.08840).
+    arXiv:1706.08840).
 
     Where the gradients are linearly dependent w need not be unique; the projection is.
 
@@ -50,7 +50,7 @@ def project_rows_on_dual_cone(gramian: ArrayLike, preference: ArrayLike) -> Arra
 
     .. math:: w = \sum_i p_i \, w^{(i)}, \qquad w^{(i)} = \arg\min_{v \ge e_i} \; v^\top G v .
 
-    It is the direction of UPGrad (Quinton & Rey 2024, arXiv 2406.16232), which is linear under scaling of the rows.
+    It is the direction of UPGrad (Quinton & Rey 2024, arXiv:2406.16232), which is linear under scaling of the rows.
 
     Args:
         gramian: ``[K, K]``, inner products of the gradients.

@@ -4,11 +4,15 @@
 class SolverError(RuntimeError):
     """A solver over the Gramian did not converge.
 
-    Attributes:
+    Args:
         solver: Name of the function that failed.
         num_tasks: Number of rows K of the Gramian.
         iterations: Iterations spent.
         residual: What was left of the optimality condition, relative; ``nan`` where the solver could not tell.
+
+    Example:
+        >>> print(SolverError("min_norm_weights", num_tasks=3, iterations=130, residual=0.5))
+        min_norm_weights did not converge on a Gramian of K=3 tasks: residual 0.5 after 130 iterations.
     """
 
     def __init__(self, solver: str, *, num_tasks: int, iterations: int, residual: float) -> None:

@@ -16,7 +16,7 @@ def fairgrad_weights(gramian: ArrayLike, alpha: float = 1.0) -> Solution:
     .. math:: \min_{w > 0} \; \tfrac12 w^\top G w - \sum_k \frac{w_k^{1 - 1/\alpha}}{1 - 1/\alpha} .
 
     With :math:`\alpha = 1` (a logarithm in place of the power) it is the Nash bargaining solution; a larger one cares
-    more for the task that improves least. Ban & Ji 2024, arXiv 2402.15638; there it is approximated by least squares,
+    more for the task that improves least. Ban & Ji 2024, arXiv:2402.15638; there it is approximated by least squares,
     here it is exact.
 
     Args:

@@ -14,7 +14,7 @@ def min_norm_weights(gramian: ArrayLike) -> Array:
     .. math:: \arg\min_w \; w^\top G w \quad \text{s.t.} \quad w \ge 0, \; \sum_k w_k = 1
 
     The optimum satisfies :math:`G w \ge w^\top G w`, with equality where :math:`w_k > 0`. It is the exact solution of
-    MGDA (Désidéri 2012; Sener & Koltun 2018, arXiv 1810.04650), where the paper's own Frank-Wolfe is approximate.
+    MGDA (Désidéri 2012; Sener & Koltun 2018, arXiv:1810.04650), where the paper's own Frank-Wolfe is approximate.
 
     The weights are unique if the gradients are affinely independent; otherwise (duplicated rows) one optimum is
     returned, and it is the combined gradient that is unique. With zero rows the minimum is 0, and they share the

@@ -13,7 +13,7 @@ def nash_weights(gramian: ArrayLike) -> Solution:
 
     .. math:: \min_{\alpha > 0} \; \tfrac12 \alpha^\top G \alpha - \sum_k \log \alpha_k ,
 
-    so the combined gradient always has norm :math:`\sqrt K`. Navon et al. 2022, arXiv 2202.01017, equation 2; there
+    so the combined gradient always has norm :math:`\sqrt K`. Navon et al. 2022, arXiv:2202.01017, equation 2; there
     it is approximated by a sequence of convex programmes, here it is exact.
 
     Args:

@@ -17,6 +17,11 @@ class Solution(NamedTuple):
     Attributes:
         weights: ``[K]``.
         stationary: True if the point is Pareto-stationary: then ``weights`` are those of the minimum-norm point.
+
+    Example:
+        >>> from lightning_mtl.solvers import nash_weights
+        >>> nash_weights([[1.0, -3.0], [-3.0, 9.0]]).stationary
+        True
     """
 
     weights: Array

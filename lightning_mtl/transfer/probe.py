@@ -81,7 +81,13 @@ class ProbeResult:
     scratch: Sequence[Sequence[float]]
 
     def advantage(self, num_samples: int) -> Interval:
-        """How much better the frozen trunk is, in the metric's own unit; pairs of a seed are compared."""
+        """How much better the frozen trunk is, in the metric's own unit; pairs of a seed are compared.
+
+        Raises:
+            ValueError: If this number of samples was not tried.
+        """
+        if num_samples not in self.num_samples:
+            raise ValueError(f"advantage(num_samples={num_samples}) must be among {list(self.num_samples)}.")
         position = list(self.num_samples).index(num_samples)
         better, worse = self.frozen[position], self.scratch[position]
         return paired_bootstrap_interval(*((better, worse) if self.higher_is_better else (worse, better)))
@@ -101,7 +107,7 @@ class ProbeResult:
         return rich_table(grid, title=f"{self.task}: {self.metric}, {way} is better", caption="positive is better")
 
     def to_csv(self, path: str | Path) -> None:
-        """Write every score, a row each: samples, trunk, place of the seed, metric, score."""
+        """Write every score, a row each: samples, trunk, place of the seed, and the score under the metric's name."""
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("samples", "trunk", "seed", self.metric))

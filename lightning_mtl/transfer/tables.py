@@ -81,7 +81,8 @@ def rich_table(grid: Grid, *, title: str, caption: str) -> Table:
         from rich.text import Text
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "The table is one of rich's, which is not installed; run pip install rich, or print markdown()."
+            "The table is one of rich's, which is not installed; run pip install 'lightning-mtl[tables]'. A "
+            "TransferReport has markdown(), too."
         ) from error
     colours = {"better": "green", "worse": "red", "": ""}
     table = Table(title=title, caption=caption, caption_justify="left")

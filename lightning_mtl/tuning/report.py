@@ -24,6 +24,7 @@ from lightning_mtl.tuning.space import Space
 from lightning_mtl.tuning.workers import SEED_VALUES
 
 ROWS = 10
+PIPED_WIDTH = 180  # so that a line stays a line for grep
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Result:
             objective, one for each trial of the Pareto front for several.
         pictures: The pictures drawn.
         leads: Whether this is rank 0, which alone writes files.
+
+    Example:
+        >>> result = tune("run.yaml", "space.yaml", trials=20)  # doctest: +SKIP
+        >>> result.print_table()  # doctest: +SKIP
     """
 
     study: optuna.Study
@@ -76,7 +81,7 @@ class Result:
         """Print the best trials, what became of the others, and where the files are."""
         console = console or Console()
         if not console.is_terminal:
-            console.width = 180
+            console.width = PIPED_WIDTH
         table = Table(title=f"Study {self.study.study_name}", title_justify="left", box=box.SIMPLE)
         table.add_column("trial", justify="right")
         for goal in self.goals:

@@ -219,8 +219,12 @@ def _class(path: Any) -> type[Weighting]:  # noqa: ANN401
     names = load_short_names()
     module, _, name = names.get(str(path), str(path)).rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ValueError, ImportError, AttributeError):
+        found = getattr(importlib.import_module(module), name, None)
+    except ValueError:
+        found = None
+    except ImportError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # it is there, and what it imports is not
+            raise ConfigurationError(f"weighting: {path!r} cannot be imported: {error}.") from error
         found = None
     if not (isinstance(found, type) and issubclass(found, Weighting)):
         weightings = [name for name, where in names.items() if ".weighting." in where]

@@ -69,8 +69,8 @@ class AlignedMTL(Weighting):
     algorithm 1.
 
     Deviations: the official code has no preference and sums the aligned gradients, K times the mean used here. As in
-    the code, components weaker than 1e-7 of the strongest are dropped: a task whose gradient is 3,000 times shorter
-    than another's has no say.
+    the code, components weaker than K times 1.2e-7 (float32) of the strongest are dropped: of two tasks, one whose
+    gradient is more than 2,000 times shorter than the other's has no say.
 
     Example:
         >>> AlignedMTL("median", preference={"depth": 2.0}).scale

@@ -55,6 +55,9 @@ class CAGrad(Weighting):
         start_step: Optimizer steps with equal weights before.
         total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Source: Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, 2021, arXiv:2110.14048, algorithm 1.
 
     Deviations: where the dual's optimum is a combination of zero length, a Pareto-stationary point, d is the mean

@@ -14,15 +14,18 @@ from lightning_mtl.callbacks import Weighting
 from lightning_mtl.search_space import Range, SearchSpace
 from lightning_mtl.signals import Signals
 
+# A performance of 0 shall have a large weight, and no infinite one.
+SMALLEST = 1e-6
 
-def dtp_weights(performance: Tensor, gamma: float, eps: float = 1e-6) -> Tensor:
-    r"""Compute :math:`-(1 - \kappa)^\gamma \log \kappa`, κ clamped to [ε, 1]; 1 where κ is nan.
+
+def dtp_weights(performance: Tensor, gamma: float) -> Tensor:
+    r"""Compute :math:`-(1 - \kappa)^\gamma \log \kappa`, κ clamped to [1e-6, 1]; 1 where κ is nan.
 
     Example:
         >>> dtp_weights(torch.tensor([0.5, 1.0, torch.nan]), gamma=1.0)
         tensor([0.3466, 0.0000, 1.0000])
     """
-    clamped = performance.clamp(eps, 1.0)
+    clamped = performance.clamp(SMALLEST, 1.0)
     weights = -((1 - clamped) ** gamma) * torch.log(clamped)
     return torch.where(performance.isnan(), torch.ones_like(weights), weights.abs())
 

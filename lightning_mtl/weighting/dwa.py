@@ -45,7 +45,12 @@ class DWA(Weighting):
         start_step: Optimizer steps with equal weights before; epochs count from there.
         total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Source: Liu, Johns and Davison, End-to-End Multi-Task Learning with Attention, 2019, arXiv:1803.10704, equation 7.
+
+    Deviations: none from the paper.
 
     Example:
         >>> DWA(temperature=2.0).temperature

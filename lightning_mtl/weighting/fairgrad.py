@@ -54,6 +54,9 @@ class FairGrad(Weighting):
     Attributes:
         stationary_steps: Steps taken at Pareto-stationary points, with the minimum-norm weights.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Source: Ban and Ji, Fair Resource Allocation in Multi-Task Learning, 2024, arXiv:2402.15638, section 4.
 
     Deviations: the official code solves the equation by a bounded least-squares search, which ends near it; here it is

@@ -57,6 +57,9 @@ class GradDrop(Aggregator):
         importance: ``{task: factor}``, multiplied into the gradients.
         start_step: Optimizer steps with the plain sum before.
 
+    Raises:
+        ValueError: If an argument is out of its range, or at setup if ``leak`` names an unknown task.
+
     Source: Chen et al., Just Pick a Sign, 2020, arXiv:2010.06808, algorithm 1.
 
     Deviations: the paper drops at the trunk's output, and finds the signs of a whole batch there from its gradients

@@ -41,6 +41,9 @@ class GradientNormBalance(Weighting):
         start_step: Optimizer steps with equal weights before.
         total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Source: gradient-norm balancing without GradNorm's training rates; no paper of its own.
 
     Example:

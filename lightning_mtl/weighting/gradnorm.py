@@ -59,6 +59,9 @@ class GradNorm(Weighting):
         start_step: Optimizer steps with equal weights before.
         total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Source: Chen et al., GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask Networks, 2018,
     arXiv:1711.02257, algorithm 1.
 
@@ -86,9 +89,9 @@ class GradNorm(Weighting):
         total: float | None = None,
     ) -> None:
         super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
-        for name, value, low in (("lr", lr, 0.0), ("min_weight", min_weight, 0.0)):
-            if not value > low:
-                raise ValueError(f"GradNorm({name}={value}) must be above {low:g}.")
+        for name, value in (("lr", lr), ("min_weight", min_weight)):
+            if not value > 0:
+                raise ValueError(f"GradNorm({name}={value}) must be above 0.")
         if alpha < 0:
             raise ValueError(f"GradNorm(alpha={alpha}) must be at least 0.")
         self.alpha, self.lr, self.min_weight = alpha, lr, min_weight

@@ -77,6 +77,9 @@ class GradVac(Weighting):
         start_step: Optimizer steps with equal weights before.
         total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Source: Wang et al., Gradient Vaccine, 2020, arXiv:2010.05874, algorithm 1.
 
     Deviations: one cosine for all shared parameters, where the paper tries one a layer as well. A target is kept below

@@ -11,9 +11,9 @@ from torch import Tensor
 from lightning_mtl.callbacks import Measure, Weighting
 from lightning_mtl.search_space import Choice, Range, SearchSpace
 from lightning_mtl.signals import Signals
-from lightning_mtl.solvers.adam import AdamState, adam_step
+from lightning_mtl.solvers.adam import AdamState
 from lightning_mtl.weighting.imtlg import imtlg_weights
-from lightning_mtl.weighting.imtll import MOST_EXTREME, imtll_gradient
+from lightning_mtl.weighting.imtll import learn_scales
 
 
 def imtl_weights(gramian: Tensor, log_scales: Tensor) -> Tensor:
@@ -49,6 +49,9 @@ class IMTL(Weighting):
         importance: ``{task: factor}``, multiplied into the weights of the shared gradients.
         start_step: Optimizer steps with equal weights before.
         total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
 
     Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021, algorithm 1.
 
@@ -98,7 +101,7 @@ class IMTL(Weighting):
 
     def update(self, signals: Signals) -> None:
         """Take one Adam step on the scales."""
-        gradient = imtll_gradient(self.log_scales, signals.losses.to(self.log_scales))
-        state = AdamState(self.mean, self.spread, self.steps)
-        moved, (self.mean, self.spread, self.steps) = adam_step(self.log_scales, gradient, state, lr=self.lr)
-        self.log_scales = moved.clamp(-MOST_EXTREME, MOST_EXTREME)
+        adam = AdamState(self.mean, self.spread, self.steps)
+        self.log_scales, (self.mean, self.spread, self.steps) = learn_scales(
+            self.log_scales, signals.losses, adam, self.lr
+        )

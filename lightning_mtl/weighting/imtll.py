@@ -27,6 +27,18 @@ def imtll_gradient(log_scales: Tensor, losses: Tensor) -> Tensor:
     return torch.exp(log_scales) * losses - 1
 
 
+def learn_scales(log_scales: Tensor, losses: Tensor, adam: AdamState, lr: float) -> tuple[Tensor, AdamState]:
+    """Take one Adam step on the scales, kept within bounds; return them and the new state.
+
+    Example:
+        >>> zero = torch.zeros(2)
+        >>> learn_scales(zero, torch.tensor([3.0, 0.5]), AdamState(zero, zero, zero), lr=0.1)[0]
+        tensor([-0.1000,  0.1000])
+    """
+    moved, adam = adam_step(log_scales, imtll_gradient(log_scales, losses.to(log_scales)), adam, lr=lr)
+    return moved.clamp(-MOST_EXTREME, MOST_EXTREME), adam
+
+
 class IMTLL(Weighting):
     r"""Learn a scale for each loss, so that all scaled losses come near 1: the loss balance of impartial learning.
 
@@ -37,6 +49,9 @@ class IMTLL(Weighting):
         importance: ``{task: factor}``, multiplied into the weights.
         start_step: Optimizer steps with equal weights before.
         total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
 
     Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021, section 3.2.
 
@@ -75,7 +90,7 @@ class IMTLL(Weighting):
 
     def update(self, signals: Signals) -> None:
         """Take one Adam step on the scales."""
-        gradient = imtll_gradient(self.log_scales, signals.losses.to(self.log_scales))
-        state = AdamState(self.mean, self.spread, self.steps)
-        moved, (self.mean, self.spread, self.steps) = adam_step(self.log_scales, gradient, state, lr=self.lr)
-        self.log_scales = moved.clamp(-MOST_EXTREME, MOST_EXTREME)
+        adam = AdamState(self.mean, self.spread, self.steps)
+        self.log_scales, (self.mean, self.spread, self.steps) = learn_scales(
+            self.log_scales, signals.losses, adam, self.lr
+        )

@@ -64,6 +64,9 @@ class MGDA(Weighting):
         start_step: Optimizer steps with equal weights before.
         total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Source: Désidéri, Multiple-Gradient Descent Algorithm, 2012; Sener and Koltun, Multi-Task Learning as
     Multi-Objective Optimization, 2018, arXiv:1810.04650.
 

@@ -58,6 +58,9 @@ class NashMTL(Weighting):
     Attributes:
         stationary_steps: Steps taken at Pareto-stationary points, with the minimum-norm weights.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Source: Navon et al., Multi-Task Learning as a Bargaining Game, 2022, arXiv:2202.01017, equation 2.
 
     Deviations: the official code approximates α by up to 20 conic programmes, begins each with the last α, and keeps

@@ -44,6 +44,9 @@ class RLW(Weighting):
         start_step: Optimizer steps with equal weights before.
         total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
+    Raises:
+        ValueError: If an argument is out of its range.
+
     Source: Lin et al., Reasonable Effectiveness of Random Weighting, 2022, arXiv:2111.10603, section 3.
 
     Deviations: the authors' library takes the softmax of the Dirichlet draw, too, which leaves weights between

@@ -24,6 +24,8 @@ class StaticWeights(Weighting):
     Raises:
         ValueError: If a weight is negative or not finite, or at setup if a task is unknown.
 
+    Source: linear scalarization, older than multi-task learning; no paper of its own.
+
     Example:
         >>> StaticWeights({"depth": 2.0, "normals": 0.5}).weights
         {'depth': 2.0, 'normals': 0.5}

@@ -61,6 +61,10 @@ class UncertaintyWeighting(Weighting):
         start_step: Optimizer steps with equal weights before.
         total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
 
+    Raises:
+        ValueError: If an argument is out of its range, or a kind is neither of the two, or at setup if ``kinds`` names
+            an unknown task.
+
     Source: Kendall, Gal and Cipolla, Multi-Task Learning Using Uncertainty to Weigh Losses, 2018, arXiv:1705.07115,
     section 3; the second regularizer: Liebel and Körner, Auxiliary Tasks in Multi-task Learning, 2018,
     arXiv:1805.06334.

@@ -8,19 +8,13 @@ import pytest
 import torch
 
 from tests.architectures.experts_worker import CASES, RANKS, train
-from tests.distributed.pairs import run_together
+from tests.distributed.pairs import results_of
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_follow_one(tmp_path: Path) -> None:
-    results = [tmp_path / f"{rank}.pt" for rank in range(RANKS)]
-    commands = [
-        ["-m", "tests.architectures.experts_worker", str(rank), str(tmp_path / "rendezvous"), str(result)]
-        for rank, result in enumerate(results)
-    ]
-    run_together(commands, tmp_path, seconds=120)
-    first, second = (torch.load(result, weights_only=True) for result in results)
+    first, second = results_of("tests.architectures.experts_worker", tmp_path, RANKS, seconds=120)
     for case in CASES:
         assert first[case]["parameters"].equal(second[case]["parameters"]), case
         alone = train(*case, rank=0, ranks=1)

@@ -9,23 +9,17 @@ import pytest
 import torch
 
 from tests.distributed import partial_worker
-from tests.distributed.pairs import run_together
+from tests.distributed.pairs import results_of
 from tests.distributed.worker import RANKS
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_two_processes_with_partial_labels_follow_one(tmp_path: Path) -> None:
-    results = [tmp_path / f"rank{rank}.pt" for rank in range(RANKS)]
-    commands = [
-        ["-m", "tests.distributed.partial_worker", str(rank), str(tmp_path / "rendezvous"), str(result)]
-        for rank, result in enumerate(results)
-    ]
     with ThreadPoolExecutor(1) as background:
-        pair = background.submit(run_together, commands, tmp_path, 120)
+        pair = background.submit(results_of, "tests.distributed.partial_worker", tmp_path, RANKS, seconds=120)
         alone = partial_worker.train()
-        pair.result()
-    first, second = (torch.load(result) for result in results)
+        first, second = pair.result()
     for name, expected in alone.items():
         assert first[name]["parameters"].equal(second[name]["parameters"]), name
         torch.testing.assert_close(first[name]["parameters"], expected["parameters"], rtol=1e-9, atol=1e-9)
