@@ -1,4 +1,4 @@
-"""The bases of everything that plugs into a Trainer: weightings, aggregators and monitors."""
+"""The bases of all methods: weightings, and aggregators, which are no weighted sum."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.monitor import Monitor as Monitor  # beside the other bases, where it is looked for
 from lightning_mtl.search_space import SearchSpace
 from lightning_mtl.signals import Signals
 from lightning_mtl.task_state import TaskState
@@ -209,7 +208,16 @@ class Aggregator(Weighting):
     """Combines the tasks' gradients into a direction that no weights describe, element by element for instance.
 
     A subclass implements :meth:`combine` in place of :meth:`weigh`; heads get their own tasks' gradients, unweighted.
-    ``at`` may be ``"trunk"`` or ``"features"``; no weights exist to keep or to log.
+    No weights exist to keep or to log.
+
+    Args:
+        importance: ``{task: factor}``, multiplied into the rows; tasks not named keep 1.
+        start_step: Optimizer steps with equal weights before the method begins.
+        at: Where gradients are taken: ``"trunk"`` (all shared parameters) or ``"features"`` (the trunk's output).
+
+    Raises:
+        ValueError: If ``at`` is another place, an argument is out of its range, or, at setup, ``importance`` names an
+            unknown task.
 
     Example:
         >>> class Median(Aggregator):

@@ -75,14 +75,13 @@ def micro_batch_of(
         seeds = None
     elif seeds is not None and (window.rows is None or module.sharded):
         seeds = seeds * ranks.size  # what the average over the ranks divides by
-    scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-    scale = None if scaler is None or window.way == "losses" else scaler.scale(torch.ones((), device=module.device))
+    scale = None if window.way == "losses" else module.gradient_scale
     every_loss = [losses.get(task, zero) for task in agreed.names]
     return MicroBatch(agreed.names, every_loss, penalty, cut, absent, seeds, scale, ranks)
 
 
 def _feature_objective(module: MultiTaskModule, window: Window, batch: MicroBatch, losses: Tensor) -> Tensor:
-    check_cut(module, batch, window)
+    check_cut(batch, window)
     wanted = window.wanted if window.asks(batch.names) else "nothing"
 
     def decide(measured: Measured) -> Decision:
@@ -106,7 +105,7 @@ def _row_objective(module: MultiTaskModule, window: Window, batch: MicroBatch, *
     rows = window.rows
     assert rows is not None  # noqa: S101 - for mypy: asked for by this way alone
     if batch.names:
-        check_cut(module, batch, window)
+        check_cut(batch, window)
     if batch.names or batch.penalty is not None or closes:
         rows.add(batch, 1.0 / (window.size * window.ranks.size), last=closes)
     if not closes:

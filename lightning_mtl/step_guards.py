@@ -20,6 +20,7 @@ from lightning_mtl.agreement import agree, stack_losses
 from lightning_mtl.callbacks import Weighting
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.signals import Signals
+from lightning_mtl.snapshots import Snapshot
 from lightning_mtl.window import Window
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def clipping(module: MultiTaskModule, optimizer: LightningOptimizer) -> Iterator
         handle.remove()
 
 
-def check_cut(module: MultiTaskModule, batch: MicroBatch, window: Window) -> None:
+def check_cut(batch: MicroBatch, window: Window) -> None:
     """Refuse a step whose trunk left no trace to measure gradients at."""
     cut = batch.cut
     if len(batch.absent) == len(batch.names):
@@ -181,14 +182,13 @@ def losses_after(module: MultiTaskModule, window: Window, names: Sequence[str]) 
     Buffers and random numbers are put back, and no metric is updated.
     """
     again = Window(tuple(module.tasks), None, window.step, window.epoch, window.size, window.ranks)
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    devices = [] if module.device.type == "cpu" else [module.device]
-    with torch.random.fork_rng(devices, device_type=module.device.type):
+    before = Snapshot(module, module.device)
+    try:
         for batch in window.batches:
             outputs = module.present_outputs(batch)
             with torch.autocast(module.device.type, enabled=False):
                 losses = stack_losses([output.loss for output in outputs.values()], module.device)
                 again.note(agree(outputs, losses, tuple(module.tasks), window.ranks), {})
-    for buffer, before in buffers:
-        buffer.copy_(before)
+    finally:
+        before.put_back()
     return again.mean_losses(names)
