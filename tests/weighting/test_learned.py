@@ -51,10 +51,11 @@ def test_gradnorm_counts_tasks_alike_whose_losses_are_nothing() -> None:
     norms = torch.tensor([1.0, 3.0])
     assert gradnorm_gradient(torch.ones(2), norms, torch.zeros(2), alpha=1.5).tolist() == [-1.0, 3.0]
     found = []
-    for first in (0.0, 2.0):  # a first loss of 0 has no share that is left, and counts as one that is as it was
+    for losses in ((0.0, 5.0), (2.0, 2.0)):  # there is no share of a first loss of 0: it counts as one that stays
         weighting = GradNorm(lr=0.1)
         weighting.reset(["a", "b"])
-        ask(weighting, signals(torch.tensor([first, 1.0]), torch.diag(norms)))
+        for step, loss in enumerate(losses):
+            ask(weighting, signals(torch.tensor([loss, 1.0]), torch.diag(norms), step=step))
         found.append(weighting.weights)
     assert torch.equal(*found)
 
