@@ -60,7 +60,7 @@ class Penalised(MultiTaskModule):
         return {task: mse_loss(self.heads[task](self.features), target) for task, target in given[1].items()}
 
     def penalties(self) -> dict[str, Tensor]:
-        return {"weights": self.trunk[0].weight.square().sum(), "features": self.features.square().sum()}
+        return {"weights": next(self.trunk.parameters()).square().sum(), "features": self.features.square().sum()}
 
 
 @pytest.mark.parametrize("place", PLACES)
