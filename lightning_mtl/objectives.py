@@ -32,7 +32,7 @@ def objective_of(
     """The scalar whose backward pass is this micro-batch's part of the step; none while rows are collected."""
     if window.rows is not None:
         return _row_objective(module, window, batch, closes=closes)
-    if not batch.names:
+    if not batch.names and (batch.penalty is None or window.way == "losses"):
         objective = batch.penalty
     elif window.way == "losses":
         weights = window.decide(batch.names, agreed.losses, Measured()).weights
@@ -81,11 +81,13 @@ def micro_batch_of(
 
 
 def _feature_objective(module: MultiTaskModule, window: Window, batch: MicroBatch, losses: Tensor) -> Tensor:
-    check_cut(batch, window)
+    if batch.names:
+        check_cut(batch, window)
     wanted = window.wanted if window.asks(batch.names) else "nothing"
 
     def decide(measured: Measured) -> Decision:
-        return window.decide(batch.names, losses, measured)
+        # Without a task there is nothing to ask about; what a penalty says of the trunk's output still passes the cut.
+        return window.decide(batch.names, losses, measured) if batch.names else Decision(losses.new_ones(0))
 
     if module.sharded:
         return sharded_feature_objective(batch, losses, decide, wanted=wanted, weighs_heads=window.weighs_heads)
@@ -111,8 +113,12 @@ def _row_objective(module: MultiTaskModule, window: Window, batch: MicroBatch, *
     if not closes:
         return None
     names = rows.present
+    if not names and batch.penalty is not None and not module.sharded:
+        # No task in the whole window: the penalties of all its micro-batches, which the rows have collected.
+        nothing = batch.penalty.new_ones(0).detach()
+        return rows.objective(batch, nothing, lambda _: Decision(nothing), wanted="nothing", weighs_heads=False)
     if not names:
-        return None if batch.penalty is None else batch.penalty / window.size
+        return batch.penalty
     if window.size > 1:
         counts = window.sums()[1]
         for name, count in zip(names, counts[window.positions(names)].tolist(), strict=True):

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.weighting import DTP, DWA, LBTW, MGDA, GradientNormBalance, GradNorm, UncertaintyWeighting
 from tests.gradients.oracle import assert_same, expected_update, rows_at, task_gradients
 from tests.small import Batch, batch, binary, small
-from tests.training import Steps, fit, loader
+from tests.training import Steps, fit, gradients_of, loader
 from tests.weightings import WeightedSum, fixed
 
 TASKS = ("a", "b", "c")
@@ -49,6 +50,33 @@ def test_the_method_gets_the_sub_problem_of_the_present_tasks(place: str, presen
         torch.testing.assert_close(asked.gramian, rows @ rows.T)
     logged = {name for name in trainer.callback_metrics if name.startswith("weight/")}
     assert logged == {f"weight/{task}" for task in present}
+
+
+class Penalised(MultiTaskModule):
+    """Keeps the trunk's weights and its output small."""
+
+    def task_losses(self, given: Batch) -> Any:
+        self.features = self.trunk(given[0])
+        return {task: mse_loss(self.heads[task](self.features), target) for task, target in given[1].items()}
+
+    def penalties(self) -> dict[str, Tensor]:
+        return {"weights": next(self.trunk.parameters()).square().sum(), "features": self.features.square().sum()}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_penalties_count_where_no_task_has_a_label(accumulate: int, place: str) -> None:
+    model, given, steps = module(cls=Penalised), [labelled(seed=seed) for seed in range(accumulate)], Steps()
+    model.accumulate_grad_batches = accumulate
+    for one in given:
+        model.task_losses(one)
+        (torch.stack(list(model.penalties().values())).sum() / accumulate).backward()
+    expected = gradients_of(model)
+    model.zero_grad()
+    weighting = fixed(WEIGHTS, "losses") if place == "losses" else fixed(WEIGHTS, "gramian", at=place)
+    fit(model, loader(*given), callbacks=[weighting, steps])
+    assert_same(steps.gradients[0], expected, tolerance=1e-5)
+    assert not weighting.asked
 
 
 def test_an_aggregator_gets_the_rows_of_the_present_tasks() -> None:

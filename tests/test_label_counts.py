@@ -41,7 +41,8 @@ def holes(*present: int, size: int = 4) -> Any:
 def test_it_is_logged_once_and_is_in_callback_metrics() -> None:
     memory = Memory()
     given = [*holes(1, 4), *holes(0, size=2)]
-    trainer = fit(module(NAN), loader(*given), loader(*given), max_epochs=3, logger=memory, log_every_n_steps=1)
+    evaluated = loader(*holes(4, 4, 4))  # not counted: the fraction is that of the training data
+    trainer = fit(module(NAN), loader(*given), evaluated, max_epochs=3, logger=memory, log_every_n_steps=1)
     assert labelled(memory.lines) == [pytest.approx({"labelled/a": 0.5, "labelled/b": 1.0})]
     assert float(trainer.callback_metrics["labelled/a"]) == 0.5
 

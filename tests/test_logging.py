@@ -216,6 +216,14 @@ def test_names_with_spaces_and_signs() -> None:
     )
 
 
+def test_every_epochs_means_are_its_own() -> None:
+    memory, data = Memory(), loader(*batches(4, 2))
+    fit(small(optimizer=lambda p: torch.optim.SGD(p, lr=0.0)), data, data, max_epochs=3, logger=memory)
+    for name in ("loss_epoch/a", "val/loss/b"):
+        found = [line[name] for _, line in memory.lines if name in line]
+        assert found == pytest.approx(3 * [found[0]])
+
+
 def test_penalties_are_logged_as_they_are() -> None:
     class Penalised(MultiTaskModule):
         def penalties(self) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,6 +146,13 @@ def test_pairs_take_out_what_seeds_do_to_both() -> None:
     assert paired.mean == pytest.approx(1, abs=0.2)
     assert paired.high - paired.low < 0.3
     assert bootstrap_interval(better.tolist()).high - bootstrap_interval(better.tolist()).low > 5
+
+
+def test_pairs_have_the_interval_of_their_differences_with_the_same_arguments() -> None:
+    values, others = [0.1, 0.7, 0.2, 1.5, -0.3], [0.3, 0.1, 0.9, 0.4, 0.0]
+    differences = [value - other for value, other in zip(values, others, strict=True)]
+    arguments: dict[str, Any] = {"confidence": 0.5, "num_resamples": 99, "seed": 3}
+    assert paired_bootstrap_interval(values, others, **arguments) == bootstrap_interval(differences, **arguments)
 
 
 def test_the_coverage_with_few_seeds_is_what_the_docstring_says() -> None:

@@ -100,6 +100,13 @@ def test_between_measurements_the_last_weights_serve(place: str, weighs_heads: b
         assert_same(found, update, tolerance=1e-5)
 
 
+def test_importance_is_multiplied_in_between_measurements_too() -> None:
+    steps, weighting = Steps(), at("trunk", importance={"b": 3.0}, every_n_steps=2)
+    fit(small(), loader(*batches(4, 4, 4, 4)), callbacks=[weighting, steps])
+    assert [weights.tolist() for weights in steps.weights if weights is not None] == [[0.5, 6.0]] * 4
+    assert weighting.held_weights.tolist() == [0.5, 2.0]  # multiplied in once, however long they serve
+
+
 class Remembering(Weighting):
     def __init__(self) -> None:
         super().__init__()

@@ -124,7 +124,8 @@ def _head_objective(batch: MicroBatch, decision: Decision, *, weighs_heads: bool
     weights = decision.for_heads(weighs_heads=weighs_heads)
     weights = torch.ones_like(decision.weights) if weights is None else weights
     weights = weights if batch.seeds is None else weights * batch.seeds
-    objective = (torch.stack([loss.to(weights) for loss in batch.losses]) * weights).sum()
+    losses = torch.stack([loss.to(weights) for loss in batch.losses]) if batch.losses else torch.zeros_like(weights)
+    objective = (losses * weights).sum()
     return objective if batch.penalty is None else objective + batch.penalty
 
 

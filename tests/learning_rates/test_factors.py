@@ -78,6 +78,14 @@ def test_normalised_multipliers_have_the_mean_one() -> None:
     assert rates.current(0).tolist() == [1.5, 0.5]
 
 
+def test_bounds_come_after_the_mean_and_no_learning_at_all_has_none() -> None:
+    for weights, expected in (({"a": 8.0}, [1.2, 0.5]), ({"a": 0.0, "b": 0.0}, [0.0, 0.0])):
+        bounds = (0.5, 1.2) if any(weights.values()) else None
+        rates = TaskLearningRate(Importance(weights), normalise=True, bounds=bounds)
+        rates.reset(["a", "b"])
+        assert rates.current(0).tolist() == expected
+
+
 # Importance
 
 

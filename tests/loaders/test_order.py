@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from lightning_mtl.data import Joint, Mixing, MultiTaskDataModule, Proportional, Ratios, RoundRobin
 from lightning_mtl.data.order import Batches, PassOrder, Place, Shard
+from lightning_mtl.data.sources import read_source
+from lightning_mtl.data.streams import open_stream
 from tests.loaders.samples import Numbered, counted, seen_in
 
 
@@ -111,6 +115,31 @@ def test_every_sample_is_seen_as_often_as_the_mode_says(
         found = counted([step for epoch_seen in epochs for step in epoch_seen]).get(task, Counter())
         often = [found[number] for number in range(size)]
         assert max(often) - min(often) <= 1
+
+
+def test_tasks_come_in_another_order_in_every_epoch() -> None:
+    data = MultiTaskDataModule({"a": Numbered(32), "b": Numbered(32)}, mixing=Proportional(), batch_size=2)
+    mixed, epochs = data.train_dataloader(), []
+    for epoch in range(3):
+        mixed.set_epoch(epoch)
+        epochs.append("".join(task for batch in mixed for task in batch))
+    assert len(set(epochs)) == 3
+    assert [epoch.count("a") for epoch in epochs] == [16] * 3
+
+
+class Drawing(Numbered):
+    """What a random augmentation in a worker would begin with."""
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.tensor(torch.initial_seed()), torch.zeros(1)
+
+
+def test_workers_of_every_rank_and_task_draw_random_numbers_of_their_own() -> None:
+    drawn = []
+    for rank, task in itertools.product(range(2), "ab"):
+        source = read_source(task, "train", Drawing(8), 2, {"num_workers": 1})
+        drawn.append(int(open_stream(source, Shard(rank, 2), 7, shuffle=True, shard_iterables=None).next()[0][0]))
+    assert len(set(drawn)) == 4
 
 
 def test_plain_loaders_are_taken_apart() -> None:

@@ -70,6 +70,26 @@ def test_two_runs_are_compared_in_pairs(report: TransferReport) -> None:
     assert report.compare("equal", "equal") == (0, 0, 0)
 
 
+def test_every_interval_has_the_confidence_asked_for() -> None:
+    scattered = [{**own, "b": {"loss": loss}} for own, loss in zip(RUNS["equal"], (1.0, 3.0, 1.8), strict=True)]
+    report = TransferReport(ALONE, {"scattered": scattered, "MGDA": RUNS["MGDA"]}, confidence=0.5)
+    wider = TransferReport(ALONE, {"scattered": scattered, "MGDA": RUNS["MGDA"]}, confidence=0.99)
+    for narrow, wide in (
+        (report.gain("scattered", "b"), wider.gain("scattered", "b")),
+        (report.delta_m("scattered"), wider.delta_m("scattered")),
+        (report.mean_rank("scattered"), wider.mean_rank("scattered")),
+        (report.compare("scattered", "MGDA"), wider.compare("scattered", "MGDA")),
+    ):
+        assert narrow.high - narrow.low < wide.high - wide.low
+
+
+def test_the_difference_of_two_runs_is_narrower_than_theirs_apart() -> None:
+    hard = [{"a": {"accuracy": 0.7, "error": 5.0 + s}, "b": {"loss": loss}} for s, loss in enumerate((1.0, 9.0, 3.0))]
+    harder = [{**own, "b": {"loss": own["b"]["loss"] + 0.2}} for own in hard]
+    compared = TransferReport(ALONE, {"hard": hard, "harder": harder}).compare("harder", "hard")
+    assert 0 < compared.low <= compared.high < 10  # percent; alone the seeds are hundreds apart
+
+
 def test_what_hurts_and_what_helps_is_named(report: TransferReport) -> None:
     assert report.hurt("equal") == ["a"]
     assert report.helped("equal") == ["b"]

@@ -105,6 +105,23 @@ def test_importances_are_uniform_on_the_simplex_and_sum_to_the_tasks() -> None:
     assert shares[200] == pytest.approx(1 - 0.5**0.5, abs=0.04)
 
 
+def test_numbers_are_drawn_from_what_their_range_says() -> None:
+    ranges: dict[str, Any] = {
+        "rate": {"low": 1e-4, "high": 1e-2, "log": True},
+        "share": {"low": 0, "high": 1},
+        "width": {"low": 4, "high": 64, "log": True, "integer": True},
+        "depth": {"low": 1, "high": 3, "integer": True},
+    }
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    read_space({"objective": "val/loss", "parameters": ranges}).sample(trial, [])
+    assert trial.distributions == {
+        "rate": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True),
+        "share": optuna.distributions.FloatDistribution(0, 1),
+        "width": optuna.distributions.IntDistribution(4, 64, log=True),
+        "depth": optuna.distributions.IntDistribution(1, 3),
+    }
+
+
 def test_choices_of_lists_nulls_and_mappings_come_back_as_they_are(tmp_path: Any) -> None:
     values: list[Any] = [None, "null", 1, True, [4, 8], {"class_path": "MLP", "init_args": {"widths": [4]}}]
     space = read_space({"objective": "val/loss", "parameters": {"model.trunk": values}})

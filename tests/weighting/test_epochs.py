@@ -52,6 +52,16 @@ def test_dwas_temperature() -> None:
     torch.testing.assert_close(weights, 2 * torch.softmax(torch.tensor([1.0, 0.5]), 0))
 
 
+def test_an_epoch_whose_steps_were_all_skipped_is_none_of_dwas() -> None:
+    weighting, ones = DWA(temperature=1.0), torch.ones(2)
+    weighting.reset(["a", "b"])
+    for epoch, losses in enumerate(([2.0, 4.0], [1.0, 1.0])):
+        ask(weighting, signals(torch.tensor(losses), epoch=epoch))
+    weighting.current_weights(signals(ones, epoch=2), [0, 1], measured=True)  # asked, and never told of a step
+    weights = ask(weighting, signals(ones, epoch=3))
+    torch.testing.assert_close(weights, 2 * torch.softmax(torch.tensor([0.5, 0.25]), 0))
+
+
 @pytest.mark.parametrize("reference", ["epoch", "training"])
 def test_lbtw(reference: Any) -> None:
     losses = [[1.0, 4.0], [0.25, 2.0], [0.09, 1.0], [0.04, 9.0]]

@@ -97,6 +97,14 @@ def test_min_losses() -> None:
         ask(plain, signals(torch.tensor([-1.0, 3.0])))
 
 
+def test_a_loss_below_its_bound_counts_as_one_at_it() -> None:
+    weighting = FAMO(min_losses={"a": 0.5})
+    weighting.reset(["a", "b"])
+    given = Signals(("a", "b"), torch.tensor([0.4, 1.0]), 0, 0, losses_after=torch.tensor([0.3, 1.0]))
+    assert ask(weighting, given).tolist() == pytest.approx([1.0, 0.0], abs=1e-6)
+    assert weighting.logits.tolist() == pytest.approx([0.0, 0.0], abs=1e-3)  # nothing has moved
+
+
 class Noisy(nn.Module):
     """A layer that an extra forward pass would leave a trace in, if it could."""
 

@@ -160,6 +160,17 @@ def test_no_measurement_no_change_but_of_the_order(cls: Any) -> None:
         random = weighting.random.clone()
 
 
+def test_gradvacs_targets_rest_between_measurements() -> None:
+    weighting = GradVac(beta=0.5, every_n_steps=2)
+    weighting.reset(["a", "b", "c"])
+    measured, unmeasured = course(3, steps=2)
+    ask(weighting, measured)
+    targets = weighting.targets.clone()
+    assert targets.any()
+    ask(weighting, unmeasured)
+    assert torch.equal(weighting.targets, targets)
+
+
 def test_orders_are_drawn_anew_for_each_task_and_evenly() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.stack([random_orders(3, generator) for _ in range(600)])
@@ -184,6 +195,16 @@ def test_graddrop_chooses_a_sign_by_its_share() -> None:
     assert set(direction.tolist()) == {3.0, -1.0}
     assert float((direction == 3.0).float().mean()) == pytest.approx(0.75, abs=0.02)
     assert float(direction.mean()) == pytest.approx(2.0, abs=0.08)
+
+
+def test_graddrop_draws_once_a_step_and_anew_in_the_next() -> None:
+    aggregator, given = GradDrop(), signals(torch.ones(2))
+    aggregator.reset(["a", "b"])
+    rows = torch.stack([torch.ones(64), -torch.ones(64)])
+    first = aggregator.direction(given, [0, 1], rows)
+    assert torch.equal(aggregator.direction(given, [0, 1], rows), first)
+    aggregator.observe(given, [0, 1])
+    assert not torch.equal(aggregator.direction(given, [0, 1], rows), first)
 
 
 def test_graddrops_leak() -> None:

@@ -8,6 +8,7 @@ from torch.nn.functional import mse_loss
 
 from lightning_mtl.solvers.adam import AdamState, adam_step
 from lightning_mtl.weighting import GradNorm, UncertaintyWeighting
+from lightning_mtl.weighting.gradnorm import gradnorm_gradient
 from tests.contract import ask, course, names, run, signals
 from tests.gradients.oracle import rows_at, task_gradients
 from tests.small import batches, small
@@ -44,6 +45,19 @@ def test_gradnorm_clamps_before_it_renormalises() -> None:
     ask(weighting, signals(torch.ones(3), rows))
     expected = torch.tensor([1e-3, 6.0, 6.0]) * 3 / 12.001
     torch.testing.assert_close(weighting.weights, expected, rtol=1e-5, atol=0.0)
+
+
+def test_gradnorm_counts_tasks_alike_whose_losses_are_nothing() -> None:
+    norms = torch.tensor([1.0, 3.0])
+    assert gradnorm_gradient(torch.ones(2), norms, torch.zeros(2), alpha=1.5).tolist() == [-1.0, 3.0]
+    found = []
+    for losses in ((0.0, 5.0), (2.0, 2.0)):  # there is no share of a first loss of 0: it counts as one that stays
+        weighting = GradNorm(lr=0.1)
+        weighting.reset(["a", "b"])
+        for step, loss in enumerate(losses):
+            ask(weighting, signals(torch.tensor([loss, 1.0]), torch.diag(norms), step=step))
+        found.append(weighting.weights)
+    assert torch.equal(*found)
 
 
 def test_gradnorm_in_a_fit_measures_the_last_layer() -> None:

@@ -178,6 +178,13 @@ def test_total_also_holds_between_measurements() -> None:
     assert weighting.held_weights.tolist() == [1.0, 3.0]
 
 
+def test_total_between_measurements_is_that_of_the_tasks_that_were_measured() -> None:
+    weighting = fixed({"a": 1.0, "b": 3.0}, "gramian", total=8.0, every_n_steps=2)
+    weighting.reset(["a", "b"])
+    ask(weighting, signals(torch.ones(1), torch.eye(1)))
+    assert ask(weighting, signals(torch.ones(2), step=1)).tolist() == [8.0, 1.0]  # nothing is known of b yet
+
+
 @pytest.mark.parametrize("total", [0.0, -1.0, math.inf, math.nan])
 def test_totals_out_of_range(total: float) -> None:
     with pytest.raises(ValueError, match=r"GLS\(total=.*\) must be above 0 and finite"):

@@ -12,6 +12,7 @@ from lightning_mtl import Weighting
 from lightning_mtl.weighting import (
     CRMOGM,
     DTP,
+    FAMO,
     IMTL,
     IMTLG,
     MGDA,
@@ -66,7 +67,25 @@ def test_it_measures_what_the_wrapped_method_measures() -> None:
         3,
     )
     assert CRMOGM(DTP("accuracy", stage="train")).step_metric == "accuracy"
+    assert CRMOGM(FAMO()).wants_losses_after
+    assert CRMOGM(FAMO()).takes_logarithms
     assert (Weighting.measures, CRMOGM.measures) == ("losses", "losses")
+
+
+def test_the_wrapped_state_is_cut_to_the_present_tasks() -> None:
+    inner = GradNorm()
+    weighting = CRMOGM(inner)
+    weighting.reset(["a", "b"])
+    assert ask(weighting, signals(torch.ones(1), torch.ones(1, 2), tasks=["b"])).tolist() == [1.0]
+    assert inner.steps.tolist() == [0.0, 1.0]
+
+
+def test_the_mean_rests_between_measurements() -> None:
+    weighting, steps = CRMOGM(MGDA(every_n_steps=2), alpha=0.5), course(3, steps=3)
+    weighting.reset(["a", "b", "c"])
+    first, _, third = (ask(weighting, given) for given in steps)
+    alone = run(MGDA(), steps, names(3))
+    torch.testing.assert_close(torch.stack([first, third]), torch.stack([alone[0], (alone[0] + alone[2]) / 2]))
 
 
 def test_the_wrapped_state_is_saved_and_restored_with_it() -> None:
