@@ -124,6 +124,7 @@ class Case:
     batch_size: int | None = None  # the trunk's own, if not given
     device: Device = "cpu"
     precision: Precision = "32-true"
+    keeps_modules: bool = True  # from round to round; else only one of them is in memory at a time
     times: dict[str, list[Times]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -180,12 +181,11 @@ class Case:
         return self.module(plain=variant.plain, metrics=variant.metrics)
 
     def time_round(self, variant: Variant) -> None:
-        if variant.name not in self._modules:
-            self._modules[variant.name] = self.made(variant)
+        module = self._modules.pop(variant.name, None) or self.made(variant)
+        if self.keeps_modules:
+            self._modules[variant.name] = module
         weighting = None if variant.weighting is None else variant.weighting()
-        steps = self.fit(self._modules[variant.name], weighting, logger=variant.logger, steps=WARM_UP + self.steps + 1)[
-            WARM_UP:
-        ]
+        steps = self.fit(module, weighting, logger=variant.logger, steps=WARM_UP + self.steps + 1)[WARM_UP:]
         ordinary = statistics.median(steps[:-1])
         times = Times(ordinary, steps[-1] if variant.logger else ordinary)
         self.times.setdefault(variant.name, []).append(times)
