@@ -59,6 +59,7 @@ class ShardedRowUpdate:
         self._order = {task: position for position, task in enumerate(tasks)}
         self._slots: dict[str, int] = {}
         self._own: list[dict[Tensor, Tensor]] = []
+        self._penalty: list[tuple[Tensor, Tensor]] = []
 
     @property
     def present(self) -> list[str]:
@@ -68,8 +69,13 @@ class ShardedRowUpdate:
     def add(self, batch: MicroBatch, penalty_factor: float, *, last: bool) -> None:
         """Differentiate one micro-batch, one synchronised backward pass through the trunk a task."""
         del penalty_factor, last  # one micro-batch a step, whose penalty goes with the heads
-        for name, cotangents in zip(batch.names, _cotangents(batch), strict=False):
-            pairs = [(z, c) for z, c in zip(batch.cut.outputs, cotangents, strict=True) if c is not None]
+        outputs, every_loss = batch.cut.outputs, _cotangents(batch)
+        tasks, penalties = every_loss[: len(batch.names)], every_loss[len(batch.names) :]
+        self._penalty = [
+            (z, c) for penalty in penalties for z, c in zip(outputs, penalty, strict=True) if c is not None
+        ]
+        for name, cotangents in zip(batch.names, tasks, strict=True):
+            pairs = [(z, c) for z, c in zip(outputs, cotangents, strict=True) if c is not None]
             torch.autograd.backward([z for z, _ in pairs], [c for _, c in pairs], retain_graph=True)
             self._slots[name] = len(self._slots)
             self.rows.add(self._slots[name], [None if p.grad is None else _local(p.grad) for p in self.shared])
@@ -98,7 +104,14 @@ class ShardedRowUpdate:
         for parameter, direction in zip(self.shared, self.rows.combine(weights), strict=True):
             if direction is not None:
                 parameter.grad = _like(direction, parameter)
-        return _head_objective(batch, decision, weighs_heads=weighs_heads)
+        objective = _head_objective(batch, decision, weighs_heads=weighs_heads)
+        if not self._penalty:
+            return objective
+        # What a penalty says of the trunk's output stops at the cut; it goes on from there, as beside features.
+        at_cut = inject(
+            losses.new_zeros(()), [z for z, _ in self._penalty], lambda outer: [c * outer for _, c in self._penalty]
+        )
+        return objective + at_cut
 
 
 def _cotangents(batch: MicroBatch) -> list[list[Tensor | None]]:

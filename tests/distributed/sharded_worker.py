@@ -45,13 +45,15 @@ CASES: dict[str, tuple[bool, Callable[[], Weighting | None], dict[str, Any]]] = 
     "losses, absent tasks": (True, UncertaintyWeighting, {}),
     "features, absent tasks": (True, lambda: MGDA(at="features"), {}),
     "trunk, absent tasks": (True, GradientNormBalance, {}),
+    "features, penalty": (False, lambda: MGDA(at="features"), {"penalised": True}),
+    "trunk, penalty": (False, MGDA, {"penalised": True}),
 }
 
 
 class Shared(MultiTaskModule):
     """Shards the trunk's layers and each head, where the strategy asks for it."""
 
-    def __init__(self, *, absent: bool, **arguments: Any) -> None:
+    def __init__(self, *, absent: bool, penalised: bool = False, **arguments: Any) -> None:
         torch.manual_seed(0)
         super().__init__(
             nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh()),
@@ -60,7 +62,11 @@ class Shared(MultiTaskModule):
             optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2, weight_decay=0.01),
             **arguments,
         )
-        self.absent = absent
+        self.absent, self.penalised = absent, penalised
+        self.activity = torch.zeros(())
+
+    def penalties(self) -> dict[str, Tensor]:
+        return {"activity": self.activity} if self.penalised else {}
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
@@ -70,7 +76,13 @@ class Shared(MultiTaskModule):
 
     def task_losses(self, batch: Part) -> dict[str, TaskOutput]:
         step, samples, inputs, targets = batch
-        predictions, outputs = self(inputs), {}
+        outputs = {}
+        if self.penalised:  # for the trunk's output, where the graph is cut
+            features = self.trunk(inputs)
+            predictions = {task: head(features) for task, head in self.heads.items()}
+            self.activity = features.square().mean()
+        else:
+            predictions = self(inputs)
         for position, task in enumerate(HEADS):
             # Samples with labels lie on one rank in some steps, on both in others, on none in one of five.
             labelled = torch.tensor([(5 * i + 3 * step + 2 * position) % 4 < 1 + step % 3 for i in samples])
