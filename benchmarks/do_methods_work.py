@@ -104,7 +104,15 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         console.print(line, soft_wrap=True)
     trainings = sum(len(row.searched) for row in rows) * min(TUNING_SEEDS, options.seeds)
     console.print(f"{trainings} trainings to choose, {seconds:.0f} s of processor time in all")
-    paths = write(problem, rows, comparison, options.results, lrs=list(problem.learning_rates), seconds=seconds)
+    paths = write(
+        problem,
+        rows,
+        comparison,
+        options.results,
+        lrs=list(problem.learning_rates),
+        seconds=seconds,
+        suffix="_full" if options.full else "",
+    )
     console.print("written: " + ", ".join(str(path) for path in paths), soft_wrap=True)
     return rows
 

@@ -173,14 +173,21 @@ def _significant(comparison: Comparison, reference: str, name: str) -> bool:
 
 
 def write(
-    problem: Problem, rows: Sequence[Row], comparison: Comparison, folder: Path, *, lrs: list[float], seconds: float
+    problem: Problem,
+    rows: Sequence[Row],
+    comparison: Comparison,
+    folder: Path,
+    *,
+    lrs: list[float],
+    seconds: float,
+    suffix: str = "",
 ) -> list[Path]:
     """Write the figures as JSON and the picture."""
     # Not at the top: only the picture needs matplotlib.
     from benchmarks.methods_picture import draw
 
     folder.mkdir(parents=True, exist_ok=True)
-    report = folder / f"do_methods_work_{problem.name.lower()}.json"
+    report = folder / f"do_methods_work_{problem.name.lower()}{suffix}.json"
     about = {
         **environment(),
         "data": problem.name,
