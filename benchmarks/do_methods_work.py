@@ -35,8 +35,7 @@ FILE_WIDTH = 160  # columns of a table that goes to a file, where no terminal sa
 def run(problem: Problem, methods: Sequence[Method], options: argparse.Namespace, console: Console) -> dict[str, Tuned]:
     """Tune all rows, then train them seed by seed, so that what a row is compared with ran beside it."""
     seeds = range(options.seeds)
-    rates = problem.learning_rates
-    searches = sum(len(method.makes) for method in methods) * len(rates)
+    searches = sum(len(method.makes) for method in methods) * len(problem.learning_rates)
     found: dict[str, Tuned] = {}
     with Progress(console=console, transient=True) as progress:
         tuning = seeds[:TUNING_SEEDS]
@@ -44,7 +43,7 @@ def run(problem: Problem, methods: Sequence[Method], options: argparse.Namespace
         for method in methods:
             progress.update(bar, description=f"tuning {method.name}")
             told = lambda: progress.advance(bar)  # noqa: E731
-            found[method.name] = tune(problem, method, lrs=rates, tuning_seeds=tuning, told=told)
+            found[method.name] = tune(problem, method, tuning_seeds=tuning, told=told)
         bar = progress.add_task("other seeds", total=len(methods) * len(seeds))
         for seed in seeds:
             for method in methods:
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     torch.set_num_threads(1)
     console, began = Console(highlight=False), time.process_time()
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(highlight=False, width=FILE_WIDTH)
+        console.width = FILE_WIDTH
     try:
         problem = digits() if options.data == "multidigits" else PROBLEMS[options.data](options.data_dir)
     except (OSError, ValueError) as error:
@@ -109,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         rows,
         comparison,
         options.results,
-        lrs=list(problem.learning_rates),
         seconds=seconds,
         suffix="_full" if options.full else "",
     )

@@ -56,8 +56,8 @@ def point(sweep: str, value: int, rounds: int, log_dir: str) -> list[dict[str, A
     name = f"{setting['million parameters']}M"
     models = {name: sized(setting["million parameters"])}
     steps = 6 if setting["million parameters"] <= 3 and setting["tasks"] <= 16 else 3
-    case = Case(name, setting["tasks"], steps, log_dir, models, setting["batch"])
-    case.keeps_modules = setting["million parameters"] <= 30
+    small = setting["million parameters"] <= 30
+    case = Case(name, setting["tasks"], steps, log_dir, models, setting["batch"], keeps_modules=small)
     wanted = rows(setting["tasks"])
     run(case, wanted, rounds)
     results = [{"sweep": sweep, "value": value, "variant": row.variant, **evaluate(case, row)} for row in wanted]

@@ -178,7 +178,6 @@ def write(
     comparison: Comparison,
     folder: Path,
     *,
-    lrs: list[float],
     seconds: float,
     suffix: str = "",
 ) -> list[Path]:
@@ -196,7 +195,7 @@ def write(
         "steps": problem.steps,
         "batch": TRAIN_BATCH,
         "seeds": list(range(len(rows[0].scores))),
-        "learning_rates": lrs,
+        "learning_rates": list(problem.learning_rates),
         "processor_seconds": round(seconds),
         "verdict": verdict(rows, comparison),
     }

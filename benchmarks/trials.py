@@ -101,13 +101,11 @@ class Tuned:
     searched: dict[str, float]  # {what was tried: its mean metric on validation data}
 
 
-def tune(
-    problem: Problem, method: Method, *, lrs: Sequence[float], tuning_seeds: Sequence[int], told: Callable[[], None]
-) -> Tuned:
+def tune(problem: Problem, method: Method, *, tuning_seeds: Sequence[int], told: Callable[[], None]) -> Tuned:
     """Choose by the mean metric of all tasks on validation data at the end, over the seeds for tuning."""
     found: dict[tuple[str, float], dict[int, Trial]] = {}
     for choice, make in method.makes.items():
-        for lr in lrs:
+        for lr in problem.learning_rates:
             found[choice, lr] = {}
             for seed in tuning_seeds:
                 found[choice, lr][seed] = train(problem, make(problem), lr=lr, seed=seed, task=method.task)
