@@ -1,4 +1,4 @@
-"""What all ranks together say about the tasks' losses in one micro-batch."""
+"""All-reduced losses and sample counts of one micro-batch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_mtl.gradients.micro_batch import stack_losses
 from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.task import TaskOutput
 
@@ -86,16 +87,6 @@ def _as_vector(counts: Sequence[int | Tensor], losses: Tensor) -> Tensor:
     if not any(isinstance(count, Tensor) for count in counts):
         return torch.tensor(counts, dtype=dtype, device=device)
     return torch.stack([torch.as_tensor(count, device=device).to(dtype) for count in counts])
-
-
-def stack_losses(losses: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The losses as one vector, ``[K]``, of the widest of their dtypes."""
-    if not losses:
-        return torch.zeros(0, dtype=torch.float32, device=device)
-    dtype = losses[0].dtype
-    for loss in losses[1:]:
-        dtype = torch.promote_types(dtype, loss.dtype)
-    return torch.stack([loss if loss.dtype == dtype else loss.to(dtype) for loss in losses])
 
 
 def ghost_of_parameters(module: nn.Module, like: Tensor) -> Tensor:

@@ -50,6 +50,10 @@ class Weighting(TaskState, ABC):
 
     measures: ClassVar[Measure] = "losses"
     """What :meth:`weigh` needs: losses alone, gradient norms, their Gramian, or the gradients themselves."""
+    reads_losses: ClassVar[bool] = True
+    """Whether :meth:`weigh` reads the losses of the step it weighs, or nothing but the state. With gradient
+    accumulation, weights that depend on a step's losses are known at its end only, so that the tasks' gradients are
+    kept until then, as for methods that measure gradients."""
     weighs_heads: ClassVar[bool] = True
     """Whether a task's weight also scales the gradients of its own head, not those of the shared parameters alone."""
     search_space: ClassVar[SearchSpace] = {}
@@ -140,6 +144,10 @@ class Weighting(TaskState, ABC):
     def measures_in(self, step: int) -> bool:
         """Whether the method looks at optimizer step ``step``, or lets the last weights serve."""
         return step >= self.start_step and (step - self.start_step) % self.every_n_steps == 0
+
+    def known_beforehand(self, step: int) -> bool:
+        """Whether the weights of optimizer step ``step`` depend on nothing that the step itself shows."""
+        return not self.measures_in(step) or (self.measures == "losses" and not self.reads_losses)
 
     def current_weights(self, signals: Signals, present: Sequence[int], *, measured: bool) -> Tensor:
         """The weights to apply in this step, ``[K]`` on the device of the losses, importance included.

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_mtl.batches import as_pair, is_joint, is_per_task, refuse_batch, under_its_name
 from lightning_mtl.concatenation import concatenate, rows_of
-from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.labels import number_of_samples
 from lightning_mtl.optimization import Optimization
 from lightning_mtl.overrides import keeping_schedules, putting_rates_back, with_recorder
@@ -103,7 +102,6 @@ class MultiTaskModule(SteppedModule):
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
         self._trunk_lr, self._head_lr = trunk_lr, dict(head_lr or {})
         self.optimization = Optimization()
-        self._cut: FeatureCut | None = None
         self._penalised: tuple[nn.Module, list[tuple[str, Penalised]]] | None = None
         # A loss with buffers or parameters of its own moves with the module and is saved with it.
         losses = {k: task.loss for k, task in tasks.items() if isinstance(task.loss, nn.Module)}
@@ -135,7 +133,6 @@ class MultiTaskModule(SteppedModule):
         predictions = {}
         for task in wanted:
             own = features[task] if split else features
-            own = own if self._cut is None else self._cut.own_view(own)
             predictions[task] = self.heads[task](own if rows is None else rows_of(task, rows, own))
         return predictions
 

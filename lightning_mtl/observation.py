@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl.agreement import Agreement
-from lightning_mtl.gradients.cut import FeatureCut
+from lightning_mtl.gradients.feature_measurement import groups_read
 from lightning_mtl.gradients.inner_products import gramian
 from lightning_mtl.gradients.layers import last_layer, named_parameters_at
-from lightning_mtl.gradients.micro_batch import MicroBatch, measured_gramian
+from lightning_mtl.gradients.micro_batch import Measured, MicroBatch
 from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.rows import Rows
-from lightning_mtl.gradients.side_pass import gradients_beside, watching_outputs
+from lightning_mtl.gradients.side_pass import gradients_beside
 from lightning_mtl.monitor import Monitor, guarding, turn_off_if_slow, turned_off_elsewhere
 from lightning_mtl.signals import Signals
 from lightning_mtl.snapshots import Snapshot
@@ -67,13 +67,15 @@ class Observation:
             if not monitor.off:
                 self._beside.setdefault(_place(monitor.at), []).append(monitor)
 
-    def watching(self, module: MultiTaskModule, cut: FeatureCut) -> AbstractContextManager[None]:
-        """What has to be known of the window's first forward pass, inside which this is entered."""
-        if not self._beside or self._window.micro_batches:
-            return nullcontext()
-        if any(monitor.looks_ahead for members in self._beside.values() for monitor in members):
+    @property
+    def measures(self) -> bool:
+        """Whether gradients are measured beside the update of the coming micro-batch."""
+        return bool(self._beside) and not self._window.micro_batches
+
+    def before_forward(self, module: MultiTaskModule) -> None:
+        """Keep what the window's first forward pass begins with, for monitors that look ahead."""
+        if self.measures and any(monitor.looks_ahead for members in self._beside.values() for monitor in members):
             self._before = Snapshot(module, module.device)
-        return watching_outputs(module.trunk, cut) if self._window.way == "losses" else nullcontext()
 
     def measure(self, module: MultiTaskModule, agreed: Agreement, batch: MicroBatch, given: Any) -> None:  # noqa: ANN401
         """Measure for the monitors that no weighting serves, before the micro-batch's backward pass.
@@ -98,7 +100,7 @@ class Observation:
                 continue
             with guarding(members):
                 products = _sum_and_multiply(rows, batch.ranks)
-                measured = measured_gramian(products, scale)
+                measured = Measured.of_products(products, scale)
                 losses = agreed.losses.to(torch.promote_types(agreed.losses.dtype, torch.float32))
                 window = self._window
                 signals = Signals(
@@ -208,19 +210,19 @@ def _rows_at(place: Place, module: MultiTaskModule, batch: MicroBatch, seeds: Se
     """Each task's gradient of this rank's loss, ``[K, n]``; matrices alone for gradients of the samples' features."""
     depends = any(loss.requires_grad for loss in batch.losses)
     if place == "features":
-        features = list(gradients_beside(batch.losses, seeds, batch.cut, None))
+        features = list(gradients_beside(batch.losses, seeds, batch.split, None))
         if depends and all(gradient is None for own in features for gradient in own):
             raise _out_of_reach(place)
-        outputs = batch.cut.outputs
+        outputs = batch.split.outputs
         if not outputs:  # a rank whose batch is empty
             return [torch.zeros(len(batch.losses), 1, device=module.device)]
         return [
-            torch.stack([(torch.zeros_like(z) if own[i] is None else own[i]).reshape(-1) for own in features])  # type: ignore[union-attr]
-            for i, z in enumerate(outputs)
+            torch.stack([(torch.zeros_like(o.z) if own[i] is None else own[i]).reshape(-1) for own in features])  # type: ignore[union-attr]
+            for i, o in enumerate(outputs)
         ]
     parameters = _parameters_at(place, module, batch)
     rows = Rows(parameters, len(batch.losses))
-    for task, gradients in enumerate(gradients_beside(batch.losses, seeds, batch.cut, parameters)):
+    for task, gradients in enumerate(gradients_beside(batch.losses, seeds, batch.split, parameters)):
         rows.add(task, gradients)
     if depends and not rows.used:
         raise _out_of_reach(place)
@@ -241,7 +243,8 @@ def _parameters_at(place: Place, module: MultiTaskModule, batch: MicroBatch) -> 
             raise ValueError("at='trunk' finds no shared parameter that can be trained; measure at 'features'")
         return shared
     if place == "last_layer":
-        return last_layer(module.trunk, batch.cut, batch.ranks)
+        groups = groups_read(batch, set(module.trunk.parameters()))
+        return last_layer(module.trunk, groups, batch.ranks, among=module.trunk.parameters())
     return named_parameters_at(module, [place] if isinstance(place, str) else place)
 
 
@@ -249,10 +252,7 @@ def _sum_and_multiply(rows: Rows | list[Tensor], ranks: Ranks) -> Tensor:
     """The Gramian over all ranks' samples: rows of parameters are summed, products of the samples' own features are."""
     if not isinstance(rows, Rows):
         return gramian(rows, ranks)
-    if ranks.size > 1:
-        for row in range(rows.num_rows):
-            rows.begin_sum(row, ranks)
-        rows.end_sums(ranks)
+    rows.sum_over(ranks)
     return rows.gramian()
 
 

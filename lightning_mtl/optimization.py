@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_mtl.agreement import agree, stack_losses
-from lightning_mtl.gradients.compiled import keeping_buffers
-from lightning_mtl.gradients.cut import FeatureCut
+from lightning_mtl.agreement import agree
+from lightning_mtl.gradients.micro_batch import stack_losses
 from lightning_mtl.gradients.ranks import Ranks
-from lightning_mtl.gradients.row_update import RowUpdate
 from lightning_mtl.gradients.rows import Rows
-from lightning_mtl.gradients.sharded_update import ShardedRowUpdate
-from lightning_mtl.objectives import micro_batch_of, objective_of
+from lightning_mtl.gradients.split import Split
+from lightning_mtl.gradients.torch_internals import keeping_buffers
+from lightning_mtl.objectives import loss_of, micro_batch_of
 from lightning_mtl.observation import Observation
 from lightning_mtl.phases import Phases
 from lightning_mtl.recorder import sample_counts
@@ -30,8 +29,7 @@ from lightning_mtl.step_guards import (
     for_heads_alone,
     forget_unreached,
     losses_after,
-    synchronising,
-    trainable_shared_parameters,
+    synchronizing,
     waits_for_thaw,
 )
 from lightning_mtl.window import Window
@@ -50,7 +48,7 @@ class Optimization:
         self._closed: Window | None = None
         self._drops = False
         self.skipped = SkippedSteps()
-        self._matrix: Rows | None = None
+        self.matrix: Rows | None = None
         self.steering = Steering()
         self._observation: Observation  # of the open window
         self.phases = Phases()
@@ -88,15 +86,12 @@ class Optimization:
         closes: bool,
     ) -> Tensor | None:
         """Pass one micro-batch forward and, unless Lightning does it or rows are still collected, backward."""
-        cut = FeatureCut()
-        watching = cut.watching(module.heads) if module.sharded else nullcontext()
-        with (
-            self.phases("forward"),
-            self._observation.watching(module, cut),
-            watching,
-            nullcontext() if window.way == "losses" else module.cutting(cut),
-        ):
-            outputs = module.present_outputs(batch)
+        split = Split()
+        watching = split.watching(module.heads) if module.sharded else nullcontext()
+        self._observation.before_forward(module)
+        with self.phases("forward"), watching:
+            with split.applied_to(module.trunk) if self._needs_split(window) else nullcontext():
+                outputs = module.present_outputs(batch)
             penalties = module.penalties()
         if window.weighting is not None and window.weighting.wants_losses_after:
             window.batches.append(batch)
@@ -105,22 +100,31 @@ class Optimization:
         self.steering.collect(module, window, batch, outputs)
         # Gradients are taken as automatic optimization takes them: outside autocast.
         with torch.autocast(module.device.type, enabled=False):
-            losses = stack_losses([output.loss for output in outputs.values()], module.device)
-            agreed = agree(outputs, losses.detach(), tuple(module.tasks), window.ranks, scores)
-            window.note(agreed, penalties)
+            losses = stack_losses([output.loss.detach() for output in outputs.values()], module.device)
+            agreed = agree(outputs, losses, tuple(module.tasks), window.ranks, scores)
+            window.note(agreed, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
             if outputs:
-                window.local.append((list(outputs), losses.detach(), sample_counts(list(outputs.values()))))
-            micro_batch = micro_batch_of(module, window, agreed, outputs, penalties, cut)
+                window.local.append((list(outputs), losses, sample_counts(list(outputs.values()))))
+            micro_batch = micro_batch_of(module, window, agreed, outputs, penalties, split)
             if window.micro_batches == 1:
                 with self.phases("monitors"):
                     self._observation.measure(module, agreed, micro_batch, batch)
             with self.phases("measuring"):
-                objective = objective_of(module, window, agreed, losses, micro_batch, closes=closes)
-            if objective is not None and not module.automatic_optimization:
-                with self.phases("backward"), synchronising(module, window, closes=closes):
-                    module.manual_backward(objective)
-                objective = objective.detach()
-        return objective
+                loss = loss_of(module, window, agreed, micro_batch, closes=closes)
+            if loss is None and module.automatic_optimization and window.collects:
+                # Lightning passes something backward in every micro-batch; what this one's gradients are is kept.
+                return torch.zeros((), device=module.device, requires_grad=True)
+            if loss is not None and not module.automatic_optimization:
+                with self.phases("backward"), synchronizing(module, closes=closes):
+                    module.manual_backward(loss)
+                loss = loss.detach()
+        return loss
+
+    def _needs_split(self, window: Window) -> bool:
+        """Whether the trunk's outputs have to be known: to measure there, or to stand in for absent tasks."""
+        stands_in = window.ranks.size > 1 and (window.way == "rows" or window.size > 1)
+        at_features = window.wanted != "nothing" and window.measures_at != "trunk"
+        return window.way == "features" or at_features or stands_in or self._observation.measures
 
     def after_automatic_backward(self, module: MultiTaskModule) -> None:
         """What follows a window's backward pass where Lightning runs it."""
@@ -150,16 +154,6 @@ class Optimization:
         window.phases = self.phases
         if not module.automatic_optimization:
             module.single_optimizer().zero_grad()
-        if window.way == "rows":
-            shared = trainable_shared_parameters(module)
-            others = []
-            if ranks.size > 1:
-                others = [p for p in module.parameters() if p.requires_grad and p not in set(shared)]
-            if module.sharded:
-                window.rows = ShardedRowUpdate(shared, others, tuple(module.tasks))
-            else:
-                window.rows = RowUpdate(shared, others, tuple(module.tasks), self._matrix)
-                self._matrix = window.rows.rows
         return window
 
     def _close(self, module: MultiTaskModule, window: Window) -> None:

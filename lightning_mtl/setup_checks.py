@@ -101,11 +101,13 @@ def check_trainer(module: MultiTaskModule, trainer: pl.Trainer) -> None:
                     f"{name}={getattr(module, name)} is the module's for manual optimization; with "
                     f"automatic_optimization = True give it to the Trainer: Trainer({name}=...)."
                 )
-        if weighting is not None and weighting.measures != "losses" and weighting.at == "trunk":
-            raise ValueError(
-                f"{type(weighting).__name__}(at='trunk') writes gradients itself, which automatic optimization rules "
-                "out; leave automatic_optimization False, or measure at 'features' or 'last_layer'."
-            )
+    size = module.micro_batches_a_step
+    if weighting is not None and weighting.measures == "rows" and weighting.at == "features" and size > 1:
+        raise ValueError(
+            f"{type(weighting).__name__}(at='features') combines gradients at the features of one batch, and with "
+            f"accumulate_grad_batches={size} the features of a step lie in several; measure at 'trunk', or accumulate "
+            "nothing."
+        )
     if isinstance(trainer.strategy, REFUSED_STRATEGIES):
         raise ValueError(
             f"{type(trainer.strategy).__name__} keeps gradients where no weighting can reach them; use strategy='ddp', "
@@ -138,18 +140,21 @@ def _check_sharded(module: MultiTaskModule, trainer: pl.Trainer) -> None:
             f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
         )
     weighting = module.weighting()
-    if weighting is None or weighting.measures == "losses":
+    if weighting is None:
         return
-    name, at = type(weighting).__name__, weighting.at
+    name, at, size = type(weighting).__name__, weighting.at, module.micro_batches_a_step
+    if size > 1 and (weighting.measures != "losses" or weighting.reads_losses):
+        raise ValueError(
+            f"accumulate_grad_batches={size} with {name} keeps each task's gradients until its weights are known, at "
+            "the optimizer step's end, and a sharded model (FSDP2) has gradients in a backward pass only; accumulate "
+            "nothing, or use a method that reads nothing but its state, such as UncertaintyWeighting."
+        )
+    if weighting.measures == "losses":
+        return
     if at not in ("trunk", "features"):
         raise ValueError(
             f"{name}(at={at!r}) measures gradients of single layers, which sharded parameters do not give; measure "
             "at 'features' or 'trunk'."
-        )
-    if at == "trunk" and module.accumulate_grad_batches > 1:
-        raise ValueError(
-            f"accumulate_grad_batches={module.accumulate_grad_batches} with {name}(at='trunk') would keep the graphs "
-            "of all micro-batches of a sharded model; measure at 'features', or accumulate nothing."
         )
     if at == "trunk" and weighting.measures == "rows":
         raise ValueError(f"{name} needs whole gradients, of which a sharded model has parts; use at='features'.")

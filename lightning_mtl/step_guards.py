@@ -1,9 +1,9 @@
-"""What surrounds an optimizer step: synchronisation, clipping, and the refusal of what cannot be right."""
+"""Synchronization, clipping and the refusals of one optimizer step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,12 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_mtl.agreement import agree, stack_losses
+from lightning_mtl.agreement import agree
 from lightning_mtl.callbacks import Weighting
-from lightning_mtl.gradients.micro_batch import MicroBatch
+from lightning_mtl.gradients.micro_batch import MicroBatch, stack_losses
 from lightning_mtl.signals import Signals
 from lightning_mtl.snapshots import Snapshot
 from lightning_mtl.window import Window
@@ -69,22 +69,22 @@ class SkippedSteps:
 
 def _gradient_norm(module: MultiTaskModule) -> Tensor:
     """The norm of all gradients that the optimizer is about to use; 0 where Lightning takes the step."""
-    gradients = []
+    gradients: list[Tensor] = []
     if not module.automatic_optimization:
         groups = module.single_optimizer().param_groups
-        gradients = [parameter.grad for group in groups for parameter in group["params"] if parameter.grad is not None]
+        gradients = _values_of_gradients(parameter for group in groups for parameter in group["params"])
     if not gradients:
         return torch.zeros((), device=module.device)
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def synchronising(module: MultiTaskModule, window: Window, *, closes: bool) -> AbstractContextManager[None]:
-    """Let the ranks' gradients be averaged in a window's last backward pass; rows have been by then."""
+def synchronizing(module: MultiTaskModule, *, closes: bool) -> AbstractContextManager[None]:
+    """Let the ranks' gradients be averaged in a step's last backward pass only."""
     strategy = module.trainer.strategy
-    if not isinstance(strategy, DDPStrategy) or (window.rows is None and closes):
+    if not isinstance(strategy, DDPStrategy) or closes:
         return nullcontext()
-    # A static graph is learned in the very first backward pass, which has to be a synchronised one, by Lightning's own
+    # A static graph is learned in the very first backward pass, which has to be a synchronized one, by Lightning's own
     # book-keeping. Averaging early, or twice, changes nothing: what is the same on all ranks is its own average.
     if getattr(strategy.model, "static_graph", False) and not strategy._pl_static_graph_delay_done:
         return nullcontext()
@@ -93,11 +93,14 @@ def synchronising(module: MultiTaskModule, window: Window, *, closes: bool) -> A
 
 def forget_unreached(module: MultiTaskModule, window: Window) -> None:
     """Leave parameters that no rank's loss depended on without gradients, so that no optimizer moves them."""
-    if window.ranks.size == 1 or len(window.present) == len(module.tasks):
+    if window.ranks.size == 1:
         return
-    if window.rows is not None and not module.sharded:  # rows know what they reached
+    if window.gradients is not None and window.gradients.reached is not None:
+        reached = window.gradients.reached
+        unreached = [p for p in module.parameters() if p not in reached]
+    elif len(window.present) == len(module.tasks):
         return
-    if module.sharded:
+    elif module.sharded:
         kept = {p for task in window.present for p in module.heads[task].parameters()}
         parts = [module.heads[task] for task in module.tasks if task not in window.present]
         parts += [] if window.present or window.penalties else [module.trunk]
@@ -119,6 +122,10 @@ def clipping(module: MultiTaskModule, optimizer: LightningOptimizer) -> Iterator
         return
 
     def clip(stepping: torch.optim.Optimizer, *_: Any) -> None:  # noqa: ANN401
+        parameters = [p for group in stepping.param_groups for p in group["params"]]
+        if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+            _clip_sparse(parameters, module.gradient_clip_val or 0.0, module.gradient_clip_algorithm)
+            return
         module.trainer.precision_plugin.clip_gradients(
             stepping, module.gradient_clip_val or 0.0, GradClipAlgorithmType(module.gradient_clip_algorithm)
         )
@@ -130,35 +137,78 @@ def clipping(module: MultiTaskModule, optimizer: LightningOptimizer) -> Iterator
         handle.remove()
 
 
-def check_cut(batch: MicroBatch, window: Window) -> None:
-    """Refuse a step whose trunk left no trace to measure gradients at."""
-    cut = batch.cut
-    if len(batch.absent) == len(batch.names):
+def _values_of_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The numbers that the parameters' gradients hold, in their own memory; of sparse gradients each row once."""
+    values = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()  # a row that comes twice counts by its sum
+            values.append(parameter.grad._values())
+        else:
+            values.append(parameter.grad)
+    return values
+
+
+def _clip_sparse(parameters: Sequence[Tensor], limit: float, algorithm: str) -> None:
+    """Clip as torch does, which knows no norm of sparse gradients."""
+    values = _values_of_gradients(parameters)
+    if algorithm == GradClipAlgorithmType.VALUE:
+        for value in values:
+            value.clamp_(-limit, limit)
         return
-    called = f"{type(window.weighting).__name__}(at={getattr(window.weighting, 'at', None)!r}) measures gradients"
-    if window.shares is not None and window.way == "features":
-        called = "A callback that shares_trunk weighs gradients"
-    if not cut.calls:
+    factor = (limit / (torch.nn.utils.get_total_norm(values) + 1e-6)).clamp(max=1.0)
+    for value in values:
+        value.mul_(factor)
+
+
+def check_split(module: MultiTaskModule, batch: MicroBatch, window: Window) -> None:
+    """Refuse a step whose trunk showed no output to measure gradients at.
+
+    Named modules need none: their gradients are those of the losses.
+    """
+    at = window.measures_at
+    if len(batch.absent) == len(batch.names) or at not in ("features", "last_layer"):
+        return
+    called = f"{type(window.weighting).__name__}(at={at!r})"
+    if isinstance(module.trunk, torch.jit.ScriptModule):
         raise ValueError(
-            f"{called} at the trunk, but the trunk was not called in this step; call "
-            "self(inputs) or self.trunk(inputs) in task_losses, not one of the trunk's parts."
+            f"{called} has to see what the trunk returns, and a script takes no hook and shows no layers. Measure at "
+            "'trunk', or put the script into a module of your own."
         )
-    if not cut.outputs:
+    if at == "last_layer":
+        return
+    if not batch.split.calls:
         raise ValueError(
-            f"{called} at the trunk, but nothing the trunk returned requires a gradient; "
-            "unfreeze some of it, or weigh by the losses alone."
+            f"{called} measures gradients at the trunk's output, but the trunk was not called in this step; call "
+            "self(inputs) or self.trunk(inputs) in task_losses, not one of the trunk's parts or its forward(). At "
+            "'trunk' gradients of the shared parameters are measured, whatever is called."
+        )
+    if not batch.split.outputs:
+        raise ValueError(
+            f"{called} measures gradients at the trunk's output, but nothing the trunk returned requires a gradient; "
+            "unfreeze some of it, or weigh by the losses alone. An object of a class of the trunk's own cannot be "
+            "looked into: return tensors, or mappings, sequences or dataclasses of them, or measure at 'trunk'."
         )
 
 
-def trainable_shared_parameters(module: MultiTaskModule) -> list[nn.Parameter]:
-    """The shared parameters as far as they train in this step; what has thawed since the last one is among them."""
-    shared = [parameter for parameter in module.shared_parameters() if parameter.requires_grad]
-    if not shared:
-        raise ValueError(
-            f"{type(module.weighting()).__name__}(at='trunk') measures gradients of the shared parameters, but none of "
-            "them can be trained; unfreeze some, override shared_parameters(), or weigh by the losses alone."
-        )
-    return shared
+def no_shared_parameters(window: Window) -> ValueError:
+    """The refusal of a step in which there is nothing to balance."""
+    return ValueError(
+        f"{type(window.weighting).__name__}(at='trunk') measures gradients of the shared parameters, but none of "
+        "them can be trained; unfreeze some, override shared_parameters(), or weigh by the losses alone."
+    )
+
+
+def collects_shards(window: Window) -> ValueError:
+    """The refusal of an accumulation window whose weights are not known at its first micro-batch."""
+    return ValueError(
+        f"accumulate_grad_batches={window.size} with {type(window.weighting).__name__} keeps each task's gradients "
+        "until the weights are known, at the optimizer step's end, and a sharded model (FSDP2) has gradients in a "
+        "backward pass only. Accumulate nothing, or give every micro-batch all tasks and use a method that reads "
+        "nothing but its state, such as UncertaintyWeighting."
+    )
 
 
 def waits_for_thaw(module: MultiTaskModule) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +16,6 @@ from torchmetrics import MetricCollection
 
 from lightning_mtl.batches import present_outputs, without_others
 from lightning_mtl.callbacks import Weighting
-from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.labels import MaskedTarget, labelled_part, number_of_samples
 from lightning_mtl.optimization import Optimization
 from lightning_mtl.parameter_groups import Depth
@@ -40,7 +38,6 @@ class SteppedModule(pl.LightningModule):
     accumulate_grad_batches: int
     optimization: Optimization
     recorder: Recorder
-    _cut: FeatureCut | None
     learned_tasks: frozenset[str] | None = None
     """The tasks that train; the others count as absent from every batch. None stands for all."""
     depths: tuple[Depth, ...] = ()
@@ -90,6 +87,16 @@ class SteppedModule(pl.LightningModule):
             return None
         factor: Tensor = scaler.scale(torch.ones((), device=self.device))
         return factor
+
+    def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The shared parameters that need gradients now, and all other parameters that do."""
+        shared: list[Tensor] = [p for p in self.shared_parameters() if p.requires_grad]
+        known = set(shared)
+        return shared, [p for p in self.parameters() if p.requires_grad and p not in known]
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """The parameters that tasks share."""
+        raise TypeError(f"{type(self).__name__} has no shared_parameters.")
 
     def single_optimizer(self) -> LightningOptimizer:
         """The one optimizer."""
@@ -146,13 +153,3 @@ class SteppedModule(pl.LightningModule):
             else:
                 scores[task] = collections[task](prediction, output.target)[step_metric].detach()
         return scores
-
-    @contextmanager
-    def cutting(self, cut: FeatureCut) -> Iterator[None]:
-        """Cut the graph where the trunk ends, for the forward pass inside the block."""
-        with cut.applied_to(self.trunk):
-            self._cut = cut
-            try:
-                yield
-            finally:
-                self._cut = None

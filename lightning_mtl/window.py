@@ -1,9 +1,9 @@
-"""What one optimizer step gathers from its micro-batches, and what its weighting made of it."""
+"""State of one optimizer step: the losses of its micro-batches, the gradients measured, the weights chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,14 +11,12 @@ from torch import Tensor
 
 from lightning_mtl.agreement import Agreement
 from lightning_mtl.callbacks import Aggregator, Weighting
-from lightning_mtl.gradients.cut import FeatureCut
-from lightning_mtl.gradients.feature_update import Wanted
 from lightning_mtl.gradients.graph import reached_leaves
 from lightning_mtl.gradients.layers import last_layer, named_parameters_at
-from lightning_mtl.gradients.micro_batch import Decision, Measured
+from lightning_mtl.gradients.micro_batch import Measured, Wanted
 from lightning_mtl.gradients.ranks import Ranks
-from lightning_mtl.gradients.row_update import RowUpdate
-from lightning_mtl.gradients.sharded_update import ShardedRowUpdate
+from lightning_mtl.gradients.sharded import ShardedTrunkGradients
+from lightning_mtl.gradients.trunk import TrunkGradients
 from lightning_mtl.phases import Phases
 from lightning_mtl.signals import Signals
 from lightning_mtl.task_rates import Collected
@@ -28,6 +26,31 @@ if TYPE_CHECKING:
 
 Way = Literal["losses", "features", "rows"]
 """How weights reach the gradients: in a weighted sum of losses, at the trunk's output, or in a sum of rows."""
+
+
+@dataclass
+class Decision:
+    """What a weighting made of the measurements.
+
+    Attributes:
+        weights: ``[K]``, what multiplies each task's shared gradient.
+        head_weights: ``[K]``, what multiplies the gradients of each task's own parameters; None for ``weights``.
+        directions: The shared gradient itself, ``[n]`` for each matrix of rows, where no weights describe it.
+    """
+
+    weights: Tensor
+    head_weights: Tensor | None = None
+    directions: Sequence[Tensor] | None = None
+
+
+@dataclass
+class _Noted:
+    """What one micro-batch said of the tasks at these positions."""
+
+    positions: list[int]
+    losses: Tensor
+    counts: Tensor | None
+    scores: Tensor | None
 
 
 class Window:
@@ -59,12 +82,15 @@ class Window:
         self.way = _way(weighting, step, measures=self.measures)
         if shares is not None and self.way == "losses":
             self.way = "features"  # the heads keep the weights as they are
-        self.rows: RowUpdate | ShardedRowUpdate | None = None
+        self.gradients: TrunkGradients | ShardedTrunkGradients | None = None
+        """The gradients kept until the step's weights are known, where the step collects them."""
+        self.collects = False
+        self.layer: list[Tensor] | None = None
+        """The parameters that gradients are measured at, over the micro-batches so far; None for a place of all."""
         self.phases = Phases()
         self.micro_batches = 0
         self.penalties: dict[str, Tensor] = {}
-        self.scores: Tensor | None = None
-        self._asked: list[Signals] = []
+        self._asked: Signals | None = None
         self.weights: Tensor | None = None
         self.batches: list[Any] = []
         self.samples: dict[Collected, list[Tensor]] = {}
@@ -72,7 +98,7 @@ class Window:
         self.reached: set[Tensor] = set()
         self._tasks = tuple(tasks)
         self._position = {task: position for position, task in enumerate(tasks)}
-        self._noted: list[tuple[list[int], Tensor, Tensor | None]] = []
+        self._noted: list[_Noted] = []
         self._weighed: set[str] = set()
 
     @property
@@ -83,9 +109,16 @@ class Window:
         return self.weighting.measures
 
     @property
+    def measures_at(self) -> str | tuple[str, ...]:
+        """Where gradients are measured."""
+        return "features" if self.weighting is None else self.weighting.at
+
+    @property
     def passes_again(self) -> bool:
-        """Whether some step of the training may pass the trunk, or a decoder that tasks share, more than once."""
-        return self.weighting is not None and (self.weighting.measures != "losses" or not self.weighs_heads)
+        """Whether some step of the training may pass a part of the graph more than once."""
+        if self.weighting is None:
+            return self.shares is not None
+        return self.weighting.measures != "losses" or not self.weighting.weighs_heads or self.size > 1
 
     @property
     def weighs_heads(self) -> bool:
@@ -99,65 +132,95 @@ class Window:
     @property
     def present(self) -> list[str]:
         """The tasks seen so far, in the module's order."""
-        seen = {position for positions, _, _ in self._noted for position in positions}
+        seen = {position for noted in self._noted for position in noted.positions}
         return [self._tasks[position] for position in sorted(seen)]
 
-    def note(self, agreed: Agreement, penalties: Mapping[str, Tensor]) -> None:
-        """Remember what a micro-batch said."""
+    def note(self, agreed: Agreement, penalties: Mapping[str, Tensor], learned: int | None = None) -> None:
+        """Remember what a micro-batch said; the first one decides whether the step's gradients are collected.
+
+        Args:
+            agreed: Its losses over all ranks.
+            penalties: Its penalties.
+            learned: How many tasks train; None for all.
+        """
         self.micro_batches += 1
         self.penalties = {name: value.detach() for name, value in penalties.items()}
-        self.scores = agreed.scores
         if agreed.names:
-            self._noted.append((self.positions(agreed.names), agreed.losses, agreed.counts))
+            self._noted.append(_Noted(self.positions(agreed.names), agreed.losses, agreed.counts, agreed.scores))
+        if self.micro_batches == 1:
+            complete = len(agreed.names) == (len(self._tasks) if learned is None else learned)
+            self.collects = self._has_to_collect(complete=complete)
 
-    def note_reached(self, losses: Sequence[Tensor], cut: FeatureCut) -> None:
-        """Remember which parameters this rank's losses depend on, through the trunk or without it."""
-        leaves = reached_leaves(losses)
-        origins = {cut.leaves[leaf] for leaf in leaves if leaf in cut.leaves}
-        self.reached.update(leaves, reached_leaves([cut.outputs[index] for index in origins]))
+    def _has_to_collect(self, *, complete: bool) -> bool:
+        """Whether the weights are not known before the step's last micro-batch.
+
+        A weighting is asked once a step about all tasks of it. Its weights are known at the first micro-batch where
+        that one has all tasks and the method reads nothing but its state; and they are needed no earlier than at the
+        only one.
+        """
+        if self.size == 1 or self.weighting is None:
+            return self.way == "rows"
+        return not (complete and self.weighting.known_beforehand(self.step))
+
+    def note_reached(self, losses: Sequence[Tensor]) -> None:
+        """Remember which parameters this rank's losses depend on."""
+        self.reached.update(reached_leaves(losses))
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """For all tasks, ``[K]``: the losses times their counts, and the counts."""
-        like = self._noted[0][1]
+        return self._sums([noted.losses for noted in self._noted])
+
+    def _sums(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        like = values[0]
         like = like.to(torch.promote_types(like.dtype, torch.float32))  # wide enough for counts of pixels
         total, count = like.new_zeros(len(self._tasks)), like.new_zeros(len(self._tasks))
-        for positions, losses, counts in self._noted:
-            index = torch.tensor(positions, device=like.device)
-            weight = like.new_ones(len(losses)) if counts is None else counts.to(like)
-            total.index_add_(0, index, losses * weight)
+        for noted, value in zip(self._noted, values, strict=True):
+            index = torch.tensor(noted.positions, device=like.device)
+            weight = like.new_ones(len(value)) if noted.counts is None else noted.counts.to(like)
+            total.index_add_(0, index, value.to(like) * weight)
             count.index_add_(0, index, weight)
         return total, count
 
+    def _mean_scores(self, names: Sequence[str]) -> Tensor | None:
+        """The mean over the window of the metric that the weighting asked for."""
+        scores = [noted.scores for noted in self._noted if noted.scores is not None]
+        if not scores or len(scores) != len(self._noted):
+            return None
+        total, count = self._sums(scores)
+        index = torch.tensor(self.positions(names), device=total.device)
+        return total[index] / count[index]
+
     def mean_losses(self, names: Sequence[str]) -> Tensor:
         """The mean loss over the window of tasks that were present in it."""
-        if len(self._noted) == 1 and self._noted[0][0] == self.positions(names):
-            return self._noted[0][1]
+        if len(self._noted) == 1 and self._noted[0].positions == self.positions(names):
+            return self._noted[0].losses
         total, count = self.sums()
         index = torch.tensor(self.positions(names), device=total.device)
         return total[index] / count[index]
 
-    def layer(self, module: MultiTaskModule, cut: FeatureCut) -> list[Tensor] | None:
-        """The parameters that gradients are measured at, None for the trunk's output itself."""
-        at = "features" if self.weighting is None else self.weighting.at
-        if at == "features":
-            return None
+    def add_layer(self, module: MultiTaskModule, groups: Sequence[Sequence[Tensor]]) -> None:
+        """Find the parameters that gradients are measured at; those of several micro-batches add up."""
+        at = self.measures_at
         if at == "last_layer":
-            return last_layer(module.trunk, cut, self.ranks, among=module.shared_parameters())
-        return named_parameters_at(module, [at] if isinstance(at, str) else at)
+            found = last_layer(module.trunk, groups, self.ranks, among=module.shared_parameters())
+        elif at in ("trunk", "features"):
+            return
+        else:
+            found = named_parameters_at(module, [at] if isinstance(at, str) else at)
+        self.layer = list(dict.fromkeys([*(self.layer or []), *found]))
 
     def describe(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Signals:
         """Put what is known of these tasks in the form that methods read."""
-        signals = Signals(
+        self._asked = Signals(
             tuple(names),
             losses.to(torch.promote_types(losses.dtype, torch.float32)),
             self.step,
             self.epoch,
             norms=measured.norms,
             gramian=measured.gramian,
-            scores=self.scores if self.scores is not None and len(self.scores) == len(names) else None,
+            scores=self._mean_scores(names),
         )
-        self._asked.append(signals)
-        return signals
+        return self._asked
 
     @property
     def applied_weights(self) -> Tensor | None:
@@ -165,51 +228,40 @@ class Window:
         return self.weights if self.weights is None or self.shares is None else self.weights * self.shares
 
     def decide(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Decision:
-        """Ask the weighting, or let the weights serve that it gave to the window's earlier micro-batches."""
+        """Ask the weighting, or let the weights serve that were known at the step's first micro-batch."""
         decision = self._decide(names, losses, measured)
         if self.shares is None:
             return decision
+        heads = decision.weights if decision.head_weights is None else decision.head_weights
         shared = decision.weights * self.shares[self.positions(names)].to(decision.weights)
-        return replace(decision, weights=shared, head_weights=decision.for_heads(weighs_heads=self.weighs_heads))
+        return replace(decision, weights=shared, head_weights=heads)
 
     def _decide(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Decision:
         if self.weights is not None and self._weighed.issuperset(names):
             return self._with_heads(names, self.weights[self.positions(names)])
         signals = self.describe(names, losses, measured)
+        ones = torch.ones_like(signals.losses)
         if self.weighting is None:
-            return Decision(self._keep(names, torch.ones_like(signals.losses)))
+            return Decision(self._keep(names, ones))
         judged = measured.norms if measured.gramian is None else measured.gramian
         if judged is not None and not bool(torch.isfinite(judged).all()):
             # No method sees this; the gradients are as broken as what was measured, and the step will be skipped.
-            return Decision(torch.ones_like(signals.losses))
+            return Decision(ones)
         positions = self.positions(names)
         if isinstance(self.weighting, Aggregator) and measured.rows:
             with self.phases("solving"):
-                directions = _aggregate(self.weighting, signals, positions, measured.rows)
-            return Decision(torch.ones_like(signals.losses), directions)
+                return Decision(ones, ones, _aggregate(self.weighting, signals, positions, measured.rows))
         with self.phases("solving"):
             weights = self.weighting.current_weights(signals, positions, measured=self.measures)
         return self._with_heads(names, self._keep(names, weights))
 
     def summary(self) -> Signals | None:
-        """The window as a whole: what was measured, with the losses averaged over all micro-batches.
-
-        Where tasks took turns, each task's norm is that of the micro-batch it was measured in, and no Gramian exists.
-        """
-        if not self._asked or self.micro_batches == 1:
-            return self._asked[-1] if self._asked else None
+        """The step as a whole: what was measured, with the losses averaged over all micro-batches."""
+        if self._asked is None or self.collects or self.micro_batches == 1:
+            return self._asked
         names = self.present
-        whole = replace(self._asked[-1], tasks=tuple(names), losses=self.mean_losses(names).to(self._asked[-1].losses))
-        if self._asked[-1].tasks == whole.tasks:
-            return whole
-        norms = {
-            task: norm
-            for signals in self._asked
-            if signals.norms is not None
-            for task, norm in zip(signals.tasks, signals.norms.unbind(), strict=True)
-        }
-        found = torch.stack([norms[task] for task in names]) if norms.keys() >= set(names) else None
-        return replace(whole, norms=found, gramian=None, scores=None)
+        losses = self.mean_losses(names).to(self._asked.losses)
+        return replace(self._asked, tasks=tuple(names), losses=losses, scores=self._mean_scores(names))
 
     def asks(self, names: Sequence[str]) -> bool:
         """Whether the weighting has yet to be asked about one of these tasks."""
@@ -219,7 +271,7 @@ class Window:
         if self.weighting is None:
             return Decision(weights)
         own = self.weighting.current_head_weights(self.step, self.positions(names), weights)
-        return Decision(weights, head_weights=own)
+        return Decision(weights, torch.ones_like(weights) if own is None and not self.weighs_heads else own)
 
     def _keep(self, names: Sequence[str], weights: Tensor) -> Tensor:
         self._weighed.update(names)

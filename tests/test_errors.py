@@ -168,15 +168,10 @@ def detached(module: MultiTaskModule, inputs: Tensor) -> dict[str, Tensor]:
     return {"a": module.heads["a"](z).mean(), "b": module.heads["b"](z.detach()).mean()}
 
 
-@pytest.mark.parametrize("place", ["trunk", "features", "last_layer"])
-def test_losses_that_leave_the_trunk_out(place: str) -> None:
-    weighting = fixed(WEIGHTS, "norms", at=place)
-    with pytest.raises(ValueError, match=says(f"Fixed(at={place!r})", "trunk was not called", "self.trunk(inputs)")):
+def test_losses_that_leave_the_trunk_out() -> None:
+    weighting = fixed(WEIGHTS, "norms", at="features")
+    with pytest.raises(ValueError, match=says("Fixed(at='features')", "trunk was not called", "self.trunk(inputs)")):
         fit(returning(without_trunk), loader(batch()), callbacks=[weighting])
-    with pytest.raises(
-        ValueError, match=says("The loss of task 'b' does not depend on the trunk's output", "undetached")
-    ):
-        fit(returning(detached), loader(batch()), callbacks=[weighting])
 
 
 @pytest.mark.parametrize("answer", [without_trunk, detached])
@@ -189,7 +184,7 @@ def test_weighting_by_losses_alone_needs_no_trunk(answer: Any) -> None:
     [
         ("trunk", ("Fixed(at='trunk')", "none of them can be trained; unfreeze some", "shared_parameters()")),
         ("features", ("Fixed(at='features')", "nothing the trunk returned requires a gradient", "unfreeze")),
-        ("last_layer", ("Fixed(at='last_layer')", "nothing the trunk returned requires a gradient")),
+        ("last_layer", ("at='last_layer'", "no trainable weight", "unfreeze one")),
         ("trunk.3", ("at=['trunk.3'] names ['trunk.3']", "it has ['trunk', 'trunk.0'")),
     ],
 )

@@ -17,7 +17,7 @@ from lightning_mtl.architectures.parameter_penalties import (
     trace_norm,
 )
 from lightning_mtl.architectures.stages import per_task, wanted_tasks
-from lightning_mtl.gradients.inject import inject
+from lightning_mtl.gradients.surrogate import surrogate
 
 Penalty = Literal["distance_to_mean", "pairwise", "trace_norm"]
 PENALTIES: Mapping[str, Callable[[Sequence[Sequence[Tensor]], Sequence[float]], ValueAndGradients]] = {
@@ -128,7 +128,7 @@ class SoftSharing(nn.Module):
             value, gradients = PENALTIES[self.penalty](networks, self._strengths)
         moved = list(_flat_where(networks, trained))
         known = list(_flat_where(gradients, trained))
-        return {"soft_sharing": inject(value, moved, lambda outer: torch._foreach_mul(known, outer))}
+        return {"soft_sharing": surrogate(value, moved, lambda outer: torch._foreach_mul(known, outer))}
 
     def single_task(self, task: str) -> nn.Module:
         """The backbone of one task.

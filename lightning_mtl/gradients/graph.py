@@ -1,30 +1,24 @@
-"""Which leaves an autograd graph ends in."""
+"""Walks through an autograd graph: which leaves and which outputs of the trunk a loss depends on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-
-def _accumulator_type() -> type[Node]:
-    leaf_reader = torch.zeros((), requires_grad=True).neg().grad_fn
-    assert leaf_reader is not None  # noqa: S101 - for mypy: the tensor above has a graph
-    return type(leaf_reader.next_functions[0][0])  # type: ignore[return-value]  # the one child is no None
-
-
-_ACCUMULATE_GRAD = _accumulator_type()
+from lightning_mtl.gradients.torch_internals import ACCUMULATE_GRAD, donates_buffers, forward_order
 
 
 def reached_leaves(roots: Iterable[Tensor]) -> dict[Tensor, int]:
-    """Find the leaf tensors that ``roots`` depend on, each with the sequence number of the last operation that read it.
+    """Find the leaf tensors that ``roots`` depend on, each with the number of the last operation that read it.
 
     Operations are numbered in the order they ran, so the leaf with the highest number was used last in the forward
     pass. The walk visits every graph node once, about a microsecond each; no kernel runs.
 
     Example:
+        >>> import torch
         >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
         >>> leaves = reached_leaves([(a.exp() * b).sum()])
         >>> leaves[b] > leaves[a]
@@ -36,7 +30,7 @@ def reached_leaves(roots: Iterable[Tensor]) -> dict[Tensor, int]:
         if root.grad_fn is None:
             if root.requires_grad:
                 found.setdefault(root, -1)
-        elif root.grad_fn not in seen:
+        else:
             seen.add(root.grad_fn)
     stack = list(seen)
     while stack:
@@ -44,10 +38,89 @@ def reached_leaves(roots: Iterable[Tensor]) -> dict[Tensor, int]:
         for child, _ in node.next_functions:
             if child is None:
                 continue
-            if type(child) is _ACCUMULATE_GRAD:
+            if type(child) is ACCUMULATE_GRAD:
                 leaf = child.variable  # type: ignore[attr-defined]  # only this node type has it
-                found[leaf] = max(found.get(leaf, -1), node._sequence_nr())
+                found[leaf] = max(found.get(leaf, -1), forward_order(node))
             elif child not in seen:
                 seen.add(child)
                 stack.append(child)
     return found
+
+
+@dataclass
+class Above:
+    """What a loss depends on between itself and the split.
+
+    Attributes:
+        leaves: The leaves reached without passing the split.
+        readers: The operations that read an output of the trunk, each with (its input's position, the output's index).
+        bypasses: Whether a parameter below the split was reached without passing it.
+    """
+
+    leaves: list[Tensor] = field(default_factory=list)
+    readers: dict[Node, list[tuple[int, int]]] = field(default_factory=dict)
+    bypasses: bool = False
+
+    @property
+    def outputs(self) -> frozenset[int]:
+        """The trunk's outputs that are read, by index."""
+        return frozenset(index for places in self.readers.values() for _, index in places)
+
+
+def above_split(loss: Tensor, stops: Mapping[tuple[Node, int], int], below: Collection[Tensor]) -> Above:
+    """Walk from a loss toward the trunk and stop where it reads the trunk's outputs.
+
+    Args:
+        loss: A scalar with a graph.
+        stops: The keys of the trunk's outputs, each with its index.
+        below: The trunk's parameters. One of them is met only on a path that goes around the split.
+    """
+    found, leaves = Above(), dict[Tensor, None]()
+    start = loss.grad_fn
+    if start is None:
+        found.bypasses = loss in below
+        return found
+    if (index := stops.get((start, loss.output_nr))) is not None:
+        found.readers[start] = [(0, index)]
+        return found
+    seen, stack = {start}, [start]
+    while stack:
+        node = stack.pop()
+        for position, (child, number) in enumerate(node.next_functions):
+            if child is None:
+                continue
+            if (index := stops.get((child, number))) is not None:
+                found.readers.setdefault(node, []).append((position, index))
+            elif child not in seen:
+                seen.add(child)
+                if type(child) is not ACCUMULATE_GRAD:
+                    stack.append(child)
+                    continue
+                leaf = child.variable  # type: ignore[attr-defined]  # only this node type has it
+                if leaf in below:
+                    found.bypasses = True
+                leaves[leaf] = None
+    found.leaves = list(leaves)
+    return found
+
+
+def check_repeatable(roots: Iterable[Tensor]) -> None:
+    """Refuse a graph with a part that was compiled for one backward pass alone, in an earlier training for instance.
+
+    Raises:
+        ValueError: Saying how to have it compiled again.
+    """
+    seen: set[Node] = set()
+    stack = [root.grad_fn for root in roots]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if donates_buffers(node):
+            raise ValueError(
+                "A part of the model was compiled, before this training, for a single backward pass, but its tasks' "
+                "gradients are computed one after another. Call torch.compiler.reset() before the training, so that it "
+                "is compiled again."
+            )
+        stack += [child for child, _ in node.next_functions]

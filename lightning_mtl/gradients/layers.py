@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.gradients.graph import reached_leaves
 from lightning_mtl.gradients.ranks import Ranks
 
@@ -29,23 +29,29 @@ def named_parameters_at(module: nn.Module, names: Sequence[str]) -> list[Tensor]
 
 
 def last_layer(
-    trunk: nn.Module, cut: FeatureCut, ranks: Ranks | None = None, *, among: Iterable[Tensor] | None = None
+    trunk: nn.Module, groups: Iterable[Sequence[Tensor]], ranks: Ranks | None = None, *, among: Iterable[Tensor]
 ) -> list[Tensor]:
     """Find the trainable parameters of the trunk module with weights that ran last, the same on all ranks.
 
-    Weights are parameters of two or more dimensions. What ran last is read off this step's autograd graph; where a
-    compiled trunk is a single operation of it, the module defined last is taken. Only those in ``among`` count. Where
-    heads read features of their own, the last module before each head's features counts, which may be several.
+    Weights are parameters of two or more dimensions; those of a parametrization are its module's. What ran last is read
+    off this step's autograd graph; where a compiled trunk is a single operation of it, the module defined last is
+    taken.
+
+    Args:
+        trunk: Its modules are searched.
+        groups: What heads read: outputs of the trunk. Where heads read features of their own, each has a group, and the
+            last module before each group counts.
+        ranks: Who has to agree.
+        among: The parameters that count.
 
     Raises:
         ValueError: If no such parameter took part in the forward pass.
     """
-    wanted = set(trunk.parameters() if among is None else among)
-    modules = list(trunk.modules())
-    weights = [[p for p in child.parameters(recurse=False) if p.ndim >= 2 and p in wanted] for child in modules]
+    wanted, modules = set(among), [module for module in trunk.modules() if not isinstance(module, ParametrizationList)]
+    weights = [[p for p in _own_parameters(child) if p.ndim >= 2 and p in wanted] for child in modules]
     found = torch.zeros(len(modules))
-    for outputs in {reader for reader in cut.readers if reader} or {frozenset(range(len(cut.outputs)))}:
-        order = reached_leaves([cut.outputs[index] for index in sorted(outputs)])
+    for roots in groups:
+        order = reached_leaves(roots)
         latest = [max((order.get(p, -1) for p in own), default=-1) for own in weights]
         if max(latest, default=-1) >= 0:
             found[_last_argmax(latest)] = 1
@@ -57,7 +63,13 @@ def last_layer(
             "on; unfreeze one, or measure at 'features'."
         )
     layers = [modules[index] for index in found.nonzero().flatten().tolist()]
-    return list(dict.fromkeys(p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad))
+    return list(dict.fromkeys(p for layer in layers for p in _own_parameters(layer) if p.requires_grad))
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """A module's parameters without its children's; a parametrization is no child but the way a weight is written."""
+    own = list(module.parameters(recurse=False))
+    return own + (list(module.parametrizations.parameters()) if is_parametrized(module) else [])  # type: ignore[union-attr]
 
 
 def _last_argmax(numbers: Sequence[int]) -> int:

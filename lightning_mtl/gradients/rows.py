@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
 import torch
@@ -16,7 +16,8 @@ class Rows:
     """K gradients of the same parameters, side by side: a ``[K, P]`` matrix kept from step to step.
 
     Memory: K P numbers, plus P for a direction, plus P in passing while a row is copied in. Parameters of different
-    dtypes or devices get a matrix each.
+    dtypes or devices get a matrix each. A sparse gradient is stored dense and its direction handed back sparse. A
+    complex number counts as two real ones, so that an inner product is the real part of the complex one.
 
     Args:
         parameters: The P parameters' tensors, in the order of every gradient passed later.
@@ -66,6 +67,8 @@ class Rows:
         """Forget what was written."""
         self._filled: set[int] = set()
         self._used: set[int] = set()
+        self._touched: dict[int, Tensor] = {}  # of a parameter with sparse gradients: which of its rows, [n] bools
+        self._dense: set[int] = set()  # a sparse and a dense gradient make a dense one
         self._travelling: list[Callable[[], object]] = []
 
     def add(self, row: int, gradients: Sequence[Tensor | None]) -> None:
@@ -73,18 +76,27 @@ class Rows:
 
         Rows are begun in order: 0, 1, 2, ...
         """
-        self._used.update(i for i, gradient in enumerate(gradients) if gradient is not None)
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                self._used.add(i)
+                if gradient.layout is torch.sparse_coo:
+                    self._touch(i, gradient)
+                else:
+                    self._dense.add(i)
         for members, matrix in zip(self._members, self._matrices, strict=True):
-            pieces = [
-                torch.zeros_like(self.parameters[i]).view(-1) if gradient is None else gradient.reshape(-1)
-                for i in members
-                for gradient in (gradients[i],)
-            ]
+            pieces = [_flat(gradients[i], self.parameters[i]) for i in members]
             if row in self._filled:
                 matrix[row].add_(torch.cat(pieces))
             else:
                 torch.cat(pieces, out=matrix[row])
         self._filled.add(row)
+
+    def _touch(self, index: int, gradient: Tensor) -> None:
+        touched = self._touched.get(index)
+        if touched is None:
+            touched = torch.zeros(gradient.shape[0], dtype=torch.bool, device=gradient.device)
+            self._touched[index] = touched
+        touched[gradient._indices()[0]] = True
 
     def scale(self, row: int, factor: Tensor | float) -> None:
         """Multiply a row."""
@@ -96,9 +108,22 @@ class Rows:
         """The positions of the parameters that some row's task uses."""
         return sorted(self._used)
 
+    def use(self, positions: Iterable[int]) -> None:
+        """Count these parameters as used, as where another rank's tasks use them."""
+        self._used.update(positions)
+
     def matrices(self) -> list[Tensor]:
-        """The rows written since :meth:`begin`, from the first on: a ``[K, n]`` matrix for each dtype and device."""
-        return [matrix[: len(self._filled)] for matrix in self._matrices]
+        """The rows written since :meth:`begin`, from the first on: a real ``[K, n]`` matrix a dtype and device."""
+        return [_as_real(matrix[: len(self._filled)]) for matrix in self._matrices]
+
+    def columns(self, positions: Sequence[int]) -> list[Tensor]:
+        """The same rows of some of the parameters alone, real matrices."""
+        wanted, found = set(positions), []
+        for members, matrix in zip(self._members, self._matrices, strict=True):
+            pieces = matrix[: len(self._filled)].split([self.parameters[i].numel() for i in members], dim=1)
+            chosen = [piece for i, piece in zip(members, pieces, strict=True) if i in wanted]
+            found += [_as_real(torch.cat(chosen, dim=1))] if chosen else []
+        return found
 
     def begin_sum(self, row: int, ranks: Ranks) -> None:
         """Begin to sum a row over the ranks while others are computed; a row that was not written counts as zero."""
@@ -106,24 +131,26 @@ class Rows:
             for matrix in self._matrices:
                 matrix[row].zero_()
             self._filled.add(row)
-        self._travelling += [ranks.begin_sum(matrix[row]) for matrix in self._matrices]
+        self._travelling += [ranks.begin_sum(_as_real(matrix[row])) for matrix in self._matrices]
 
-    def end_sums(self, ranks: Ranks) -> None:
-        """Wait for the rows under way, and learn which parameters any rank's tasks use."""
+    def end_sums(self) -> None:
+        """Wait for the rows under way."""
         for arrive in self._travelling:
             arrive()
         self._travelling.clear()
-        used = torch.zeros(len(self.parameters))
-        used[self.used] = 1
-        used = ranks.sum(used.to(self._matrices[0].device))
-        self._used = set(used.nonzero().flatten().tolist())
+        for index in self._touched:  # other ranks touch other rows
+            self._touched[index] = self._nonzero(index)
 
-    def average_over(self, ranks: Ranks) -> None:
-        """Average all rows over the ranks."""
-        if ranks.size == 1:
-            return
-        for matrix in self.matrices():
-            ranks.sum(matrix).div_(ranks.size)
+    def _nonzero(self, index: int) -> Tensor:
+        [columns] = self.columns([index])
+        return columns.view(len(columns), len(self.parameters[index]), -1).ne(0).any(2).any(0)
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Sum all rows over the ranks."""
+        if ranks.size > 1:
+            for row in range(self.num_rows):
+                self.begin_sum(row, ranks)
+            self.end_sums()
 
     def gramian(self) -> Tensor:
         """The inner products of the rows, ``[K, K]``, float64 on the CPU."""
@@ -138,11 +165,29 @@ class Rows:
         return self.split([weights.to(matrix) @ matrix for matrix in self.matrices()])
 
     def split(self, flat: Sequence[Tensor]) -> list[Tensor | None]:
-        """Cut directions, ``[n]`` for each matrix, into the parameters' shapes, without a copy."""
+        """Split directions, ``[n]`` for each matrix, into the parameters' shapes."""
         pieces: list[Tensor | None] = [None] * len(self.parameters)
-        for members, direction in zip(self._members, flat, strict=True):
+        for members, matrix, direction in zip(self._members, self._matrices, flat, strict=True):
+            whole = torch.view_as_complex(direction.view(-1, 2)) if matrix.is_complex() else direction
             sizes = [self.parameters[i].numel() for i in members]
             for i, end, size in zip(members, accumulate(sizes), sizes, strict=True):
                 if i in self._used:
-                    pieces[i] = direction[end - size : end].view_as(self.parameters[i])
+                    piece = whole[end - size : end].view_as(self.parameters[i])
+                    pieces[i] = _rows_of(piece, self._touched[i]) if i in self._touched.keys() - self._dense else piece
         return pieces
+
+
+def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(parameter).view(-1)
+    return (gradient if gradient.layout is torch.strided else gradient.to_dense()).reshape(-1)
+
+
+def _as_real(matrix: Tensor) -> Tensor:
+    return torch.view_as_real(matrix).flatten(-2) if matrix.is_complex() else matrix
+
+
+def _rows_of(dense: Tensor, touched: Tensor) -> Tensor:
+    """The same gradient, sparse again: SparseAdam, for one, takes no other."""
+    index = touched.nonzero().T
+    return torch.sparse_coo_tensor(index, dense[index[0]], dense.shape, is_coalesced=True)

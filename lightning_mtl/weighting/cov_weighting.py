@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class CoVWeighting(Weighting):
         >>> CoVWeighting(start_step=10).start_step
         10
     """
+
+    reads_losses: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -89,6 +89,7 @@ class CRMOGM(Weighting):
         self.weighting, self.alpha = weighting, alpha
         # What classes declare, this one has from its instance's partner.
         self.measures, self.weighs_heads = weighting.measures, weighting.weighs_heads  # type: ignore[misc]
+        self.reads_losses = weighting.reads_losses  # type: ignore[misc]
         self.takes_logarithms, self.step_metric = weighting.takes_logarithms, weighting.step_metric
         self.wants_losses_after = weighting.wants_losses_after
         # What becomes the average once the step is taken: a state, because tasks may be asked about one by one.

@@ -61,6 +61,7 @@ class DTP(Weighting):
         'accuracy'
     """
 
+    reads_losses: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"gamma": Range(0.5, 4.0), "alpha": Range(0.1, 1.0)}
 
     def __init__(

@@ -57,6 +57,7 @@ class DWA(Weighting):
         2.0
     """
 
+    reads_losses: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"temperature": Range(0.5, 5.0, log=True)}
 
     def __init__(

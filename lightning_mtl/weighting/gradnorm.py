@@ -73,6 +73,7 @@ class GradNorm(Weighting):
         'last_layer'
     """
 
+    reads_losses: ClassVar[bool] = False
     measures: ClassVar[Measure] = "norms"
     search_space: ClassVar[SearchSpace] = {"alpha": Range(0.1, 3.0), "lr": Range(1e-3, 1e-1, log=True)}
 

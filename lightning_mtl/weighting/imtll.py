@@ -63,6 +63,7 @@ class IMTLL(Weighting):
         0.05
     """
 
+    reads_losses: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"lr": Range(1e-3, 1e-1, log=True)}
 
     def __init__(

@@ -57,6 +57,7 @@ class RLW(Weighting):
         'dirichlet'
     """
 
+    reads_losses: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"distribution": Choice(("normal", "dirichlet"))}
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -30,6 +31,8 @@ class StaticWeights(Weighting):
         >>> StaticWeights({"depth": 2.0, "normals": 0.5}).weights
         {'depth': 2.0, 'normals': 0.5}
     """
+
+    reads_losses: ClassVar[bool] = False
 
     def __init__(self, weights: Mapping[str, float] | None = None, *, start_step: int = 0) -> None:
         super().__init__(start_step=start_step)

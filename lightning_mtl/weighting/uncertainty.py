@@ -77,6 +77,7 @@ class UncertaintyWeighting(Weighting):
         'regression'
     """
 
+    reads_losses: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {
         "lr": Range(1e-3, 1e-1, log=True),
         "regularizer": Choice(("log", "log1p")),

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_mtl.gradients.cut import FeatureCut
 from lightning_mtl.gradients.graph import reached_leaves
 from lightning_mtl.gradients.layers import last_layer, named_parameters_at
+from lightning_mtl.gradients.split import Split
 
 
 def leaf() -> Tensor:
@@ -78,11 +78,11 @@ class Backwards(nn.Module):
 
 
 def last_names(trunk: nn.Module, *calls: Tensor) -> list[str]:
-    cut = FeatureCut()
-    with cut.applied_to(trunk):
+    split = Split()
+    with split.applied_to(trunk):
         for inputs in calls:
             trunk(inputs)
-    found = last_layer(trunk, cut)
+    found = last_layer(trunk, [[output.z for output in split.outputs]], among=trunk.parameters())
     return [name for name, p in trunk.named_parameters() if any(p is other for other in found)]
 
 

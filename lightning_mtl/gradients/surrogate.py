@@ -1,4 +1,4 @@
-"""Gradients that are already known, handed to autograd as if it had computed them."""
+"""The surrogate loss: a scalar whose gradient with respect to chosen tensors is already known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 KnownGradients = Callable[[Tensor], Sequence[Tensor]]
 
 
-class _Inject(torch.autograd.Function):
+class _Surrogate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: KnownGradients, *inputs: Tensor) -> Tensor:  # noqa: ANN401
         ctx.gradients = gradients
@@ -20,10 +20,12 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         gradients, ctx.gradients = ctx.gradients, None  # a second reference would make autograd copy them
-        return (None, None, *gradients(outer[0]))
+        # Autograd may call from a thread of its own, in which the caller's autocast is still on.
+        with torch.autocast(outer[0].device.type, enabled=False):
+            return (None, None, *gradients(outer[0]))
 
 
-def inject(value: Tensor, inputs: Sequence[Tensor], gradients: KnownGradients) -> Tensor:
+def surrogate(value: Tensor, inputs: Sequence[Tensor], gradients: KnownGradients) -> Tensor:
     """Build a scalar that equals ``value`` and whose gradient with respect to ``inputs`` is already known.
 
     One ordinary backward pass through the result does the whole update: hooks fire once, a gradient scaler's factor
@@ -37,9 +39,9 @@ def inject(value: Tensor, inputs: Sequence[Tensor], gradients: KnownGradients) -
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
-        >>> inject(torch.tensor(5.0), [x], lambda outer: [outer * torch.tensor([1.0, 3.0])]).backward()
+        >>> surrogate(torch.tensor(5.0), [x], lambda outer: [outer * torch.tensor([1.0, 3.0])]).backward()
         >>> x.grad
         tensor([1., 3.])
     """
-    result: Tensor = _Inject.apply(value, gradients, *inputs)  # type: ignore[no-untyped-call]
+    result: Tensor = _Surrogate.apply(value, gradients, *inputs)  # type: ignore[no-untyped-call]
     return result

@@ -1,0 +1,182 @@
+"""Per-task gradients measured at the trunk's outputs, or at one layer of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.gradients.graph import Above, above_split, check_repeatable
+from lightning_mtl.gradients.inner_products import gramian, row_norms
+from lightning_mtl.gradients.micro_batch import Measured, MicroBatch, Wanted, by_parameter
+from lightning_mtl.gradients.one_pass import EntersTrunkError, one_pass
+from lightning_mtl.gradients.rows import Rows
+from lightning_mtl.gradients.split import Output
+from lightning_mtl.gradients.torch_internals import ACCUMULATE_GRAD, CAN_ASK_ENGINE, parameter_hooks_off
+
+Cotangents = list[list[Tensor | None]]
+"""dL_k/dz: for each task, one for each output of the trunk that is read."""
+
+
+class FeatureMeasurement:
+    r"""Differentiates each loss down to the trunk's outputs z: :math:`c_k = \partial L_k / \partial z`.
+
+    Where no two losses share anything above z, and no pass from a loss enters the trunk by another way, one backward
+    pass through all heads finds every c_k and the gradients of the heads' parameters with it: the short way. Elsewhere
+    each c_k is measured by a pass of its own, when it is asked for.
+
+    Args:
+        batch: The losses, and the split with the trunk's outputs.
+        parameters: Lists the shared parameters that need gradients, and all other trainable ones.
+        below: The trunk's parameters.
+        losses: ``[K]``, the losses over all ranks, to report.
+        may_be_short: Whether the short way may be taken at all.
+    """
+
+    def __init__(
+        self,
+        batch: MicroBatch,
+        parameters: Callable[[], tuple[list[Tensor], list[Tensor]]],
+        below: Collection[Tensor],
+        losses: Tensor,
+        *,
+        may_be_short: bool = True,
+    ) -> None:
+        self.batch, self._parameters, self.losses = batch, parameters, losses
+        above = [above_split(loss, batch.split.stops, below) for loss in batch.losses]
+        self.bypassed = any(one.bypasses for one in above)
+        """Whether a path from a loss to the trunk was found that does not run through its outputs."""
+        self.read = self._outputs_read(above)
+        """The outputs of the trunk that losses read directly."""
+        self._readers = [one.outputs for one in above]
+        self._found: Cotangents | None = None
+        self._own: list[dict[Tensor, Tensor]] = [{} for _ in above]
+        self._rows: list[Tensor] = []
+        self._reached_above = {leaf for one in above for leaf in one.leaves}
+        self.short = False
+        """Whether all is known down to the trunk's outputs, and every path to the trunk runs through them."""
+        if may_be_short and CAN_ASK_ENGINE and not self.bypassed and batch.split.clean and _apart(batch, above):
+            with parameter_hooks_off(leaf for one in above for leaf in one.leaves):
+                self.short = self._take_short_way(above)
+
+    def _outputs_read(self, above: Sequence[Above]) -> list[Output]:
+        outputs = self.batch.split.outputs
+        if self.batch.ranks.size > 1:  # a graph that is the same on all ranks has every output in it
+            return outputs
+        return [outputs[i] for i in sorted({i for one in above for i in one.outputs})]
+
+    def _take_short_way(self, above: Sequence[Above]) -> bool:
+        nodes = [
+            node
+            for output in self.batch.split.outputs
+            for node, _ in output.edge.node.next_functions
+            if node is not None and type(node) is not ACCUMULATE_GRAD
+        ]
+        try:
+            self._found, self._own = one_pass(self.batch, above, self.read, nodes)
+        except EntersTrunkError:
+            self.bypassed = True
+            return False
+        return True
+
+    @property
+    def _cotangents(self) -> Cotangents:
+        """Known from the short way's pass; in the general way measured when they are first asked for."""
+        if self._found is None:
+            check_repeatable([loss for loss in self.batch.losses if loss.requires_grad])
+            edges = [output.edge for output in self.read]
+            tasks = range(len(self.batch.losses))
+            self._found = [list(self.batch.gradients(index, edges, retain_graph=True)) for index in tasks]
+        return self._found
+
+    def groups(self) -> list[list[Tensor]]:
+        """What heads read, for :func:`~lightning_mtl.gradients.layers.last_layer`."""
+        return _groups(self.batch, self._readers)
+
+    def measure(self, wanted: Wanted, layer: Sequence[Tensor] | None = None) -> Measured:
+        """Measure at the trunk's outputs, over the samples of all ranks, or at the parameters of ``layer``."""
+        if wanted == "nothing":
+            return Measured()
+        ranks, scale = self.batch.ranks, self.batch.scale
+        if layer is not None:
+            blocks, share = self._layer_rows(layer), 1.0
+            if ranks.size > 1:
+                for block in blocks:
+                    ranks.sum(block).div_(ranks.size)
+        else:
+            blocks, share = self._feature_rows(), 1 / ranks.size**2
+        summed = ranks if layer is None else None
+        if wanted == "gramian":
+            return Measured.of_products(gramian(blocks, summed, share=share), scale)
+        return Measured.of_norms(row_norms(blocks, summed, share=share), scale, blocks if wanted == "rows" else ())
+
+    def _feature_rows(self) -> list[Tensor]:
+        """The cotangents as ``[K, n]`` matrices, complex numbers as pairs of real ones."""
+        if not self.read:
+            if self.bypassed:
+                raise ValueError(
+                    "No loss reads an output of the trunk that gradients could be measured at: the losses reach its "
+                    "parameters another way. A trunk called as trunk.forward(x), a scripted one, and one that returns "
+                    "an object of a class of its own show no outputs. Measure at 'trunk', or return tensors, or "
+                    "mappings, sequences or dataclasses of tensors."
+                )
+            return [torch.zeros(len(self._own), 1, device=self.losses.device)]
+        if any(output.z.is_nested for output in self.read):
+            raise ValueError(
+                "The trunk returns a nested tensor, and gradients at nested features have no inner products in torch. "
+                "Measure at 'trunk' or 'last_layer'."
+            )
+        if not self._rows:
+            for i, output in enumerate(self.read):
+                zero = torch.zeros_like(output.z)
+                block = torch.stack([zero if own[i] is None else own[i] for own in self._cotangents])  # type: ignore[misc]
+                self._rows.append(block.reshape(len(block), -1))
+        return [torch.view_as_real(b).flatten(1) if b.is_complex() else b for b in self._rows]
+
+    def _layer_rows(self, layer: Sequence[Tensor]) -> list[Tensor]:
+        """Each task's gradient of the layer, from its gradient at the trunk's outputs where that is enough."""
+        check_repeatable([output.z for output in self.read] if self.short else self.batch.losses)
+        rows = Rows(layer, len(self._own))
+        with parameter_hooks_off(layer):
+            for index in range(len(self._own)):
+                if not self.short:
+                    rows.add(index, self.batch.gradients(index, list(layer), retain_graph=True))
+                    continue
+                cotangents = self._cotangents[index]
+                found = dict(self._own[index])  # a layer may lie in a head
+                pairs = [(o.z, c) for o, c in zip(self.read, cotangents, strict=True) if c is not None]
+                below = [p for p in layer if p not in found]
+                if pairs and below:
+                    outputs, given = zip(*pairs, strict=True)
+                    got = torch.autograd.grad(outputs, below, given, retain_graph=True, allow_unused=True)
+                    found.update(by_parameter(below, got))
+                rows.add(index, [found.get(p) for p in layer])
+        return rows.matrices()
+
+
+def groups_read(batch: MicroBatch, below: Collection[Tensor]) -> list[list[Tensor]]:
+    """What heads read, for :func:`~lightning_mtl.gradients.layers.last_layer`."""
+    return _groups(batch, [above_split(loss, batch.split.stops, below).outputs for loss in batch.losses])
+
+
+def _groups(batch: MicroBatch, readers: Sequence[frozenset[int]]) -> list[list[Tensor]]:
+    """The trunk's outputs that heads read, a group where heads read others; the losses where there are none."""
+    outputs = batch.split.outputs
+    groups = {reader for reader in readers if reader} or {frozenset(range(len(outputs)))}
+    return [[outputs[i].z for i in sorted(group)] for group in groups] if outputs else [batch.losses]
+
+
+def _apart(batch: MicroBatch, above: Sequence[Above]) -> bool:
+    """Whether no two losses share anything above the split, so that one pass tells the tasks apart."""
+    leaves = [leaf for one in above for leaf in one.leaves]
+    readers = [node for one in above for node in one.readers]
+    stops = batch.split.stops
+    return (
+        len(set(leaves)) == len(leaves)
+        and len(set(readers)) == len(readers)
+        and not any(
+            loss.requires_grad and (loss.grad_fn is None or (loss.grad_fn, loss.output_nr) in stops)
+            for loss in batch.losses
+        )
+    )

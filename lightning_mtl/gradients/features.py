@@ -1,0 +1,160 @@
+"""The update whose weights act at the trunk's outputs: the trunk is passed once whatever the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.gradients.feature_measurement import FeatureMeasurement
+from lightning_mtl.gradients.graph import above_split
+from lightning_mtl.gradients.micro_batch import add_gradients, by_parameter, unscaled, weighted_sums
+from lightning_mtl.gradients.surrogate import surrogate
+from lightning_mtl.gradients.torch_internals import parameter_hooks_off
+
+
+class FeatureGradients(FeatureMeasurement):
+    r"""Measures each loss's gradient at the trunk's outputs z, and sends their weighted sum on into the trunk.
+
+    .. math:: c_k = \partial L_k / \partial z, \qquad
+              \nabla_\theta \sum_k w_k L_k = (\partial z / \partial \theta)^\top \sum_k w_k c_k
+
+    The equation holds where every path from a loss to the trunk runs through z. Then the heads are passed once and the
+    trunk once: the short way. It does not hold where a loss uses something from inside the trunk, where weights are
+    tied or where the trunk reads its own output. There, and where heads share a decoder or write in place, the update
+    is an ordinary backward pass of the weighted losses: the general way. Which way is right is found out in every step.
+    """
+
+    def surrogate_loss(
+        self, weights: Tensor, head_weights: Tensor | None = None, directions: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Build the loss whose one backward pass gives shared parameters Σ w_k g_k, and all others Σ v_k g_k.
+
+        Args:
+            weights: ``[K]``, w.
+            head_weights: ``[K]``, v; None for w.
+            directions: What the trunk's outputs get instead of Σ w_k c_k, one ``[n]`` tensor for each that is read.
+
+        Raises:
+            ValueError: If there are directions and a trunk that reads its own output.
+        """
+        if self.short:
+            loss = self._known(weights, head_weights, directions)
+        elif directions is None and head_weights is None:
+            loss = self.batch.weighted_sum(weights)
+        else:
+            loss = self._general(weights, weights if head_weights is None else head_weights, directions)
+        return self.batch.with_penalty(loss)
+
+    def _at_outputs(self, weights: Tensor, directions: Sequence[Tensor] | None) -> list[Tensor]:
+        """What every output that is read gets: Σ w_k c_k, or the directions."""
+        if directions is None:
+            return [self._combined(i, weights) for i in range(len(self.read))]
+        return [
+            (torch.view_as_complex(direction.view(-1, 2)) if output.z.is_complex() else direction).view(output.z.shape)
+            for output, direction in zip(self.read, directions, strict=True)
+        ]
+
+    def _combined(self, i: int, weights: Tensor) -> Tensor:
+        """Compute Σ w_k c_k for one output, from the stacked rows where measuring has made them."""
+        z = self.read[i].z
+        if self._rows:
+            return (weights.to(self._rows[i]) @ self._rows[i]).view(z.shape)
+        total: Tensor | None = None
+        for own, weight in zip(self._cotangents, weights.to(z).unbind(), strict=True):
+            if (cotangent := own[i]) is not None:
+                total = cotangent * weight if total is None else total.addcmul_(cotangent, weight)
+        return torch.zeros_like(z) if total is None else total
+
+    def _known(self, weights: Tensor, head_weights: Tensor | None, directions: Sequence[Tensor] | None) -> Tensor:
+        """The short way's loss: everything is known down to the trunk's outputs, and autograd goes on from there."""
+        v = weights if head_weights is None else head_weights
+        tied: list[dict[Tensor, Tensor]] = []
+        mended: dict[Tensor, Tensor] = {}
+        if head_weights is not None:
+            shared, others = self._parameters()
+            # What a head does with a shared parameter is weighed as shared,
+            tied = [{p: own.pop(p) for p in set(shared).intersection(own)} for own in self._own]
+            # and what lies below the split without being shared, as heads are.
+            if any(p not in self._reached_above for p in others):
+                mended = self._mended(self._others_below(others), self._at_outputs(weights, directions), v)
+        parameters = list(dict.fromkeys(p for own in (*self._own, *tied, mended) for p in own))
+
+        def gradients(scaled: Tensor) -> list[Tensor]:
+            outer = unscaled(scaled, self.batch.scale)
+            if directions is None:
+                down = self._at_outputs(weights * outer, None)
+            else:
+                down = [direction * outer for direction in self._at_outputs(weights, directions)]
+            above = weighted_sums(self._own, (v * outer).unbind())
+            if tied:
+                add_gradients(above, weighted_sums(tied, (weights * outer).unbind()))
+            add_gradients(above, weighted_sums([mended], [outer]))
+            return [*down, *(above[p] for p in parameters)]
+
+        inputs = [*(output.z for output in self.read), *parameters]
+        return surrogate((self.losses * weights).sum(), inputs, gradients)
+
+    def _general(self, weights: Tensor, v: Tensor, directions: Sequence[Tensor] | None) -> Tensor:
+        """The loss where trunk and heads have weights of their own, and paths are not known to be separate."""
+        below = [above_split(output.z, self.batch.split.stops, ()) for output in self.read]
+        nested = any(one.readers for one in below)
+        if directions is not None and nested:
+            raise ValueError(
+                "The trunk reads its own output, so that the gradient at one output contains that at another, and a "
+                "method without weights has no direction there. Measure at='trunk'."
+            )
+        shared, others = self._parameters()
+        clean = self.batch.split.clean
+        if directions is None:
+            leaves = {leaf for one in below for leaf in one.leaves}
+            separate = self._reached_above.isdisjoint(shared) and self._reached_above.isdisjoint(leaves)
+            if not clean or self.bypassed or nested or not separate:
+                return self._by_parameters(weights, v)
+        wanted = self._at_outputs(weights, directions)
+        mended = self._mended(self._others_below(others), wanted, v)
+        corrections = [d - self._combined(i, v) for i, d in enumerate(wanted)]
+        targets = [output.z for output in self.read]
+        if not clean:  # nothing can be sent into an output that was written into
+            targets = []
+            edges, parameters = [output.below for output in self.read], [*shared, *others]
+            with parameter_hooks_off(parameters):
+                got = torch.autograd.grad(edges, parameters, corrections, retain_graph=True, allow_unused=True)
+            add_gradients(mended, by_parameter(parameters, got))
+        inputs = [*targets, *mended]
+
+        def gradients(scaled: Tensor) -> list[Tensor]:
+            outer = unscaled(scaled, self.batch.scale)
+            return [d * outer for d in ([*corrections, *mended.values()] if targets else mended.values())]
+
+        # The heads' weights reach the trunk, too. What is wrong there is mended where it enters.
+        return self.batch.weighted_sum(v) + surrogate(self.losses.new_zeros(()), inputs, gradients)
+
+    def _others_below(self, others: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters that are not shared and lie below the split, as the parts of a trunk that serve one task."""
+        stops = self.batch.split.stops
+        reached = {leaf for output in self.read for leaf in above_split(output.z, stops, ()).leaves}
+        return [p for p in others if p in reached]
+
+    def _mended(self, others: Sequence[Tensor], wanted: Sequence[Tensor], v: Tensor) -> dict[Tensor, Tensor]:
+        """What these parameters lack where the outputs get what the shared parameters want; the scaler's factor in."""
+        if not others or not self.read:
+            return {}
+        lacking = [self._combined(i, v) - d for i, d in enumerate(wanted)]
+        with parameter_hooks_off(others):
+            edges = [output.below for output in self.read]
+            got = torch.autograd.grad(edges, list(others), lacking, retain_graph=True, allow_unused=True)
+        return by_parameter(others, got)
+
+    def _by_parameters(self, weights: Tensor, v: Tensor) -> Tensor:
+        """The loss where a path to the trunk runs past its outputs: one pass for shared parameters, one for others."""
+        known: dict[Tensor, Tensor] = {}
+        for group, factors in zip(self._parameters(), (weights, v), strict=True):
+            loss = self.batch.weighted_sum(factors)
+            if group and loss.requires_grad:
+                with parameter_hooks_off(group):
+                    got = torch.autograd.grad(loss, group, retain_graph=True, allow_unused=True)
+                known.update(by_parameter(group, got))
+        value = (self.losses * weights).sum()
+        return surrogate(value, list(known), lambda outer: [gradient * outer for gradient in known.values()])

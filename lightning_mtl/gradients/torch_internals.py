@@ -1,0 +1,78 @@
+"""Private parts of torch that the engine needs, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+from torch._functorch import config
+from torch.autograd.graph import Node
+
+# Missing in some future torch, they only cost speed: the engine then takes its general form.
+_will_execute = getattr(torch._C, "_will_engine_execute_node", None)
+_is_functorch_wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+
+CAN_ASK_ENGINE = _will_execute is not None
+"""Whether torch can say, inside a backward pass, which nodes the pass is going to run."""
+
+
+def will_execute(nodes: Iterable[Node]) -> bool:
+    """Whether the backward pass under way is going to run one of these nodes; asked from within one of its hooks."""
+    return _will_execute is None or any(_will_execute(node) for node in nodes)
+
+
+def is_functorch_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a ``torch.func`` transform, whose graph is not autograd's own."""
+    return _is_functorch_wrapped is not None and bool(_is_functorch_wrapped(tensor))
+
+
+def _accumulator_type() -> type[Node]:
+    node = torch.zeros((), requires_grad=True).neg().grad_fn
+    return type(node.next_functions[0][0])  # type: ignore[union-attr, return-value]  # the tensor above has a graph
+
+
+ACCUMULATE_GRAD = _accumulator_type()
+"""The type of the nodes at which a graph ends: one a leaf, as its attribute ``variable``."""
+
+
+def forward_order(node: Node) -> int:
+    """The number of a node in the order in which operations ran forward, on one thread."""
+    return int(node._sequence_nr())
+
+
+@contextmanager
+def parameter_hooks_off(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Keep gradient hooks of parameters for the one backward pass that makes the final gradient.
+
+    ``torch.autograd.grad`` calls a parameter's hooks for every gradient that it returns. The hooks are taken out of the
+    dictionary that holds them and put back, so that handles to them stay valid.
+    """
+    held = [(hooks, dict(hooks)) for parameter in parameters if (hooks := parameter._backward_hooks)]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in held:
+            hooks.update(before)
+
+
+# Made once: making it takes five times as long as entering it.
+_WITHOUT_DONATION: AbstractContextManager[None] = config.patch(donated_buffer=False)
+
+
+def keeping_buffers() -> AbstractContextManager[None]:
+    """Have what is compiled inside the block keep, in a backward pass, what another pass will need.
+
+    By default the first pass through a compiled part writes over the activations.
+    """
+    return _WITHOUT_DONATION
+
+
+def donates_buffers(node: Node) -> bool:
+    """Whether a node is a compiled part that can be passed backward only once."""
+    # An operation written in Python has such a class; a user's own donates nothing.
+    compiled = getattr(node, "_forward_cls", None)
+    return bool(getattr(getattr(compiled, "metadata", None), "bw_donated_idxs", None))

@@ -1,0 +1,221 @@
+"""Per-task gradients of the shared parameters, over one optimizer step: the Jacobian's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_mtl.gradients.graph import check_repeatable, reached_leaves
+from lightning_mtl.gradients.inner_products import gramian, row_norms
+from lightning_mtl.gradients.micro_batch import (
+    Measured,
+    MicroBatch,
+    Wanted,
+    add_gradients,
+    by_parameter,
+    unscaled,
+    weighted_sums,
+)
+from lightning_mtl.gradients.ranks import Ranks
+from lightning_mtl.gradients.rows import Rows
+from lightning_mtl.gradients.surrogate import surrogate
+from lightning_mtl.gradients.torch_internals import parameter_hooks_off
+
+
+class TrunkGradients:
+    r"""Differentiates each loss by all parameters and keeps the gradients until the weights are known.
+
+    .. math:: g_k = \nabla_\theta L_k, \qquad \theta\text{.grad} = \sum_k w_k g_k
+
+    Several micro-batches add up, in whichever of them a task takes part, so that a weighting is asked once about all
+    tasks of the step. Nothing but parameters is differentiated by, so no path of the graph is missed.
+
+    Args:
+        tasks: All tasks of the module, in order.
+        shared: The shared parameters that need gradients.
+        others: All other trainable parameters of the module.
+        ranks: The processes that train together. Rows are summed over them; the others' gradients stay this rank's,
+            for the final backward pass averages them as it averages any gradient.
+        rows: A matrix of an earlier step to use again, if it fits.
+        features: Whether the products of the gradients at the trunk's outputs are needed, too.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        shared: Sequence[Tensor],
+        others: Sequence[Tensor],
+        ranks: Ranks,
+        *,
+        rows: Rows | None = None,
+        features: bool = False,
+    ) -> None:
+        self.shared, self.others, self.ranks = list(shared), list(others), ranks
+        self.rows = rows if rows is not None and rows.fits(self.shared, len(tasks)) else Rows(self.shared, len(tasks))
+        self.rows.begin()
+        self._tasks = tuple(tasks)
+        self._slots: dict[str, int] = {}
+        self._own: list[dict[Tensor, Tensor]] = []
+        self._penalty: dict[Tensor, Tensor] = {}  # of micro-batches before the last
+        self._products = torch.zeros(len(tasks), len(tasks), dtype=torch.float64) if features else None
+        self._losses = torch.zeros(0)
+        self._batch: MicroBatch | None = None  # the last one
+        self.reached: set[Tensor] | None = None
+        """The parameters that any rank's losses and penalties reach, where several ranks train."""
+
+    @property
+    def present(self) -> list[str]:
+        """The tasks seen in the step on any rank, in the module's order."""
+        return [task for task in self._tasks if task in self._slots]
+
+    def add(self, batch: MicroBatch, *, last: bool) -> None:
+        """Differentiate one micro-batch; in the last one, each row travels while the next is computed."""
+        self._batch = batch
+        parameters = [*self.shared, *self.others]
+        edges = [] if self._products is None else [output.edge for output in batch.split.outputs]
+        graphs = batch.with_graph
+        if len(graphs) > 1 or batch.penalty is not None:
+            check_repeatable([loss for loss in batch.losses if loss.requires_grad])
+        cotangents: list[Sequence[Tensor | None]] = []
+        with parameter_hooks_off(parameters):
+            for index, task in enumerate(batch.names):
+                # The penalty's graph may be a part of the losses', and runs in the final backward pass.
+                retain = batch.penalty is not None or index != graphs[-1] if graphs else False
+                found = batch.gradients(index, [*parameters, *edges], retain_graph=retain)
+                self._add_task(task, found[: len(parameters)])
+                cotangents.append(found[len(parameters) :])
+                if last and self.ranks.size > 1:
+                    self.rows.begin_sum(self._slots[task], self.ranks)
+            if not last and batch.penalty is not None and batch.penalty.requires_grad:
+                seed = None if batch.scale is None else batch.scale.to(batch.penalty.dtype)
+                own = torch.autograd.grad(batch.penalty, parameters, seed, allow_unused=True)
+                add_gradients(self._penalty, by_parameter(parameters, own))
+        if self._products is not None and edges:
+            self._add_products(batch, cotangents)
+
+    def _add_task(self, task: str, gradients: Sequence[Tensor | None]) -> None:
+        if task not in self._slots:
+            self._slots[task] = len(self._slots)
+            self._own.append({})
+        slot = self._slots[task]
+        self.rows.add(slot, gradients[: len(self.shared)])
+        add_gradients(self._own[slot], by_parameter(self.others, gradients[len(self.shared) :]))
+
+    def _add_products(self, batch: MicroBatch, cotangents: Sequence[Sequence[Tensor | None]]) -> None:
+        """Add the Gramian of one micro-batch's features: those of different samples are orthogonal to each other."""
+        if not batch.names or self._products is None:
+            return
+        blocks = [
+            torch.stack([(torch.zeros_like(o.z) if own[i] is None else own[i]).reshape(-1) for own in cotangents])  # type: ignore[union-attr]
+            for i, o in enumerate(batch.split.outputs)
+        ]
+        at = torch.tensor([self._tasks.index(task) for task in batch.names])
+        self._products[at[:, None], at] += gramian(blocks)
+
+    def close(self, losses: Tensor, factors: Tensor | None) -> None:
+        """End the step's micro-batches.
+
+        Args:
+            losses: ``[K]``, the step's losses of the present tasks, to report.
+            factors: ``[K]``, what the sum of a task's gradients is multiplied by; None for 1.
+        """
+        self._losses = losses
+        if self.ranks.size > 1:
+            for task in self.present:
+                if self._batch is None or task not in self._batch.names:
+                    self.rows.begin_sum(self._slots[task], self.ranks)
+            self.rows.end_sums()
+            self._agree_on_reached()
+        if factors is None:
+            return
+        for task, factor in zip(self.present, factors.unbind(), strict=True):
+            slot = self._slots[task]
+            self.rows.scale(slot, factor)
+            self._own[slot] = weighted_sums([self._own[slot]], [factor])
+        if self._products is not None:
+            at = torch.tensor([self._tasks.index(task) for task in self.present])
+            both = factors.double().cpu()
+            self._products[at[:, None], at] *= both[:, None] * both
+
+    def _agree_on_reached(self) -> None:
+        parameters = [*self.shared, *self.others]
+        reached = {self.shared[i] for i in self.rows.used}.union(self._penalty, *self._own)
+        if self._batch is not None and self._batch.penalty is not None:
+            reached.update(reached_leaves([self._batch.penalty]))
+        flags = torch.tensor([float(p in reached) for p in parameters], device=parameters[0].device)
+        flags = self.ranks.sum(flags)
+        self.reached = {p for p, flag in zip(parameters, flags.tolist(), strict=True) if flag}
+        self.rows.use(i for i, p in enumerate(self.shared) if p in self.reached)
+
+    def measure(self, wanted: Wanted, layer: Sequence[Tensor] | None = None) -> Measured:
+        """Measure at all shared parameters, at the trunk's outputs, or at the parameters of ``layer``."""
+        scale = None if self._batch is None else self._batch.scale
+        if wanted == "nothing" or not self.present:
+            return Measured()
+        slots = [self._slots[task] for task in self.present]
+        if self._products is not None:
+            at = torch.tensor([self._tasks.index(task) for task in self.present])
+            products = self._products[at[:, None], at].to(self._losses.device)
+            products = self.ranks.sum(products).cpu()
+            return Measured.of_products(products, scale, norms_only=wanted == "norms")
+        blocks = self.rows.matrices() if layer is None else self._blocks_of(layer)
+        if wanted == "gramian":
+            return Measured.of_products(gramian(blocks)[slots][:, slots], scale)
+        norms = row_norms(blocks)[slots]
+        in_order = slots == list(range(len(slots)))
+        rows = [block if in_order else block[slots] for block in blocks] if wanted == "rows" else ()
+        return Measured.of_norms(norms, scale, rows)
+
+    def _blocks_of(self, layer: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of some parameters, ``[K, n]``; those outside of the trunk are not summed over ranks yet."""
+        inside = [i for i, p in enumerate(self.shared) if any(p is q for q in layer)]
+        blocks = self.rows.columns(inside)
+        outside = [p for p in layer if not any(p is q for q in self.shared)]
+        if outside:
+            rows = Rows(outside, len(self._own))
+            for slot, own in enumerate(self._own):
+                rows.add(slot, [own.get(p) for p in outside])
+            rows.sum_over(self.ranks)
+            blocks += rows.matrices()
+        return blocks
+
+    def surrogate_loss(
+        self, weights: Tensor, head_weights: Tensor | None = None, directions: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Build the loss whose one backward pass gives shared parameters Σ w_k g_k, and all others Σ v_k g_k.
+
+        Args:
+            weights: ``[K]``, w, for the present tasks.
+            head_weights: ``[K]``, v; None for w.
+            directions: What the shared parameters get instead, one ``[n]`` tensor for each matrix of rows.
+        """
+        v = weights if head_weights is None else head_weights
+        slots = [self._slots[task] for task in self.present]
+        own = [self._own[slot] for slot in slots]
+        scale = None if self._batch is None else self._batch.scale
+        used = [self.shared[i] for i in self.rows.used]
+        parameters = list(dict.fromkeys([*used, *(p for one in own for p in one), *self._penalty]))
+        if self.ranks.size > 1:  # a rank's backward pass has to reach what another's reaches
+            parameters = [*self.shared, *self.others]
+
+        def gradients(scaled: Tensor) -> list[Tensor]:
+            outer = unscaled(scaled, scale)
+            if directions is not None:
+                pieces = self.rows.split([direction * outer for direction in directions])
+            elif slots:
+                in_slots = torch.zeros_like(weights)
+                in_slots[slots] = weights * outer
+                pieces = self.rows.combine(in_slots)
+            else:
+                pieces = [None] * len(self.shared)
+            total = {p: piece for p, piece in zip(self.shared, pieces, strict=True) if piece is not None}
+            # The final backward pass averages over the ranks: that leaves the rows, which are the same on all, as they
+            # are, and makes a sum of what is this rank's share only after this factor.
+            add_gradients(total, weighted_sums(own, (v * (outer * self.ranks.size)).unbind()))
+            add_gradients(total, weighted_sums([self._penalty], [outer]))
+            return [total[p] if p in total else torch.zeros_like(p) for p in parameters]
+
+        loss = surrogate((self._losses * weights).sum(), parameters, gradients)
+        return loss if self._batch is None else self._batch.with_penalty(loss)
