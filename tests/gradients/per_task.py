@@ -127,7 +127,5 @@ def dense(gradient: Tensor) -> Tensor:
 
 
 def _flat(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    pieces = [
-        (torch.zeros_like(p) if g is None else g).detach() for g, p in zip(gradients, like, strict=True)
-    ]
+    pieces = [(torch.zeros_like(p) if g is None else g).detach() for g, p in zip(gradients, like, strict=True)]
     return torch.cat([(torch.view_as_real(piece) if piece.is_complex() else piece).flatten() for piece in pieces])

@@ -2,11 +2,19 @@
 
 from tests.gradients.situations.base import Situation
 from tests.gradients.situations.derivatives import DERIVATIVES
+from tests.gradients.situations.in_place import IN_PLACE
+from tests.gradients.situations.inside import INSIDE
 from tests.gradients.situations.nested import NESTED
+from tests.gradients.situations.outputs import OUTPUTS
+from tests.gradients.situations.sharing import SHARING
 
 FAMILIES: dict[str, tuple[Situation, ...]] = {
     "nested": NESTED,
     "derivatives": DERIVATIVES,
+    "inside": INSIDE,
+    "outputs": OUTPUTS,
+    "in_place": IN_PLACE,
+    "sharing": SHARING,
 }
 SITUATIONS = tuple(situation for family in FAMILIES.values() for situation in family)
 BY_NAME = {situation.name: situation for situation in SITUATIONS}

@@ -32,6 +32,9 @@ def linear(outputs: int = 1, inputs: int = WIDTH) -> Part:
     return functools.partial(nn.Linear, inputs, outputs)
 
 
+ONE, THREE = linear(1), linear(3)
+
+
 def regression(prediction: Tensor, x: Tensor) -> Tensor:
     return F.mse_loss(prediction, x[:, :1])
 
@@ -51,9 +54,7 @@ class Net(MultiTaskModule):
         arguments: Those of :class:`MultiTaskModule`.
     """
 
-    def __init__(
-        self, trunk: Part = mlp, a: Part = linear(1), b: Part = linear(3), *, lr: float = 0.0, **arguments: Any
-    ) -> None:
+    def __init__(self, trunk: Part = mlp, a: Part = ONE, b: Part = THREE, *, lr: float = 0.0, **arguments: Any) -> None:
         heads = {"a": a(), "b": b()}
         settings: dict[str, Any] = {"optimizer": functools.partial(torch.optim.SGD, lr=lr)}
         super().__init__(trunk(), heads, {task: Task(F.mse_loss) for task in heads}, **(settings | arguments))
@@ -69,6 +70,10 @@ class Net(MultiTaskModule):
 
     def task_losses(self, batch: Any) -> Loss:
         return self.losses(batch)
+
+
+def random_inputs(seed: int) -> Tensor:
+    return torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +104,7 @@ class Situation:
     hook: Callable[[Tensor], Tensor] | None = None
     tolerance: float = 1e-12
     places: tuple[str, ...] = PLACES
-    inputs: Callable[[int], Any] = lambda seed: random_inputs(seed)
+    inputs: Callable[[int], Any] = random_inputs
 
     def build(self, **arguments: Any) -> MultiTaskModule:
         torch.manual_seed(3)
@@ -110,7 +115,3 @@ class Situation:
 
     def __str__(self) -> str:
         return self.name
-
-
-def random_inputs(seed: int) -> Tensor:
-    return torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Models that call the trunk more than once: on its own output, from a head, on other inputs; or return levels of it."""
+"""Models that call the trunk more than once: on its own output, from a head, on other inputs; or return levels."""
 
 from __future__ import annotations
 
