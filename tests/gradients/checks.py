@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl import MultiTaskModule, Weighting
+from lightning_mtl import MultiTaskModule, Signals, Weighting
 from tests.gradients.per_task import SEED, Gradients, PerTask, dense
 from tests.gradients.situations.base import Situation
 from tests.training import Steps, loader
@@ -25,6 +25,7 @@ HARMLESS = (
     "ignore:.*torch.jit.*not supported:DeprecationWarning",
     "ignore:Casting complex values to real:UserWarning",
     "ignore:.*barebones:",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
     "ignore:Sparse invariant checks:UserWarning",
 )
 
@@ -38,14 +39,20 @@ class Watch(Steps):
         self.batches += 1
         torch.manual_seed(SEED)
 
+    def observe(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, signals: Signals, weights: Tensor | None
+    ) -> None:
+        assert isinstance(pl_module, MultiTaskModule)
+        self.module = pl_module
+        super().observe(trainer, pl_module, signals, weights)
+
     def weights_of(self, step: int) -> dict[str, float]:
-        weights = self.weights[step]
+        """The weights of the present tasks; they are handed over for all tasks of the module, in its order."""
+        weights, tasks = self.weights[step], list(self.module.tasks)
         assert weights is not None
-        # The weights of all tasks are handed over, and the signals tell which tasks were present.
-        present = self.signals[step].tasks
-        found = weights.double().tolist()
-        assert len(found) == len(present), f"{len(found)} weights for the tasks {present}"
-        return dict(zip(present, found, strict=True))
+        assert len(weights) == len(tasks)
+        every = dict(zip(tasks, weights.double().tolist(), strict=True))
+        return {task: every[task] for task in self.signals[step].tasks}
 
 
 def train(module: MultiTaskModule, batches: Sequence[Any], *callbacks: pl.Callback, **arguments: Any) -> Watch:
@@ -61,16 +68,13 @@ def train(module: MultiTaskModule, batches: Sequence[Any], *callbacks: pl.Callba
 
 def first_step(situation: Situation, place: str, weighting: Weighting | None, **arguments: Any) -> Watch | None:
     """Train one step; None where the place is impossible and the error says why."""
-    module = situation.build(**arguments)
     try:
-        watch = train(module, [situation.inputs(0)], *([] if weighting is None else [weighting]))
+        return train(situation.build(**arguments), [situation.inputs(0)], *([] if weighting is None else [weighting]))
     except ValueError as error:
         words = situation.refused.get(place)
         if words is None or not re.search(words, str(error), re.IGNORECASE):
             raise
         return None
-    watch.module = module  # type: ignore[attr-defined]
-    return watch
 
 
 @dataclass
