@@ -55,9 +55,15 @@ class Watch(Steps):
         return {task: every[task] for task in self.signals[step].tasks}
 
 
-def train(module: MultiTaskModule, batches: Sequence[Any], *callbacks: pl.Callback, **arguments: Any) -> Watch:
+def train(
+    module: MultiTaskModule,
+    batches: Sequence[Any],
+    *callbacks: pl.Callback,
+    watch: Watch | None = None,
+    **arguments: Any,
+) -> Watch:
     """Fit the batches once, without anything that only costs time."""
-    watch = Watch()
+    watch = Watch() if watch is None else watch
     settings: dict[str, Any] = {"accelerator": "cpu", "barebones": True, "max_epochs": 1}
     with patch("lightning.pytorch.trainer.connectors.callback_connector._load_external_callbacks", lambda _: []):
         # Lightning would read the metadata of all installed packages for every Trainer.
