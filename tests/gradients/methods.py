@@ -60,8 +60,12 @@ class OwnHeads(FromGramianSharedOnly):
         self.add_state("scales", torch.tensor(1.0, dtype=torch.float64))
         self.scales: Tensor
 
+    def reset(self, *arguments: Any, **named: Any) -> None:
+        super().reset(*arguments, **named)
+        self.scales = torch.tensor(HEADS[: len(self.scales)], dtype=torch.float64)
+
     def head_weights(self) -> Tensor:
-        return self.scales * torch.tensor(HEADS[: len(self.scales)], dtype=torch.float64)
+        return self.scales
 
 
 class Summed(Aggregator):
@@ -76,46 +80,25 @@ class Summed(Aggregator):
         return torch.tensor(self.factors[: len(rows)], dtype=rows.dtype) @ rows
 
 
+class Agreeing(Aggregator):
+    """Sums the elements on whose sign all tasks agree, and leaves the others out: no weighted sum."""
+
+    def combine(self, signals: Signals, rows: Tensor) -> Tensor:
+        return agreeing(rows)
+
+
+def agreeing(rows: Tensor) -> Tensor:
+    return rows.sum(0) * ((rows > 0).all(0) | (rows < 0).all(0))
+
+
 @dataclass(frozen=True)
 class Method:
-    """A weighting with the factors of the heads that follow from its weights.
-
-    Attributes:
-        make: Makes it, given ``at``.
-        from_signals: Computes the weights from losses and a Gramian, where that is simple.
-    """
+    """A weighting with the factors of the heads that follow from its weights."""
 
     make: Callable[..., Weighting]
-    from_signals: Callable[[Tensor, Tensor], Tensor] | None = None
-
-    @property
-    def name(self) -> str:
-        return getattr(self.make, "__name__", "")
 
     def heads(self, weighting: Weighting, weights: Mapping[str, float]) -> dict[str, float]:
         """What multiplies each task's gradient in parameters that are not shared."""
         if isinstance(weighting, OwnHeads):
-            return dict(zip(weights, HEADS, strict=False))
+            return {task: HEADS["abc".index(task)] for task in weights}
         return dict(weights) if weighting.weighs_heads else dict.fromkeys(weights, 1.0)
-
-
-def _by_losses(losses: Tensor, _gramian: Tensor) -> Tensor:
-    return curve(losses)
-
-
-def _by_norms(_losses: Tensor, gramian: Tensor) -> Tensor:
-    return curve(gramian.diagonal().sqrt())
-
-
-def _by_gramian(_losses: Tensor, gramian: Tensor) -> Tensor:
-    return curve(gramian.sum(1))
-
-
-LOSSES = (Method(FromLosses, _by_losses), Method(FromLossesSharedOnly, _by_losses))
-GRADIENTS = (
-    Method(FromNorms, _by_norms),
-    Method(FromNormsSharedOnly, _by_norms),
-    Method(FromGramian, _by_gramian),
-    Method(FromGramianSharedOnly, _by_gramian),
-    Method(OwnHeads, _by_gramian),
-)
