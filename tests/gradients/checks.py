@@ -9,12 +9,12 @@ from typing import Any
 from unittest.mock import patch
 
 import lightning.pytorch as pl
-import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 
 from lightning_mtl import MultiTaskModule, Signals, Weighting
 from tests.gradients.per_task import SEED, Gradients, PerTask, dense
-from tests.gradients.situations.base import Situation
+from tests.gradients.situations.base import Situation, seed_everything
 from tests.training import Steps, loader
 
 # Plain PyTorch gives the same warnings for these models, and what is prototype or deprecated there is no matter here.
@@ -37,7 +37,7 @@ class Watch(Steps):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self.batches += 1
-        torch.manual_seed(SEED)
+        seed_everything(SEED)
 
     def observe(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, signals: Signals, weights: Tensor | None
@@ -64,7 +64,13 @@ def train(
 ) -> Watch:
     """Fit the batches once, without anything that only costs time."""
     watch = Watch() if watch is None else watch
-    settings: dict[str, Any] = {"accelerator": "cpu", "barebones": True, "max_epochs": 1}
+    # The environment is given: Lightning would look for schedulers of clusters otherwise.
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "barebones": True,
+        "max_epochs": 1,
+        "plugins": [LightningEnvironment()],
+    }
     with patch("lightning.pytorch.trainer.connectors.callback_connector._load_external_callbacks", lambda _: []):
         # Lightning would read the metadata of all installed packages for every Trainer.
         trainer = pl.Trainer(**(settings | arguments), callbacks=[watch, *callbacks])

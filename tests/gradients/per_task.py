@@ -15,7 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_mtl import MultiTaskModule
-from tests.gradients.situations.base import Situation
+from tests.gradients.situations.base import Situation, seed_everything
 
 SEED = 11  # of the random numbers inside a training step, dropout for instance
 Gradients = dict[str, Tensor | None]
@@ -90,7 +90,7 @@ def gradients_of(build: Any, batch: Any, layer: str, *, clean: bool = False) -> 
 
 
 def _losses(module: MultiTaskModule, batch: Any) -> dict[str, Tensor]:
-    torch.manual_seed(SEED)
+    seed_everything(SEED)
     return dict(module.task_losses(batch))  # type: ignore[arg-type]  # the situations return tensors
 
 
@@ -118,6 +118,7 @@ def _by_parameters(module: MultiTaskModule, loss: Tensor | None) -> Gradients:
 def _grad(loss: Tensor, inputs: list[Any], *, retain_graph: bool = False) -> list[Tensor | None]:
     if not loss.requires_grad:
         return [None] * len(inputs)
+    found: tuple[Tensor | None, ...]
     found = torch.autograd.grad(loss.sum(), inputs, retain_graph=retain_graph, allow_unused=True)
     return [None if gradient is None else dense(gradient) for gradient in found]
 

@@ -22,7 +22,7 @@ from tests.gradients.methods import (
     OwnHeads,
 )
 from tests.gradients.per_task import PerTask, gradients_of
-from tests.gradients.situations.base import PLACES, WIDTH, random_inputs
+from tests.gradients.situations.base import PLACES, WIDTH, random_inputs, seed_everything
 
 pytestmark = [pytest.mark.filterwarnings(ignored) for ignored in HARMLESS]
 
@@ -129,7 +129,7 @@ class RandomModel(MultiTaskModule):
 
 
 def build(seed: int) -> RandomModel:
-    torch.manual_seed(seed)
+    seed_everything(seed)
     return RandomModel(seed)
 
 

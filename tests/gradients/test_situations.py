@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.filterwarnings(ignored) for ignored in HARMLESS]
 # What is measured and whether heads are weighed are told apart where the engine takes most ways.
 METHODS = {
     "losses": (FromLosses,),
-    "trunk": (FromGramianSharedOnly, FromNorms),
+    "trunk": (FromGramianSharedOnly,),
     "features": (FromGramianSharedOnly, FromNorms),
     "last_layer": (FromGramianSharedOnly,),
     "module": (FromNorms,),

@@ -15,6 +15,7 @@ from tests.gradients.situations.base import WIDTH, Loss, Net, Situation, classif
 
 def derivative(y: Tensor, x: Tensor, *, allow_unused: bool = False) -> Tensor:
     """dy/dx, zero where autograd says that y does not depend on x: the idiom of libraries for physics."""
+    found: Tensor | None
     (found,) = torch.autograd.grad(y.sum(), x, create_graph=True, allow_unused=allow_unused)
     return torch.zeros_like(x) if found is None else found
 
@@ -72,7 +73,7 @@ class Jacobians(Net):
             result: Tensor = self.heads["a"](self.trunk(rows)).sum(0)
             return result
 
-        jacobian = torch.autograd.functional.jacobian(predict, x, create_graph=True)  # type: ignore[no-untyped-call]
+        jacobian = torch.autograd.functional.jacobian(predict, x, create_graph=True)
         z = self.trunk(x)
         return {
             "a": jacobian.pow(2).mean() + regression(self.heads["a"](z), x),
@@ -104,7 +105,9 @@ class ForwardProduct(Net):
     """``torch.func.jvp``."""
 
     def losses(self, x: Tensor) -> Loss:
-        u, du = torch.func.jvp(lambda rows: self.heads["a"](self.trunk(rows)), (x,), (torch.ones_like(x),))
+        u, du = torch.func.jvp(  # type: ignore[misc]  # three values come with has_aux=True alone
+            lambda rows: self.heads["a"](self.trunk(rows)), (x,), (torch.ones_like(x),)
+        )
         return {"a": (du + u).pow(2).mean(), "b": classification(self.heads["b"](self.trunk(x)), x)}
 
 
@@ -112,7 +115,7 @@ class FunctionalCall(Net):
     """``torch.func.functional_call`` of the trunk, by itself and under transforms."""
 
     def losses(self, x: Tensor) -> Loss:
-        parameters = dict(self.trunk.named_parameters())
+        parameters: dict[str, Tensor] = dict(self.trunk.named_parameters())
 
         def call(rows: Tensor) -> Tensor:
             result: Tensor = torch.func.functional_call(self.trunk, parameters, (rows,))
@@ -141,7 +144,7 @@ class ForwardMode(Net):
     """``torch.autograd.forward_ad``."""
 
     def losses(self, x: Tensor) -> Loss:
-        with forward_ad.dual_level():  # type: ignore[no-untyped-call]
+        with forward_ad.dual_level():
             dual = forward_ad.make_dual(x, torch.ones_like(x))
             u, du = forward_ad.unpack_dual(self.heads["a"](self.trunk(dual)))
         return {"a": (du + u).pow(2).mean(), "b": classification(self.heads["b"](self.trunk(x)), x)}

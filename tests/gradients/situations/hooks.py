@@ -29,7 +29,8 @@ def clamped(gradient: Tensor) -> Tensor:
 
 
 def normalized(gradient: Tensor) -> Tensor:
-    return gradient / (1e-3 + gradient.norm())
+    result: Tensor = gradient / (1e-3 + gradient.norm())
+    return result
 
 
 class Hooked(Net):
@@ -97,30 +98,34 @@ class Reversed(Net):
         return {"a": regression(self.heads["a"](turned), x), "b": classification(self.heads["b"](z), x)}
 
 
+def halve(_module: Any, gradients: Any, _others: Any = None) -> Any:
+    return tuple(None if gradient is None else 0.5 * gradient for gradient in gradients)
+
+
 def with_backward_hook() -> nn.Module:
     """A full backward hook on the trunk changes what reaches its inputs."""
     trunk = deep()
-    trunk.register_full_backward_hook(lambda _m, inputs, _o: tuple(None if g is None else 0.5 * g for g in inputs))
+    trunk.register_full_backward_hook(halve)
     return trunk
 
 
 def with_pre_hook() -> nn.Module:
     """A full backward pre-hook on the trunk changes what comes from its outputs."""
     trunk = deep()
-    trunk.register_full_backward_pre_hook(lambda _m, outputs: tuple(0.5 * g for g in outputs))
+    trunk.register_full_backward_pre_hook(halve)
     return trunk
 
 
 def with_inner_hook() -> nn.Module:
     """The same on a layer inside the trunk."""
     trunk = deep()
-    trunk.get_submodule("2").register_full_backward_hook(lambda _m, inputs, _o: tuple(0.5 * g for g in inputs))
+    trunk.get_submodule("2").register_full_backward_hook(halve)
     return trunk
 
 
 def hooked_head() -> nn.Module:
     head = nn.Linear(WIDTH, 1)
-    head.register_full_backward_hook(lambda _m, inputs, _o: tuple(-g for g in inputs))
+    head.register_full_backward_hook(halve)
     return head
 
 

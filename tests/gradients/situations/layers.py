@@ -164,7 +164,8 @@ class Default(Net):
     """The library's own task_losses."""
 
     def task_losses(self, batch: Any) -> Any:
-        return {task: output.loss for task, output in super(Net, self).task_losses(batch).items()}
+        found: Any = super(Net, self).task_losses(batch)
+        return {task: output.loss for task, output in found.items()}
 
 
 def joint(seed: int) -> Any:

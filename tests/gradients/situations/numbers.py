@@ -21,8 +21,9 @@ class Spectral(nn.Module):
         self.back = back
 
     def forward(self, x: Tensor) -> Tensor:
-        spectrum = torch.fft.rfft(self.layer(x)) * self.filter
-        return torch.fft.irfft(spectrum, n=WIDTH) if self.back else spectrum
+        spectrum: Tensor = torch.fft.rfft(self.layer(x)) * self.filter
+        back: Tensor = torch.fft.irfft(spectrum, n=WIDTH)
+        return back if self.back else spectrum
 
 
 class ComplexLinear(nn.Module):

@@ -76,8 +76,12 @@ class CheckpointedCalls(Net):
 
     def losses(self, x: Tensor) -> Loss:
         z = self.trunk(x)
-        twice = lambda features: self.heads["a"](features) + self.heads["a"](features.tanh())  # noqa: E731
-        a = checkpoint(twice, z, use_reentrant=False)
+
+        def predict(features: Tensor) -> Tensor:
+            result: Tensor = self.heads["a"](features) + self.heads["a"](features.tanh())
+            return result
+
+        a = checkpoint(predict, z, use_reentrant=False)
         return {"a": regression(a, x), "b": classification(self.heads["b"](z), x)}
 
 
@@ -89,7 +93,7 @@ def compiled(module: nn.Module) -> nn.Module:
 @functools.cache
 def _compiled_parts(kind: str) -> tuple[nn.Module, nn.Module, nn.Module]:
     """The parts of one model, compiled once for all tests: their parameters stay as they are at step size 0."""
-    trunk, a, b = deep(), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), linear(1)()), linear(3)()
+    trunk, a, b = deep(), deep(1), linear(3)()
     if kind == "in place":
         trunk.compile(backend="aot_eager")
     elif kind == "trunk":
