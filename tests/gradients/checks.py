@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import lightning.pytorch as pl
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor
 
 from lightning_mtl import MultiTaskModule, Signals, Weighting

@@ -118,8 +118,8 @@ def _by_parameters(module: MultiTaskModule, loss: Tensor | None) -> Gradients:
 def _grad(loss: Tensor, inputs: list[Any], *, retain_graph: bool = False) -> list[Tensor | None]:
     if not loss.requires_grad:
         return [None] * len(inputs)
-    found: tuple[Tensor | None, ...]
-    found = torch.autograd.grad(loss.sum(), inputs, retain_graph=retain_graph, allow_unused=True)
+    # torch's annotation leaves out the None of allow_unused.
+    found: Any = torch.autograd.grad(loss.sum(), inputs, retain_graph=retain_graph, allow_unused=True)
     return [None if gradient is None else dense(gradient) for gradient in found]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from tests.gradients.situations.base import WIDTH, Loss, Net, Situation, classif
 
 def derivative(y: Tensor, x: Tensor, *, allow_unused: bool = False) -> Tensor:
     """dy/dx, zero where autograd says that y does not depend on x: the idiom of libraries for physics."""
-    found: Tensor | None
+    found: Any  # torch's annotation leaves out the None of allow_unused
     (found,) = torch.autograd.grad(y.sum(), x, create_graph=True, allow_unused=allow_unused)
     return torch.zeros_like(x) if found is None else found
 
