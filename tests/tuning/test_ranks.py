@@ -10,13 +10,15 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
-from tests.distributed.pairs import run_together
+from tests.distributed.pairs import Pair
+from tests.tuning.rank import search
 from tests.tuning.tiny import configuration
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_ranks_train_the_trials_that_rank_0_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# Optuna's callback reports twice where several processes train.
+@pytest.mark.filterwarnings("ignore:The reported value is ignored because:UserWarning")
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_two_ranks_train_the_trials_that_rank_0_draws(tmp_path: Path, pair: Pair) -> None:
     configured = configuration(tmp_path, devices=2, strategy="ddp", max_epochs=3)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(configured))
     parameters = {"model.optimizer.lr": [1e-1, 1e-7]}
@@ -24,11 +26,9 @@ def test_two_ranks_train_the_trials_that_rank_0_draws(tmp_path: Path, monkeypatc
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port)), ("TORCHELASTIC_RUN_ID", "tuning")):
-        monkeypatch.setenv(name, value)
+    torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tuning"}
     storage = f"sqlite:///{tmp_path}/study.db"
-    command = ["-m", "tests.tuning.rank", str(tmp_path), storage]
-    run_together([[*command, str(rank)] for rank in range(2)], tmp_path, seconds=240)
+    pair.run(search, tmp_path, storage, torchrun, meets=False)
     study = optuna.load_study(storage=storage, study_name="search")
     complete, pruned = TrialState.COMPLETE, TrialState.PRUNED
     assert [trial.state for trial in study.trials] == [complete] * 4 + [pruned, complete]

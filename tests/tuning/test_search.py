@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
-from lightning_mtl.tuning import tune
+from lightning_mtl.tuning import baselines, tune
 from lightning_mtl.tuning.counting import ERROR
 from lightning_mtl.tuning.goals import NotLoggedError
 from lightning_mtl.tuning.workers import SEED_VALUES
@@ -78,13 +78,21 @@ def test_seeds_are_trained_each_and_their_mean_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_delta_m_compares_with_tasks_trained_alone_once(tmp_path: Path) -> None:
+def test_delta_m_compares_with_tasks_trained_alone_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    constructed = []
+
+    def construct(*arguments: Any, **keywords: Any) -> MultiTaskCLI:
+        constructed.append(arguments)
+        return MultiTaskCLI(*arguments, **keywords)
+
+    monkeypatch.setattr(baselines, "MultiTaskCLI", construct)
     storage = f"sqlite:///{tmp_path}/study.db"
     arguments: dict[str, Any] = {"storage": storage, "folder": "out", "sampler": sampler()}
     wanted = space(objective="val/delta_m")
     result = tune(configuration(tmp_path), wanted, trials=1, **arguments)
     cached = sorted(Path("out/baselines").iterdir())
     assert len(cached) == 2
+    assert len(constructed) == 2  # one for each task: model, data and Trainer come together
     means = result.study.user_attrs["baselines"]
     logged = trained(result.best[0], tmp_path)
     assert logged["val/delta_m"] == result.study.best_value
