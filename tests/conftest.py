@@ -1,5 +1,6 @@
 """What holds for every test: one thread, fixed seeds, a quiet Trainer; and the two processes that train together."""
 
+import gc
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -22,6 +23,12 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         if "pair" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.distributed)
             item.add_marker(pytest.mark.xdist_group("pair"))
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collection need not look at modules and collected tests, a million objects, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mtl import Signals, Weighting
+from lightning_mtl import Aggregator, Signals, Weighting
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,18 @@ class Row:
 
 def reach(weighting: Weighting) -> Hashable:
     """How a weighting reaches the gradients: of two that agree in this, a test of the engine needs one."""
-    return weighting.measures, weighting.at, weighting.weighs_heads
+    return weighting.measures, weighting.at, weighting.weighs_heads, isinstance(weighting, Aggregator)
+
+
+def habits(weighting: Weighting) -> Hashable:
+    """The same with the hooks of Lightning that the class has of its own."""
+    classes = type(weighting).__mro__[: type(weighting).__mro__.index(Weighting)]
+    return reach(weighting), frozenset(name for cls in classes for name in vars(cls) if name.startswith("on_"))
 
 
 def memory(weighting: Weighting) -> Hashable:
     """The same with the names of its states, for tests of what is saved and restored."""
-    return reach(weighting), tuple(sorted(weighting.state_dict()["state"]))
+    return habits(weighting), tuple(sorted(weighting.state_dict()["state"]))
 
 
 def one_of_each(makes: Iterable[Callable[[], Weighting]], kind: Callable[[Weighting], Hashable]) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from lightning_mtl import Aggregator, TaskOutput, Weighting
 from lightning_mtl.weighting import DTP, MGDA, GradientNormBalance, GradNorm, UncertaintyWeighting
-from tests.contract import reach
+from tests.contract import habits
 from tests.contract_rows import METHODS
 from tests.distributed.data import Faces, Part, Pattern, Trunk
 from tests.weightings import WeightedSum, fixed
@@ -94,8 +93,7 @@ def place_cases() -> dict[str, Case]:
     for name, make in METHODS.items():
         weighting = make()
         kind = (weighting.measures, weighting.weighs_heads)
-        takes_a_place = "at" in inspect.signature(type(weighting)).parameters
-        if not takes_a_place or weighting.measures == "losses" or isinstance(weighting, Aggregator) or kind in kinds:
+        if weighting.measures == "losses" or isinstance(weighting, Aggregator) or kind in kinds:
             continue
         kinds.add(kind)
         for place in PLACES:
@@ -110,7 +108,7 @@ def kind(case: Case) -> Hashable:
     if weighting is None:
         return None
     by_chance = "random" in weighting.state_dict()["state"]
-    return reach(weighting), isinstance(weighting, Aggregator), by_chance, weighting.step_metric
+    return habits(weighting), by_chance, weighting.step_metric
 
 
 # One method for each way in which weights reach the gradients.

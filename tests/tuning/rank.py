@@ -10,14 +10,16 @@ from lightning_mtl.tuning import tune
 from tests.tuning.tiny import Fixed
 
 
-def search(folder: Path, storage: str, torchrun: Mapping[str, str], rank: int, ranks: int) -> None:
+def search(
+    folder: Path, storage: str, torchrun: Mapping[str, str], trials: int, prune: bool, rank: int, ranks: int
+) -> None:
     os.environ.update(torchrun, RANK=str(rank))
     tune(
         folder / "run.yaml",
         folder / "space.yaml",
-        trials=6,
+        trials=trials,
         storage=storage,
         folder=folder / "out",
-        prune=True,
+        prune=prune,
         sampler=Fixed([1e-1] * 4 + [1e-7, 1e-1]),
     )

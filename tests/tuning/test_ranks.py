@@ -18,7 +18,8 @@ from tests.tuning.tiny import configuration
 # Optuna's callback reports twice where several processes train.
 @pytest.mark.filterwarnings("ignore:The reported value is ignored because:UserWarning")
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-def test_two_ranks_train_the_trials_that_rank_0_draws(tmp_path: Path, pair: Pair) -> None:
+@pytest.mark.parametrize(("trials", "prune"), [(2, False), pytest.param(6, True, marks=pytest.mark.slow)])
+def test_two_ranks_train_the_trials_that_rank_0_draws(trials: int, prune: bool, tmp_path: Path, pair: Pair) -> None:
     configured = configuration(tmp_path, devices=2, strategy="ddp", max_epochs=3)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(configured))
     parameters = {"model.optimizer.lr": [1e-1, 1e-7]}
@@ -28,11 +29,13 @@ def test_two_ranks_train_the_trials_that_rank_0_draws(tmp_path: Path, pair: Pair
         port = free.getsockname()[1]
     torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tuning"}
     storage = f"sqlite:///{tmp_path}/study.db"
-    pair.run(search, tmp_path, storage, torchrun, meets=False)
+    pair.run(search, tmp_path, storage, torchrun, trials, prune, meets=False)
     study = optuna.load_study(storage=storage, study_name="search")
     complete, pruned = TrialState.COMPLETE, TrialState.PRUNED
-    assert [trial.state for trial in study.trials] == [complete] * 4 + [pruned, complete]
-    assert [len(trial.intermediate_values) for trial in study.trials] == [3] * 4 + [1, 3]
+    expected = [complete] * 4 + [pruned, complete] if prune else [complete] * trials
+    assert [trial.state for trial in study.trials] == expected
+    if prune:
+        assert [len(trial.intermediate_values) for trial in study.trials] == [3] * 4 + [1, 3]
     # The same training in all of them, on two ranks: one value.
     assert len({trial.value for trial in study.trials if trial.state == complete}) == 1
     assert (tmp_path / "out" / "best.yaml").exists()
