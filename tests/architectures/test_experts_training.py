@@ -89,7 +89,7 @@ def test_shared_are_the_parameters_that_more_than_one_task_reaches(kind: str) ->
     assert min(reached.values()) > 0
 
 
-@pytest.mark.parametrize("kind", ["DSelectK", "static DSelectK"])
+@pytest.mark.parametrize("kind", ["DSelectK", pytest.param("static DSelectK", marks=pytest.mark.slow)])
 def test_the_entropy_is_trained_down_to_a_choice(kind: str) -> None:
     def entropy_after(strength: float) -> float:
         module = build(kind, optimizer=functools.partial(torch.optim.Adam, lr=0.05))

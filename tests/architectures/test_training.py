@@ -76,7 +76,7 @@ def test_every_weighting_trains_it(name: str, make: Any) -> None:
 
 
 @each
-@pytest.mark.parametrize("way", ["losses", "trunk"])
+@pytest.mark.parametrize("way", ["trunk", pytest.param("losses", marks=pytest.mark.slow)])
 def test_compiled(name: str, way: str) -> None:
     torch.compiler.reset()
     plain, module = build(name), build(name)

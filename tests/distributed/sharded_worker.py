@@ -16,7 +16,7 @@ from lightning_mtl import MultiTaskModule, Task, TaskOutput, Weighting
 from lightning_mtl.weighting import MGDA, GradientNormBalance, GradNorm, NashMTL, UncertaintyWeighting
 from tests.training import loader
 
-STEPS, BATCH = 20, 8
+STEPS, BATCH = 9, 8
 HEADS = {"age": 1, "smile": 2, "pose": 3}
 Part = tuple[int, list[int], Tensor, dict[str, Tensor]]
 

@@ -20,7 +20,7 @@ from tests.tuning.tiny import configuration
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 @pytest.mark.parametrize(("trials", "prune"), [(2, False), pytest.param(6, True, marks=pytest.mark.slow)])
 def test_two_ranks_train_the_trials_that_rank_0_draws(trials: int, prune: bool, tmp_path: Path, pair: Pair) -> None:
-    configured = configuration(tmp_path, devices=2, strategy="ddp", max_epochs=3)
+    configured = configuration(tmp_path, devices=2, strategy="ddp", max_epochs=3 if prune else 1)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(configured))
     parameters = {"model.optimizer.lr": [1e-1, 1e-7]}
     (tmp_path / "space.yaml").write_text(yaml.safe_dump({"objective": "val/loss", "parameters": parameters}))
