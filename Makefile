@@ -23,7 +23,7 @@ install = $(PIP) install --quiet --constraint constraints.txt --editable ".[$(1)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check lint doctest fmt env hooks clean distclean
+.PHONY: help demo test test-slow check lint doctest fmt env hooks clean distclean
 .PHONY: bench bench-step bench-floor bench-torchjd bench-methods bench-solvers bench-toy bench-gpu
 .PHONY: bench-methods-work bench-gradnorm-toy
 
@@ -34,10 +34,14 @@ demo: $(VENV)/.examples ## Train the quickstart on its embedded data; says how t
 	env -u LIGHTNING_MTL_DATA $(BIN)/python examples/quickstart.py --logdir $(LOGDIR) $(DEMO_ARGS)
 
 # One thread a process: the tests' models are too small to share, and WORKERS processes run side by side.
-test doctest: export OMP_NUM_THREADS = 1
+test test-slow doctest: export OMP_NUM_THREADS = 1
 
-test: $(VENV)/.dev ## Run the whole test suite; warnings are errors.
-	$(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+# loadgroup: tests with two ranks run in one of the workers, where one pair of processes serves them all.
+test: $(VENV)/.dev ## Run the tests but the slow ones, in less than five minutes; warnings are errors.
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(TEST_ARGS)
+
+test-slow: $(VENV)/.dev ## Run the slow tests, in less than twenty minutes.
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(TEST_ARGS)
 
 check: lint doctest test ## What a reviewer runs: format, lint, types, import layers, doctests, tests.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -123,6 +124,12 @@ def complete(problem: Problem, method: Method, tuned: Tuned, seed: int) -> None:
         tuned.trials[seed] = train(problem, weighting, lr=tuned.lr, seed=seed, task=method.task)
 
 
+def takes_no_argument(method: type[Weighting]) -> bool:
+    """Whether a method can be constructed as it is."""
+    given = inspect.signature(method).parameters.values()
+    return all(one.default is not one.empty or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in given)
+
+
 EQUAL, STATIC, SINGLE = "equal weights", "static weights, tuned", "single task"
 # Each with what its paper, or its code, has as a default.
 NAMED: dict[str, MakeWeighting] = {
@@ -138,24 +145,22 @@ NAMED: dict[str, MakeWeighting] = {
     "NashMTL": lambda _: methods.NashMTL(),
     "UPGrad": lambda _: methods.UPGrad(),
 }
-REST: dict[str, MakeWeighting] = {
-    "AlignedMTL": lambda _: methods.AlignedMTL(),
-    "ConFIG": lambda _: methods.ConFIG(),
-    "CoVWeighting": lambda _: methods.CoVWeighting(),
+_WITH_ARGUMENTS: dict[str, MakeWeighting] = {
     "CRMOGM of MGDA": lambda _: methods.CRMOGM(methods.MGDA()),
     "DTP": lambda p: methods.DTP(p.metric),
-    "DualProj": lambda _: methods.DualProj(),
-    "FairGrad": lambda _: methods.FairGrad(),
-    "GLS": lambda _: methods.GLS(),
-    "GradDrop": lambda _: methods.GradDrop(),
-    "GradientNormBalance": lambda _: methods.GradientNormBalance(),
-    "GradVac": lambda _: methods.GradVac(),
-    "IMTL": lambda _: methods.IMTL(),
-    "IMTLL": lambda _: methods.IMTLL(),
-    "LBTW": lambda _: methods.LBTW(),
-    "RLW": lambda _: methods.RLW(),
-    "ScaleInvariant": lambda _: methods.ScaleInvariant(),
     "STCH": lambda _: methods.STCH(warmup_epochs=2),  # of about six; the paper's warm-up would be most of the budget
+}
+
+
+def _plain(name: str) -> MakeWeighting:
+    return lambda _: getattr(methods, name)()
+
+
+# Every other method that can be constructed without arguments; fixed weights have a row that is tuned.
+REST: dict[str, MakeWeighting] = _WITH_ARGUMENTS | {
+    name: _plain(name)
+    for name in sorted(set(methods.__all__) - {*NAMED, *_WITH_ARGUMENTS, "StaticWeights"})
+    if takes_no_argument(getattr(methods, name))
 }
 
 

@@ -10,6 +10,7 @@ equal weights and a model for each task alone get the same budget, and a table s
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import logging
 import os
@@ -47,8 +48,17 @@ ARGUMENTS: dict[str, dict[str, object]] = {
     "UncertaintyWeighting": {"kinds": dict.fromkeys(TASKS, "classification")},
 }
 
-# A method of another library has to be constructed first.
-CHOICES = sorted(set(methods.__all__) - {"FromTorchJD"})
+
+def is_ready(name: str) -> bool:
+    """Whether a method needs no argument beyond those above."""
+    try:
+        inspect.signature(getattr(methods, name)).bind(**ARGUMENTS.get(name, {}))
+    except TypeError:
+        return False
+    return True
+
+
+CHOICES = sorted(name for name in methods.__all__ if is_ready(name))
 
 
 class TwoDigits(MultiTaskModule):

@@ -1,15 +1,42 @@
-"""What holds for every test: one thread, fixed seeds, a quiet Trainer."""
+"""What holds for every test: one thread, fixed seeds, a quiet Trainer; and the two processes that train together."""
 
+import gc
 import logging
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+
+from tests.distributed.pairs import Pair
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Tests with two ranks run in one of xdist's workers, so that one pair serves them all."""
+    for item in items:
+        if "pair" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.distributed)
+            item.add_marker(pytest.mark.xdist_group("pair"))
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collection need not look at modules and collected tests, a million objects, again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two processes that train together."""
+    started = Pair(tmp_path_factory.mktemp("pair"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from lightning_mtl import Signals, Weighting
+from lightning_mtl import Aggregator, Signals, Weighting
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,40 @@ class Row:
 
     @property
     def label(self) -> str:
-        arguments = getattr(self.make, "keywords", {})
-        return "-".join([self.name, *(f"{name}={value}" for name, value in arguments.items())])
+        return label(self.make)
+
+
+def reach(weighting: Weighting) -> Hashable:
+    """How a weighting reaches the gradients: of two that agree in this, a test of the engine needs one."""
+    return weighting.measures, weighting.at, weighting.weighs_heads, isinstance(weighting, Aggregator)
+
+
+def habits(weighting: Weighting) -> Hashable:
+    """The same with the hooks of Lightning that the class has of its own."""
+    classes = type(weighting).__mro__[: type(weighting).__mro__.index(Weighting)]
+    return reach(weighting), frozenset(name for cls in classes for name in vars(cls) if name.startswith("on_"))
+
+
+def memory(weighting: Weighting) -> Hashable:
+    """The same with the names of its states, for tests of what is saved and restored."""
+    return habits(weighting), tuple(sorted(weighting.state_dict()["state"]))
+
+
+def one_of_each(makes: Iterable[Callable[[], Weighting]], kind: Callable[[Weighting], Hashable]) -> list[Any]:
+    """Parameters: the first constructor of each kind; the other ones run with the slow tests."""
+    seen: set[Hashable] = set()
+    found = []
+    for make in makes:
+        key = kind(make())
+        found.append(pytest.param(make, id=label(make), marks=[pytest.mark.slow] if key in seen else []))
+        seen.add(key)
+    return found
+
+
+def label(make: Callable[[], Weighting]) -> str:
+    """A weighting's name and its arguments."""
+    arguments = getattr(make, "keywords", {})
+    return "-".join([type(make()).__name__, *(f"{name}={value}" for name, value in arguments.items())])
 
 
 def names(num_tasks: int) -> tuple[str, ...]:

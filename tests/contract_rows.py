@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mtl import Aggregator
+from lightning_mtl import Aggregator, Weighting
 from lightning_mtl.weighting import (
     CRMOGM,
     DTP,
@@ -127,9 +127,9 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
     ),
-    Row("STCH", STCH),
-    Row("STCH", functools.partial(STCH, mu=0.3, warmup_epochs=1, preference={"a": 2.0}), by_name=True),
     Row("STCH", functools.partial(STCH, mu=1e-3, warmup_epochs=0)),
+    Row("STCH", functools.partial(STCH, mu=0.3, warmup_epochs=1, preference={"a": 2.0}), by_name=True),
+    Row("STCH", STCH),
     Row(
         "FAMO",
         FAMO,
@@ -267,3 +267,9 @@ ROWS: tuple[Row, ...] = (
 )
 
 AGGREGATORS: tuple[Callable[[], Aggregator], ...] = (GradDrop, functools.partial(GradDrop, leak=0.3, seed=2))
+
+MAKES: tuple[Callable[[], Weighting], ...] = (*(row.make for row in ROWS), *AGGREGATORS)
+# Each method once, as in its first row for tasks of any name.
+METHODS: dict[str, Callable[[], Weighting]] = {}
+for _make in (*(row.make for row in ROWS if not row.by_name), *AGGREGATORS):
+    METHODS.setdefault(type(_make()).__name__, _make)

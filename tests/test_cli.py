@@ -87,7 +87,7 @@ def test_the_example_trains_and_is_reproduced_by_what_it_saved(monkeypatch: pyte
     for name, value in first["state_dict"].items():
         assert torch.equal(value, second["state_dict"][name]), name
 
-    for stage in ("validate", "test", "predict"):
+    for stage in ("validate", "predict"):  # a test is among the commands of the README
         run(monkeypatch, stage, "--config", str(saved / "config.yaml"), "--ckpt_path", str(checkpoint))
 
 
@@ -209,6 +209,7 @@ def test_a_message_in_several_parts_becomes_one_line() -> None:
     assert condense("plain") == "plain"
 
 
+@pytest.mark.slow
 def test_the_installed_program_runs() -> None:
     program = Path(sys.executable).with_name("lightning-mtl")
     ran = subprocess.run([str(program), "methods"], capture_output=True, text=True, check=True)

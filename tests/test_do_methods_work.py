@@ -95,12 +95,6 @@ def test_static_grids_add_up_to_the_number_of_tasks() -> None:
             assert sum(map(float, label.split())) == pytest.approx(len(tasks), abs=0.05)
 
 
-def test_every_weighting_has_its_row() -> None:
-    made = [make(digits()) for make in {**NAMED, **REST}.values()]
-    missing = set(methods.__all__) - {type(weighting).__name__ for weighting in made}
-    assert missing == {"FromTorchJD", "StaticWeights"}
-
-
 # Training
 
 
@@ -117,7 +111,9 @@ def test_a_training_is_the_seeds_alone() -> None:
     assert set(train(tiny(), None, lr=1e-3, seed=1, task="left").test) == {"left"}
 
 
-@pytest.mark.parametrize("name", [*NAMED, *REST])
+@pytest.mark.parametrize(
+    "name", ["UncertaintyWeighting", *(pytest.param(name, marks=pytest.mark.slow) for name in [*NAMED, *REST][1:])]
+)
 def test_every_row_trains(name: str) -> None:
     found = train(tiny(), {**NAMED, **REST}[name](tiny()), lr=1e-3, seed=0)
     assert all(0 < value < 1 for value in found.test.values())

@@ -34,6 +34,7 @@ def normalised(weighting: Weighting | None, seed: int) -> tuple[dict[str, float]
     return {task: after / before[task] for task, after in losses_on(module, test).items()}, steps
 
 
+@pytest.mark.slow
 def test_gradnorm_keeps_the_small_task_from_drowning() -> None:
     equal = [normalised(None, seed)[0] for seed in SEEDS]
     balanced = []

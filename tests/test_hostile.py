@@ -91,7 +91,7 @@ def names(row: Row, num_tasks: int) -> list[str]:
     return (["a", "b", "c"] + [f"task {k}" for k in range(num_tasks)])[:num_tasks]
 
 
-@examples(200)
+@examples(100)
 @given(st.data())
 def test_no_measurement_makes_a_weight_or_a_state_that_is_no_number(data: st.DataObject) -> None:
     row = data.draw(st.sampled_from(ROWS), label="row")
@@ -138,7 +138,7 @@ WEIGHTINGS: dict[str, Any] = {
 }
 
 
-@examples(30)
+@examples(20)
 @given(
     name=st.sampled_from(sorted(WEIGHTINGS)),
     num_tasks=st.sampled_from([1, 2, 5, 64]),
@@ -191,7 +191,7 @@ texts = st.text(min_size=0, max_size=12) | st.sampled_from(
 )
 
 
-@examples(60)
+@examples(30)
 @given(st.lists(texts, min_size=1, max_size=3, unique=True))
 @example(["val/loss", "loss", "a b"])
 @example(list(ATTRIBUTES))

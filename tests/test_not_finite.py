@@ -13,7 +13,8 @@ from torch.nn.functional import mse_loss
 
 from lightning_mtl import Aggregator, MultiTaskModule, Task, Weighting
 from lightning_mtl.weighting import MGDA, GradNorm, UncertaintyWeighting
-from tests.contract_rows import AGGREGATORS, ROWS
+from tests.contract import habits, one_of_each
+from tests.contract_rows import MAKES
 from tests.small import Batch, batch, batches, binary, small
 from tests.training import History, Steps, fit, flat_parameters, loader
 from tests.weightings import WeightedSum, fixed
@@ -23,9 +24,6 @@ WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5}
 BROKEN = 3
 How = Literal["nan loss", "infinite loss", "nan gradient", "infinite gradient"]
 HOWS: tuple[How, ...] = ("nan loss", "infinite loss", "nan gradient", "infinite gradient")
-MAKES: dict[str, Callable[[], Weighting]] = {row.label: row.make for row in ROWS} | {
-    f"aggregator {number}": make for number, make in enumerate(AGGREGATORS)
-}
 WAYS: dict[str, Callable[[], Weighting | None]] = {
     "no weighting": lambda: None,
     "losses": UncertaintyWeighting,
@@ -92,9 +90,9 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
 
 @pytest.mark.filterwarnings("ignore:Step 3 is skipped:UserWarning")
 @pytest.mark.parametrize("how", ["nan loss", "infinite gradient"])
-@pytest.mark.parametrize("name", MAKES)
-def test_a_skipped_step_leaves_parameters_and_state_alone(name: str, how: How) -> None:
-    weighting, history = MAKES[name](), History()
+@pytest.mark.parametrize("make", one_of_each(MAKES, habits))
+def test_a_skipped_step_leaves_parameters_and_state_alone(make: Callable[[], Weighting], how: How) -> None:
+    weighting, history = make(), History()
     states = States(weighting)
     module = breaking(how, optimizer=adam)
     # No boundary between epochs beside the broken step: some states move there, whatever happens in a step.

@@ -129,7 +129,12 @@ def compiled_in_place(part: nn.Module, backend: Any) -> nn.Module:
 of_torch_dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 in_either_way = pytest.mark.parametrize(
     ("way", "compile_part"),
-    [*((way, compiled) for way in WAYS), ("losses", compiled_in_place), ("rows", compiled_in_place)],
+    [
+        *((way, compiled) for way in ("features", "rows")),
+        ("losses", compiled_in_place),
+        *(pytest.param(way, compiled, marks=pytest.mark.slow) for way in WAYS if way not in ("features", "rows")),
+        pytest.param("rows", compiled_in_place, marks=pytest.mark.slow),
+    ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 

@@ -7,7 +7,6 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import optuna
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -62,10 +61,11 @@ def _trained(base: Base, folder: Path) -> dict[str, dict[str, float]]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    parts = _Parts(values)
     found = single_task_baselines(
-        lambda seed: _made(values).model,
-        lambda seed: _made(values).datamodule,
-        lambda: _trainer(values),
+        lambda seed: parts.take("model"),
+        lambda seed: parts.take("datamodule"),
+        lambda: parts.take("trainer"),
         seeds=(base.seed,),
         cache_dir=folder / "baselines",
         key=digest(values),
@@ -76,10 +76,20 @@ def _trained(base: Base, folder: Path) -> dict[str, dict[str, float]]:
     }
 
 
-def _made(values: dict[str, Any]) -> MultiTaskCLI:
-    return MultiTaskCLI(deepcopy(values), run=False, exit_on_error=False)
+class _Parts:
+    """Model, data and Trainers from a configuration. The parser makes all three at once; each is handed out once.
 
+    Args:
+        values: The configuration.
+    """
 
-def _trainer(values: dict[str, Any]) -> pl.Trainer:
-    trainer: pl.Trainer = _made(values).trainer
-    return trainer
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.unused: dict[str, Any] = {}
+
+    def take(self, part: str) -> Any:  # noqa: ANN401 - the caller knows which it asked for
+        """A model, datamodule or Trainer that nobody has used."""
+        if part not in self.unused:
+            cli = MultiTaskCLI(deepcopy(self.values), run=False, exit_on_error=False)
+            self.unused = {"model": cli.model, "datamodule": cli.datamodule, "trainer": cli.trainer}
+        return self.unused.pop(part)

@@ -1,29 +1,20 @@
-"""One process of a pair: trains trunks whose tasks share a part under DDP, and saves what became of them.
-
-python -m tests.architectures.experts_worker RANK RENDEZVOUS RESULT
-"""
+"""Trains trunks whose tasks share a part, in one process or as one of a pair."""
 
 from __future__ import annotations
 
 import functools
-import os
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_mtl import Weighting
 from lightning_mtl.monitors import GateUsage
 from lightning_mtl.weighting import MGDA, GradNorm
 from tests.architectures.models import batch, build
-from tests.distributed.worker import be_quiet
 from tests.training import flat_parameters, loader, quiet_trainer
 
-RANKS = 2
 WEIGHTINGS: dict[str, Callable[[], list[Weighting]]] = {
     "equal": list,
     "MGDA": lambda: [MGDA()],
@@ -61,18 +52,3 @@ def train(kind: str, weighting: str, rank: int, ranks: int) -> dict[str, Any]:
         "tables": {name: table.values for name, table in usage.latest.items()},
         "scalars": {name: value for name, value in trainer.callback_metrics.items() if "sparsity" in name},
     }
-
-
-def main(rank: str, rendezvous: str, result: str) -> None:
-    # A file to meet at: nobody else can take it, as one could take a free port.
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=RANKS, timeout=timedelta(seconds=20)
-    )
-    torch.save({case: train(*case, int(rank), RANKS) for case in CASES}, result)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("LOCAL_RANK", sys.argv[1])
-    be_quiet()
-    main(*sys.argv[1:])

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.architectures.experts_worker import CASES, RANKS, train
-from tests.distributed.pairs import results_of
+from tests.architectures.experts_worker import CASES, train
+from tests.distributed.pairs import Pair
 
 
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_two_processes_follow_one(tmp_path: Path) -> None:
-    first, second = results_of("tests.architectures.experts_worker", tmp_path, RANKS, seconds=120)
-    for case in CASES:
-        assert first[case]["parameters"].equal(second[case]["parameters"]), case
-        alone = train(*case, rank=0, ranks=1)
-        torch.testing.assert_close(first[case], alone, rtol=1e-5, atol=1e-5, equal_nan=True)
+@pytest.mark.parametrize(("kind", "weighting"), CASES)
+def test_two_processes_follow_one(kind: str, weighting: str, pair: Pair) -> None:
+    first, second = pair.run(train, kind, weighting)
+    assert first["parameters"].equal(second["parameters"])
+    torch.testing.assert_close(first, train(kind, weighting, 0, 1), rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from lightning_mtl import Weighting
 from lightning_mtl.monitors import GateUsage
 from lightning_mtl.weighting import MGDA, UncertaintyWeighting
 from tests.architectures.models import TASKS, TRUNKS, batch, build
-from tests.contract_rows import AGGREGATORS, ROWS
+from tests.contract import one_of_each, reach
+from tests.contract_rows import MAKES
 from tests.gradients.oracle import (
     assert_same,
     expected_update,
@@ -29,18 +31,14 @@ from tests.gradients.oracle import (
 from tests.training import Steps, fit, flat_parameters, loader
 from tests.weightings import fixed
 
-WEIGHTINGS = {row.label: row.make for row in ROWS} | {
-    f"GradDrop-{number}": make for number, make in enumerate(AGGREGATORS)
-}
 
-
-@pytest.mark.parametrize("label", WEIGHTINGS)
+@pytest.mark.parametrize("make", one_of_each(MAKES, reach))
 @pytest.mark.parametrize("kind", ["MTAN", "PLE"])
-def test_every_weighting_trains_them(kind: str, label: str) -> None:
+def test_every_weighting_trains_them(kind: str, make: Callable[[], Weighting]) -> None:
     module = build(kind)
     before = {name: parameter.clone() for name, parameter in module.named_parameters()}
     batches = [batch(seed=seed) for seed in range(3)]
-    trainer = fit(module, loader(*batches), loader(batch()), callbacks=[WEIGHTINGS[label]()])
+    trainer = fit(module, loader(*batches), loader(batch()), callbacks=[make()])
     assert trainer.global_step == 3
     for name, parameter in module.named_parameters():
         assert bool(parameter.isfinite().all()), name
@@ -91,7 +89,7 @@ def test_shared_are_the_parameters_that_more_than_one_task_reaches(kind: str) ->
     assert min(reached.values()) > 0
 
 
-@pytest.mark.parametrize("kind", ["DSelectK", "static DSelectK"])
+@pytest.mark.parametrize("kind", ["DSelectK", pytest.param("static DSelectK", marks=pytest.mark.slow)])
 def test_the_entropy_is_trained_down_to_a_choice(kind: str) -> None:
     def entropy_after(strength: float) -> float:
         module = build(kind, optimizer=functools.partial(torch.optim.Adam, lr=0.05))

@@ -1,24 +1,16 @@
-"""One process of a pair: trains each trunk on its half of every batch and saves what became of it.
-
-python -m tests.architectures.worker RANK RENDEZVOUS RESULT
-"""
+"""Trains each trunk, in one process or as one of a pair on half of every batch."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_mtl.architectures import LTB, Branching
 from lightning_mtl.weighting import MGDA, GradNorm
 from tests.architectures.trunks import build, regression
-from tests.distributed.worker import RANKS, be_quiet
 from tests.training import fit, flat_parameters, loader
 
 WEIGHTINGS: Mapping[str, Any] = {
@@ -59,20 +51,3 @@ def train(trunk: str, weighting: str, rank: int = 0, ranks: int = 1) -> Tensor:
     if isinstance(module.trunk, LTB):
         assert module.trunk.hardened
     return flat_parameters(module)
-
-
-def main(rank: str, rendezvous: str, result: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=int(rank),
-        world_size=RANKS,
-        timeout=timedelta(seconds=20),
-    )
-    torch.save({" / ".join(case): train(*case, int(rank), RANKS) for case in CASES}, result)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    be_quiet()
-    main(*sys.argv[1:])

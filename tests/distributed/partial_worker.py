@@ -1,20 +1,12 @@
-"""One process of a pair that learns from partial labels of every kind.
-
-python -m tests.distributed.partial_worker RANK RENDEZVOUS RESULT
-"""
+"""Learns from partial labels of every kind, in one process or as one of a pair."""
 
 from __future__ import annotations
 
 import functools
-import os
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torchmetrics import MeanSquaredError, MetricCollection
@@ -22,8 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_mtl import MaskedTarget, MultiTaskModule, Task, Weighting
 from lightning_mtl.weighting import MGDA, GradNorm, UncertaintyWeighting
-from tests.distributed.worker import COLLECTIVE_SECONDS, DDP, RANKS, be_quiet
-from tests.training import flat_parameters, loader
+from tests.distributed.table import DDP
+from tests.training import flat_parameters, loader, quiet_trainer
 
 STEPS, SAMPLES, PIXELS = 10, 8, 3
 WEIGHTINGS: dict[str, Callable[[], list[Weighting]]] = {
@@ -91,45 +83,18 @@ def batches(rank: int, ranks: int) -> list[Any]:
     return given
 
 
-def train(rank: int = 0, ranks: int = 1) -> dict[str, dict[str, Any]]:
-    """Train with every kind of weighting."""
-    results = {}
-    for name, make in (WEIGHTINGS | ACCUMULATE).items():
-        model = module(accumulate_grad_batches=2 if name in ACCUMULATE else 1)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=ranks,
-            strategy="auto" if ranks == 1 else DDP(),
-            max_epochs=1,
-            callbacks=[*make()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
-        trainer.fit(model, loader(*batches(rank, ranks)), loader(*batches(rank, ranks)))
-        results[name] = {
-            "parameters": flat_parameters(model),
-            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        }
-    return results
-
-
-def main(rank: str, rendezvous: str, result: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=int(rank),
-        world_size=RANKS,
-        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+def train(name: str, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
+    """Train with one kind of weighting."""
+    make = (WEIGHTINGS | ACCUMULATE)[name]
+    model = module(accumulate_grad_batches=2 if name in ACCUMULATE else 1)
+    trainer = quiet_trainer(
+        devices=ranks,
+        strategy="auto" if ranks == 1 else DDP(),
+        callbacks=[*make()],
+        use_distributed_sampler=False,
     )
-    torch.save(train(int(rank), RANKS), result)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("LOCAL_RANK", sys.argv[1])
-    be_quiet()
-    main(*sys.argv[1:])
+    trainer.fit(model, loader(*batches(rank, ranks)), loader(*batches(rank, ranks)))
+    return {
+        "parameters": flat_parameters(model),
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+    }

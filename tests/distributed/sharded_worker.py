@@ -1,19 +1,12 @@
-"""One process of a pair that trains on parameters sharded by FSDP2, and the same training in one process.
-
-python -m tests.distributed.sharded_worker RANK RENDEZVOUS RESULT
-"""
+"""Trains on parameters sharded by FSDP2 as one of a pair, and whole in one process."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -21,10 +14,9 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from lightning_mtl import MultiTaskModule, Task, TaskOutput, Weighting
 from lightning_mtl.weighting import MGDA, GradientNormBalance, GradNorm, NashMTL, UncertaintyWeighting
-from tests.distributed.worker import be_quiet
 from tests.training import loader
 
-RANKS, STEPS, BATCH = 2, 20, 8
+STEPS, BATCH = 9, 8
 HEADS = {"age": 1, "smile": 2, "pose": 3}
 Part = tuple[int, list[int], Tensor, dict[str, Tensor]]
 
@@ -138,25 +130,3 @@ def train(name: str, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
         for key, value in module.state_dict().items()
     }
     return {"parameters": whole, "state": {} if weighting is None else weighting.state_dict()["state"]}
-
-
-def main(rank: str, rendezvous: str, result: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=int(rank),
-        world_size=RANKS,
-        timeout=timedelta(seconds=30),
-    )
-    trained = {}
-    for name in CASES:
-        sys.stderr.write(f"{name}\n")
-        trained[name] = train(name, int(rank), RANKS)
-    torch.save(trained, result)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("LOCAL_RANK", sys.argv[1])
-    be_quiet()
-    main(*sys.argv[1:])

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 
-import lightning_mtl.weighting
 from lightning_mtl import Aggregator, TaskOutput, Weighting
 from lightning_mtl.weighting import DTP, MGDA, GradientNormBalance, GradNorm, UncertaintyWeighting
-from tests.contract_rows import inverse_norms
+from tests.contract import habits
+from tests.contract_rows import METHODS
 from tests.distributed.data import Faces, Part, Pattern, Trunk
 from tests.weightings import WeightedSum, fixed
 
-# Of weightings that cannot do without.
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "DTP": {"metric": "accuracy", "stage": "train"},
-    "CRMOGM": {"weighting": MGDA()},
-    "FromTorchJD": {"weighting": inverse_norms},
-    # Not needed, but its own warm-up is longer than the fits here.
-    "STCH": {"warmup_epochs": 1},
+DDP = functools.partial(DDPStrategy, process_group_backend="gloo")
+FLAVOURS: dict[str, Callable[[], Strategy]] = {
+    "default": DDP,
+    "find_unused_parameters": functools.partial(DDP, find_unused_parameters=True),
+    "static_graph": functools.partial(DDP, static_graph=True),
+    "gradient_as_bucket_view": functools.partial(DDP, gradient_as_bucket_view=True),
 }
 PLACES = ("trunk", "features", "last_layer")
 UNLIKE = {"age": 1.0, "smile": 0.25, "pose": 3.0}
@@ -40,7 +41,7 @@ class Case:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     automatic: bool = False
     """Lightning's automatic optimization; ``accumulate_grad_batches`` then goes to the Trainer."""
-    batches: int = 21
+    batches: int = 8  # every pattern of labels comes up in seven
     epochs: int = 1
     validates: bool = False
 
@@ -81,38 +82,33 @@ class BrokenGradient(BrokenLoss):
         return broken
 
 
-def exported() -> dict[str, type[Weighting]]:
-    """Every weighting that the package exports, now and later."""
-    found = {name: getattr(lightning_mtl.weighting, name) for name in lightning_mtl.weighting.__all__}
-    return {name: cls for name, cls in found.items() if isinstance(cls, type) and issubclass(cls, Weighting)}
-
-
-def _constructor(name: str, cls: type[Weighting], **more: Any) -> Callable[[], Weighting]:
-    return lambda: cls(**(ARGUMENTS.get(name, {}) | more))
-
-
 def weighting_cases() -> dict[str, Case]:
     """Each exported weighting, over several epochs."""
-    return {name: Case(_constructor(name, cls), batches=7, epochs=3) for name, cls in exported().items()}
+    return {name: Case(make, batches=7, epochs=3) for name, make in METHODS.items()}
 
 
 def place_cases() -> dict[str, Case]:
     """The places that no weighting has for its default, for one weighting of each kind."""
     found, kinds = {}, set()
-    for name, cls in exported().items():
-        default = inspect.signature(cls).parameters.get("at")
-        kind = (cls.measures, cls.weighs_heads)
-        if default is None or cls.measures == "losses" or issubclass(cls, Aggregator) or kind in kinds:
+    for name, make in METHODS.items():
+        weighting = make()
+        kind = (weighting.measures, weighting.weighs_heads)
+        if weighting.measures == "losses" or isinstance(weighting, Aggregator) or kind in kinds:
             continue
         kinds.add(kind)
-        found.update(
-            {
-                f"{name} at {place}": Case(_constructor(name, cls, at=place))
-                for place in PLACES
-                if place != default.default
-            }
-        )
+        for place in PLACES:
+            if place != weighting.at:
+                found[f"{name} at {place}"] = Case(functools.partial(type(weighting), at=place))
     return found
+
+
+def kind(case: Case) -> Hashable:
+    """How the case's weighting reaches the gradients, whether chance or a metric has a part in it."""
+    weighting = case.weighting()
+    if weighting is None:
+        return None
+    by_chance = "random" in weighting.state_dict()["state"]
+    return habits(weighting), by_chance, weighting.step_metric
 
 
 # One method for each way in which weights reach the gradients.
@@ -132,14 +128,26 @@ OTHER_WAYS: dict[str, Callable[[], Weighting | None]] = {
 ACCUMULATED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
 
 
+@functools.cache
 def cases(flavour: str) -> dict[str, Case]:
-    """The whole table; what does not depend on the flavour of DDP is left to the default one."""
-    table = weighting_cases()
-    ways = WAYS | OTHER_WAYS if flavour == "default" else WAYS
-    for way, make in ways.items():
-        table[f"{way}, accumulated"] = Case(make, arguments=ACCUMULATED, batches=41)
+    """The flavour's table; what does not depend on the flavour of DDP, methods above all, is left to the default."""
+    table = {}
+    for way, make in (WAYS | OTHER_WAYS if flavour == "default" else WAYS).items():
+        table[f"{way}, accumulated"] = Case(make, arguments=ACCUMULATED, batches=15)
         table[f"{way}, each task its loader"] = Case(make, "loaders")
-    return table | place_cases() | _default_only() if flavour == "default" else table
+    return weighting_cases() | table | place_cases() | _default_only() if flavour == "default" else table
+
+
+def parameters() -> list[Any]:
+    """Flavours and names of cases; of the weightings, all but one of each kind run with the slow tests."""
+    methods, seen, found = weighting_cases(), set(), []
+    for flavour in FLAVOURS:
+        for name, case in cases(flavour).items():
+            again = name in methods and kind(case) in seen
+            if name in methods:
+                seen.add(kind(case))
+            found.append(pytest.param(flavour, name, marks=[pytest.mark.slow] if again else []))
+    return found
 
 
 def _default_only() -> dict[str, Case]:
@@ -147,8 +155,8 @@ def _default_only() -> dict[str, Case]:
     for way, make in WAYS.items():
         table[f"{way}, complete"] = Case(make, "complete", validates=True)
         table[f"{way}, uncounted"] = Case(make, "uncounted")
-        table[f"{way}, loss not finite"] = Case(make, "complete", module=BrokenLoss, batches=24)
-        table[f"{way}, gradient not finite"] = Case(make, "complete", module=BrokenGradient, batches=24)
+        table[f"{way}, loss not finite"] = Case(make, "complete", module=BrokenLoss)
+        table[f"{way}, gradient not finite"] = Case(make, "complete", module=BrokenGradient)
         if way != "layer":  # whose last layer would be one task's own
             table[f"{way}, a branch a task"] = Case(make, trunk="branches")
         if way != "rows":

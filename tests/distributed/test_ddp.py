@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +11,15 @@ import torch
 from torch import Tensor
 
 from tests.distributed.data import TASKS, Faces, batches
-from tests.distributed.pairs import run_together
-from tests.distributed.table import Case, cases, exported
-from tests.distributed.worker import FLAVOURS, RANKS, train
+from tests.distributed.pairs import RANKS, Pair
+from tests.distributed.table import Case, cases, parameters
+from tests.distributed.worker import train, train_on_rank
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Step \\d+ is skipped:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning"),
+]
 TOLERANCE = 1e-5
-SECONDS = 240  # a tenth would do on an idle machine
 
 
 @functools.cache
@@ -29,39 +28,18 @@ def alone(name: str) -> dict[str, Any]:
     return train(cases("default")[name], "single")
 
 
-@pytest.fixture(params=FLAVOURS)
-def flavour(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
-
-@pytest.mark.filterwarnings("ignore:Step \\d+ is skipped:UserWarning")
-@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
-def test_two_processes_follow_one(flavour: str, tmp_path: Path) -> None:
-    results = [tmp_path / f"rank{rank}.pt" for rank in range(RANKS)]
-    commands = [
-        ["-m", "tests.distributed.worker", flavour, str(rank), str(tmp_path / "rendezvous"), str(result)]
-        for rank, result in enumerate(results)
-    ]
-    table = cases(flavour)
-    with ThreadPoolExecutor(1) as background:
-        pair = background.submit(run_together, commands, tmp_path, SECONDS)
-        reference = {name: alone(name) for name in table}
-        pair.result()
-    ranks = [torch.load(result) for result in results]
-    found = [
-        f"{name}: {complaint}"
-        for name, case in table.items()
-        for complaint in complaints(case, [rank[name] for rank in ranks], reference[name])
-    ]
-    found += buffer_complaints(ranks) if flavour == "default" else []
+@pytest.mark.parametrize(("flavour", "name"), parameters())
+def test_two_processes_follow_one(flavour: str, name: str, pair: Pair) -> None:
+    ranks = pair.run(train_on_rank, flavour, name)
+    found = [*complaints(cases(flavour)[name], ranks, alone(name))]
     assert not found, "\n".join(found)
 
 
-def test_every_exported_weighting_is_in_the_table(flavour: str) -> None:
-    trained = {type(case.weighting()).__name__ for case in cases(flavour).values()}
-
-    assert exported().keys() <= trained
+def test_buffers_are_those_of_automatic_optimization(pair: Pair) -> None:
+    names = [name for name in cases("default") if name.startswith("buffers")]
+    trained = {name: pair.run(train_on_rank, "default", name) for name in names}
+    found = [*buffer_complaints([{name: trained[name][rank] for name in names} for rank in range(RANKS)])]
+    assert not found, "\n".join(found)
 
 
 def complaints(case: Case, ranks: list[dict[str, Any]], alone: dict[str, Any]) -> Iterator[str]:
@@ -74,7 +52,7 @@ def complaints(case: Case, ranks: list[dict[str, Any]], alone: dict[str, Any]) -
         yield "parameters are not finite"
     if case.trunk == "batch norm":  # each rank normalises by its own samples
         return
-    if alone["steps"] < 20:
+    if alone["steps"] < 6:
         yield f"{alone['steps']} steps are too few"
     compared = ["parameters", "weights", "state", "steps"]
     # Means over an epoch count samples, or leave out what is not finite, on each rank.

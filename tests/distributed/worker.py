@@ -1,40 +1,19 @@
-"""One process of a pair: trains the whole table under one flavour of DDP and saves what became of it.
-
-python -m tests.distributed.worker FLAVOUR RANK RENDEZVOUS RESULT
-"""
+"""Trains cases of the table, in one process or on one of two ranks under a flavour of DDP."""
 
 from __future__ import annotations
 
-import functools
-import logging
-import os
-import sys
-import warnings
-from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_mtl import Monitor, Signals
 from tests.distributed.data import TASKS, Faces, batches, cut
-from tests.distributed.table import Case, cases
+from tests.distributed.pairs import RANKS
+from tests.distributed.table import FLAVOURS, Case, cases
 from tests.training import flat_parameters, loader
-
-RANKS = 2
-COLLECTIVE_SECONDS = 20
-DDP = functools.partial(DDPStrategy, process_group_backend="gloo")
-FLAVOURS: dict[str, Callable[[], Strategy]] = {
-    "default": DDP,
-    "find_unused_parameters": functools.partial(DDP, find_unused_parameters=True),
-    "static_graph": functools.partial(DDP, static_graph=True),
-    "gradient_as_bucket_view": functools.partial(DDP, gradient_as_bucket_view=True),
-}
 
 
 class Diary(Monitor):
@@ -108,31 +87,6 @@ def train(case: Case, flavour: str, rank: int = 0) -> dict[str, Any]:
     }
 
 
-def main(flavour: str, rank: str, rendezvous: str, result: str) -> None:
-    # A file to meet at: nobody else can take it, as one could take a free port.
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=int(rank),
-        world_size=RANKS,
-        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
-    )
-    trained = {}
-    for name, case in cases(flavour).items():
-        sys.stderr.write(f"{name}\n")
-        trained[name] = train(case, flavour, int(rank))
-    torch.save(trained, result)
-    dist.destroy_process_group()
-
-
-def be_quiet() -> None:
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="Step \\d+ is skipped")
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("LOCAL_RANK", sys.argv[2])
-    be_quiet()
-    main(*sys.argv[1:])
+def train_on_rank(flavour: str, name: str, rank: int, ranks: int) -> dict[str, Any]:
+    """One case of the flavour's table, as one of a pair."""
+    return train(cases(flavour)[name], flavour, rank)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.distributed.pairs import results_of
-from tests.distributed.worker import RANKS
+from tests.distributed.pairs import Pair
 from tests.finetuning.worker import CASES, train
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-
-def test_two_processes_follow_one(tmp_path: Path) -> None:
-    first, second = results_of("tests.finetuning.worker", tmp_path, RANKS, seconds=120)
-    for case in CASES:
-        assert torch.equal(first[str(case)], second[str(case)]), f"{case}: the ranks differ"
-        torch.testing.assert_close(first[str(case)], train(*case), rtol=1e-6, atol=1e-8, msg=str(case))
+@pytest.mark.parametrize(("flavour", "weighting", "automatic"), CASES)
+def test_two_processes_follow_one(flavour: str, weighting: str, automatic: bool, pair: Pair) -> None:
+    first, second = pair.run(train, flavour, weighting, automatic)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, train(flavour, weighting, automatic), rtol=1e-6, atol=1e-8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,19 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from lightning_mtl import Task
+from lightning_mtl import Task, Weighting
 from lightning_mtl.architectures import MMoE
 from lightning_mtl.finetuning import add_task, drop_task
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.weighting import DWA, MGDA, UncertaintyWeighting
-from tests.contract import Row
-from tests.contract_rows import ROWS
+from tests.contract import habits, one_of_each
+from tests.contract_rows import METHODS
 from tests.small import TASKS, batch, binary, heads, regressions, small
 from tests.training import Memory, Steps, fit, loader, quiet_trainer
 
 ADAM = functools.partial(torch.optim.Adam, lr=0.05)
 ALL = ("a", "b", "c")
-METHODS = list({row.name: row for row in ROWS if not row.by_name and row.make()._states}.values())
+STATEFUL = [make for make in METHODS.values() if make()._states]
 
 
 def grow(module: MultiTaskModule) -> MultiTaskModule:
@@ -33,9 +34,9 @@ def grow(module: MultiTaskModule) -> MultiTaskModule:
     return module
 
 
-@pytest.mark.parametrize("row", METHODS, ids=lambda row: row.label)
-def test_any_weighting_goes_on_with_a_task_more_and_one_less(row: Row) -> None:
-    module, weighting, logger = binary(optimizer=ADAM), row.make(), Memory()
+@pytest.mark.parametrize("make", one_of_each(STATEFUL, habits))
+def test_any_weighting_goes_on_with_a_task_more_and_one_less(make: Callable[[], Weighting]) -> None:
+    module, weighting, logger = binary(optimizer=ADAM), make(), Memory()
     data, more = loader(batch(8)), loader(batch(8, tasks=ALL))
     fit(module, data, data, callbacks=[weighting])
     grow(module)

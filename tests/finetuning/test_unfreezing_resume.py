@@ -16,8 +16,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_mtl import Weighting
 from lightning_mtl.finetuning import GradualUnfreezing
 from lightning_mtl.weighting import DTP, MGDA
-from tests.contract import Row
-from tests.contract_rows import ROWS
+from tests.contract import habits, one_of_each
+from tests.contract_rows import METHODS
 from tests.small import Batch, batch, binary
 from tests.training import fit, flat_parameters
 
@@ -25,7 +25,6 @@ from tests.training import fit, flat_parameters
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
 
 TASKS = ("a", "b", "c")
-METHODS = list({row.name: row for row in ROWS}.values())
 EPOCHS, STEPS = 3, 2
 ADAM = functools.partial(torch.optim.Adam, lr=0.05)
 
@@ -76,9 +75,9 @@ def check(make: Any, path: Path, after: int, **arguments: Any) -> None:
         assert torch.equal(value, resumed_state[name]) or (value.isnan() == resumed_state[name].isnan()).all(), name
 
 
-@pytest.mark.parametrize("row", METHODS, ids=lambda row: row.label)
-def test_every_weighting(row: Row, tmp_path: Path) -> None:
-    check(row.make, tmp_path / "middle.ckpt", after=3)  # in the second epoch: one layer of two has thawed
+@pytest.mark.parametrize("make", one_of_each(METHODS.values(), habits))
+def test_every_weighting(make: Any, tmp_path: Path) -> None:
+    check(make, tmp_path / "middle.ckpt", after=3)  # in the second epoch: one layer of two has thawed
 
 
 @pytest.mark.parametrize("after", [1, 2, 4, 5])

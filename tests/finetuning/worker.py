@@ -1,24 +1,17 @@
-"""One process of a pair: thaws a trunk step by step while training on its half of every batch.
-
-python -m tests.finetuning.worker RANK RENDEZVOUS RESULT
-"""
+"""Thaws a trunk step by step, in one process or as one of a pair on half of every batch."""
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lightning_mtl.finetuning import GradualUnfreezing
 from lightning_mtl.weighting import MGDA, GradDrop, GradNorm
-from tests.distributed.worker import RANKS, be_quiet
 from tests.small import Batch, batches, small
 from tests.training import History, fit, loader
 
@@ -68,20 +61,3 @@ def train(flavour: str, weighting: str, automatic: bool, rank: int = 0, ranks: i
         use_distributed_sampler=False,
     )
     return torch.stack(history.parameters)
-
-
-def main(rank: str, rendezvous: str, result: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=int(rank),
-        world_size=RANKS,
-        timeout=timedelta(seconds=20),
-    )
-    torch.save({str(case): train(*case, int(rank), RANKS) for case in CASES}, result)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    be_quiet()
-    main(*sys.argv[1:])

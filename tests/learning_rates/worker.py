@@ -1,19 +1,12 @@
-"""One process of a pair that trains with per-task learning rates, and saves what became of it.
-
-python -m tests.learning_rates.worker RANK RENDEZVOUS RESULT
-"""
+"""Trains with per-task learning rates, in one process or as one of a pair."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,12 +14,10 @@ from torch.distributed.tensor import DTensor
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.learning_rates import GradientNorm, Importance, Relatedness, TaskLearningRate
 from lightning_mtl.weighting import MGDA
-from tests.distributed.worker import be_quiet
 from tests.small import Batch, batch, binary
 from tests.training import loader
 
 TASKS = ("a", "b", "c")
-RANKS = 2
 
 
 class Counted(MultiTaskModule):
@@ -73,20 +64,22 @@ def whole_batches() -> list[Batch]:
     return drawn
 
 
-def part(whole: Batch, rank: int) -> Batch:
+def part(whole: Batch, rank: int, ranks: int) -> Batch:
+    if ranks == 1:
+        return whole
     cut = slice(0, len(whole[0]) // 2) if rank == 0 else slice(len(whole[0]) // 2, None)
     return whole[0][cut], {task: target[cut] for task, target in whole[1].items()}
 
 
-def train(name: str, rank: int | None) -> dict[str, Any]:
+def train(name: str, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     """Train one case, in one process or as one of a pair."""
     make, settings = CASES[name]
-    data = whole_batches() if rank is None else [part(whole, rank) for whole in whole_batches()]
+    data = [part(whole, rank, ranks) for whole in whole_batches()]
     strategy: Any = "auto"
-    sharded = settings.get("sharded", False) and rank is not None
+    sharded = settings.get("sharded", False) and ranks > 1
     if sharded:
-        strategy = ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1, process_group_backend="gloo")
-    elif rank is not None:
+        strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, process_group_backend="gloo")
+    elif ranks > 1:
         strategy = DDPStrategy(process_group_backend="gloo")
     cls = Sharded if sharded else Counted
     module = binary(cls=cls, tasks=TASKS, accumulate_grad_batches=settings.get("accumulate", 1))
@@ -97,7 +90,7 @@ def train(name: str, rank: int | None) -> dict[str, Any]:
     rates = make()
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=1 if rank is None else RANKS,
+        devices=ranks,
         strategy=strategy,
         max_epochs=2,
         callbacks=[rates, *(kind() for kind in settings.get("callbacks", []))],
@@ -115,18 +108,3 @@ def train(name: str, rank: int | None) -> dict[str, Any]:
         "multipliers": rates.multipliers,
         "similarity": [factor.similarity for factor in rates.factors if isinstance(factor, Relatedness)],
     }
-
-
-def main(rank: str, rendezvous: str, result: str) -> None:
-    # A file to meet at: nobody else can take it, as one could take a free port.
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=RANKS, timeout=timedelta(seconds=20)
-    )
-    torch.save({name: train(name, int(rank)) for name in CASES}, result)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("LOCAL_RANK", sys.argv[1])
-    be_quiet()
-    main(*sys.argv[1:])

@@ -1,33 +1,23 @@
-"""One process of a pair, or one that stands for both: trains from every case's data module, saves what it saw.
-
-python -m tests.loaders.rank_worker RANKS RANK RENDEZVOUS RESULT
-"""
+"""Trains from every case's data module, as one of a pair or in one process that stands for both."""
 
 from __future__ import annotations
 
 import functools
-import os
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_mtl.data import Joint, MultiTaskDataModule, Proportional, Ratios, RoundRobin, Schedule
-from tests.distributed.worker import COLLECTIVE_SECONDS, be_quiet
 from tests.loaders.samples import Flowing, Numbered, Remembering, Sized, Watch, module, numbers
-from tests.training import flat_parameters
+from tests.training import flat_parameters, quiet_trainer
 
 # Of 4 samples a step on both ranks: 21 leave one sample, which one rank alone has; 16 divide evenly; of 1 there is one.
 SIZES = {"a": 21, "b": 16, "c": 1}
 EVEN = {"a": 20, "b": 16, "c": 4}
 EPOCHS = 2
-RANKS = 2
 SAVE_AFTER = 7
 
 
@@ -58,6 +48,7 @@ CASES: dict[str, Make] = {
     "workers": functools.partial(of, EVEN, Joint(), num_workers=1),
     "iterables": iterables,
 }
+RESUMED = ("joint", "iterables")
 
 
 class WatchAll(Watch):
@@ -77,18 +68,7 @@ class WatchAll(Watch):
 def run(make: Make, ranks: int, **arguments: Any) -> dict[str, Any]:
     ckpt, watch = arguments.pop("ckpt", None), WatchAll(**arguments)
     strategy = DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto"
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=ranks,
-        strategy=strategy,
-        max_epochs=EPOCHS,
-        callbacks=[watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(devices=ranks, strategy=strategy, max_epochs=EPOCHS, callbacks=[watch])
     model = module(tuple(SIZES))
     trainer.fit(model, datamodule=make(ranks), ckpt_path=ckpt)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -100,30 +80,14 @@ def run(make: Make, ranks: int, **arguments: Any) -> dict[str, Any]:
     }
 
 
-def main(ranks: int, rank: int, rendezvous: str, result: str) -> None:
-    if ranks > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{rendezvous}",
-            rank=rank,
-            world_size=ranks,
-            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
-        )
-    found = {}
-    for name, make in CASES.items():
-        sys.stderr.write(f"{name}\n")
-        # The file of rank 0 alone is written, as everywhere.
-        path = Path(result).with_name(f"{name}-{ranks}.ckpt")
-        saves = name in ("joint", "iterables")
-        found[name] = run(make, ranks, save_after=SAVE_AFTER, path=path) if saves else run(make, ranks)
-        if saves:
-            found[f"{name}, resumed"] = run(make, ranks, ckpt=path)
-    torch.save(found, result)
-    if ranks > 1:
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("LOCAL_RANK", sys.argv[2])
-    be_quiet()
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+def train(name: str, folder: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
+    """What one case saw, and where it saves, what it saw after it was resumed."""
+    make = CASES[name]
+    if name not in RESUMED:
+        return {name: run(make, ranks)}
+    # The file of rank 0 alone is written, as everywhere.
+    path = folder / f"{name}-{ranks}.ckpt"
+    return {
+        name: run(make, ranks, save_after=SAVE_AFTER, path=path),
+        f"{name}, resumed": run(make, ranks, ckpt=path),
+    }

@@ -8,28 +8,25 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.pairs import run_together
+from tests.distributed.pairs import Pair
 from tests.loaders import rank_worker
-from tests.loaders.rank_worker import CASES, EVEN, RANKS, SAVE_AFTER, SIZES
+from tests.loaders.rank_worker import CASES, EVEN, RESUMED, SAVE_AFTER, SIZES
 from tests.loaders.samples import Seen
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 Result = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Result], Result]:
+def trained(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> tuple[list[Result], Result]:
     """What the two ranks saw, and what one process saw with twice the batch size."""
     folder = tmp_path_factory.mktemp("ranks")
-    results = [folder / f"rank{rank}.pt" for rank in range(RANKS)]
-    worker = ["-m", rank_worker.__name__]
-    run_together(
-        [[*worker, str(RANKS), str(r), str(folder / "meet"), str(path)] for r, path in enumerate(results)], folder, 240
-    )
-    alone = folder / "alone"
-    alone.mkdir()
-    run_together([[*worker, "1", "0", "-", str(alone / "single.pt")]], alone, 240)
-    return [torch.load(path, weights_only=True) for path in results], torch.load(alone / "single.pt", weights_only=True)
+    ranks: list[Result] = [{}, {}]
+    single: Result = {}
+    for name in CASES:
+        for rank, found in enumerate(pair.run(rank_worker.train, name, folder)):
+            ranks[rank] |= found
+        single |= rank_worker.train(name, folder)
+    return ranks, single
 
 
 def together(parts: list[Seen]) -> dict[str, list[int]]:
@@ -91,7 +88,7 @@ def test_ranks_agree_to_the_bit_and_figures_are_those_of_one_process(
     assert {"val/loss/a", "val/loss/b"} <= first[name]["metrics"].keys() == single[name]["metrics"].keys()
 
 
-@pytest.mark.parametrize("name", ["joint", "iterables"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_validation_sees_every_sample_once(name: str, trained: tuple[list[Result], Result]) -> None:
     for task, size in {"a": 5, "b": 3}.items():
         found = Counter(number for result in trained[0] for number in result[name]["validated"][task])
@@ -106,7 +103,7 @@ def test_ranks_divide_iterable_data(trained: tuple[list[Result], Result]) -> Non
         assert not seen[0] & seen[1]
 
 
-@pytest.mark.parametrize("name", ["joint", "iterables"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_ranks_resume_at_the_next_unseen_batch(name: str, trained: tuple[list[Result], Result]) -> None:
     for result in trained[0]:
         assert steps_of(result[f"{name}, resumed"]) == steps_of(result[name])[SAVE_AFTER:]

@@ -109,7 +109,6 @@ def test_iterables_that_workers_would_all_read() -> None:
     check_shards(source, Shard(0, 2), shard_iterables=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_divide_iterables(workers: int) -> None:
     data = MultiTaskDataModule(val={"a": Flowing(11)}, batch_size=2, num_workers=workers, shard_iterables=True)

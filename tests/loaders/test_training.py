@@ -145,7 +145,6 @@ def test_the_global_random_state_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.slow
 def test_workers_change_nothing() -> None:
     plain = data(val=datasets())
     working = data(val=datasets(), num_workers={"a": 2, "b": 1, "c": 0}, persistent_workers=True)

@@ -44,8 +44,7 @@ def test_small_numbers_are_told_apart_and_gaps_are_no_zeros() -> None:
     assert figure.axes[0].get_facecolor()[:3] == pytest.approx((0.8, 0.8, 0.8))
 
 
-@pytest.mark.parametrize("num_tasks", [2, 40])
-@pytest.mark.parametrize("name", ["t", "surface_normals"])
+@pytest.mark.parametrize(("num_tasks", "name"), [(2, "t"), (2, "surface_normals"), (40, "surface_normals")])
 def test_nothing_sticks_out(num_tasks: int, name: str) -> None:
     names = [f"{name}_{k}" for k in range(num_tasks)]
     title = "what a step for one task does for another at features, epoch 12"

@@ -90,17 +90,27 @@ def assert_unchanged(kind: str, **arguments: Any) -> None:
     assert all(bool(m.whole.sums[1].any()) for m in monitors if isinstance(m, GradientConflict | TaskAffinity))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# One for each way to measure; the other ones run with the slow tests.
+WAYS = ("none", "losses of an epoch", "norms of a layer", "features", "rows, by chance", "aggregator")
+
+
+@pytest.mark.parametrize(
+    "kind", [*WAYS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in WAYS)]
+)
 def test_no_bit_changes(kind: str) -> None:
     assert_unchanged(kind)
 
 
-@pytest.mark.parametrize("kind", ["none", "features", "norms of a layer", "rows", "aggregator"])
+@pytest.mark.parametrize(
+    "kind", ["features", "rows", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("none", "aggregator"))]
+)
 def test_no_bit_changes_where_gradients_are_accumulated(kind: str) -> None:
     assert_unchanged(kind, accumulate_grad_batches=2, gradient_clip_val=0.5)
 
 
-@pytest.mark.parametrize("kind", ["none", "losses", "features", "norms of a layer"])
+@pytest.mark.parametrize(
+    "kind", ["losses", "features", *(pytest.param(k, marks=pytest.mark.slow) for k in ("none", "norms of a layer"))]
+)
 def test_no_bit_changes_where_lightning_optimizes(kind: str) -> None:
     monitors = every_monitor()
     assert_same(train(KINDS[kind](), monitors, automatic=True), train(KINDS[kind](), [], automatic=True))

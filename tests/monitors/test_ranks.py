@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
-from tests.distributed.pairs import run_together
-from tests.monitors.worker import BATCHES, RANKS, WAYS, monitors, train
-
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    results = [folder / f"rank{rank}.pt" for rank in range(RANKS)]
-    commands = [
-        ["-m", "tests.monitors.worker", str(rank), str(Path(folder, "rendezvous")), str(result)]
-        for rank, result in enumerate(results)
-    ]
-    run_together(commands, folder, 120)
-    return [torch.load(result) for result in results]
+from tests.distributed.pairs import Pair
+from tests.monitors.worker import BATCHES, WAYS, monitors, train, train_broken, train_unwatched, train_watched
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_they_measure_what_one_process_measures_and_change_nothing(way: str, ranks: list[dict[str, Any]]) -> None:
+def test_they_measure_what_one_process_measures_and_change_nothing(way: str, pair: Pair) -> None:
     alone = train(way, monitors())
-    first, second = (rank[way] for rank in ranks)
+    first, second = pair.run(train_watched, way)
+    unwatched, _ = pair.run(train_unwatched, way)
     assert not any(first["off"] + second["off"])
-    assert torch.equal(first["parameters"], ranks[0][f"{way}, unwatched"]["parameters"])
+    assert torch.equal(first["parameters"], unwatched["parameters"])
     for ours, theirs, expected in zip(first["sums"], second["sums"], alone["sums"], strict=True):
         assert torch.equal(ours, theirs)
         torch.testing.assert_close(ours, expected, atol=1e-7, rtol=1e-5)
         assert expected[1].any()
 
 
-def test_a_monitor_that_fails_on_one_rank_ends_on_all(ranks: list[dict[str, Any]]) -> None:
-    for rank in ranks:
-        broken = rank["broken"]
-        assert broken["steps"] == ranks[0]["losses"]["steps"] <= BATCHES
+@pytest.mark.filterwarnings("ignore:.* is turned off, training goes on:UserWarning")
+def test_a_monitor_that_fails_on_one_rank_ends_on_all(pair: Pair) -> None:
+    watched, _ = pair.run(train_watched, "losses")
+    unwatched, _ = pair.run(train_unwatched, "losses")
+    for broken in pair.run(train_broken):
+        assert broken["steps"] == watched["steps"] <= BATCHES
         assert broken["off"] == [True, True, False]
-        assert torch.equal(broken["parameters"], ranks[0]["losses, unwatched"]["parameters"])
-        assert torch.equal(broken["sums"][2], ranks[0]["losses"]["sums"][1])
+        assert torch.equal(broken["parameters"], unwatched["parameters"])
+        assert torch.equal(broken["sums"][2], watched["sums"][1])

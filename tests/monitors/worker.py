@@ -1,17 +1,11 @@
-"""One process of a pair that trains with monitors: python -m tests.monitors.worker RANK RENDEZVOUS RESULT."""
+"""Trains with monitors, in one process or as one of a pair."""
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
@@ -19,10 +13,8 @@ from lightning_mtl import Monitor, Signals, Weighting
 from lightning_mtl.monitors import Convergence, GradientConflict, TaskAffinity, Throughput
 from lightning_mtl.weighting import MGDA, UncertaintyWeighting
 from tests.distributed.data import Faces, batches, cut
-from tests.distributed.worker import COLLECTIVE_SECONDS, be_quiet
 from tests.training import flat_parameters, loader, quiet_trainer
 
-RANKS = 2
 BATCHES = 12
 WAYS: Mapping[str, Callable[[], Weighting | None]] = {
     "none": lambda: None,
@@ -88,30 +80,19 @@ def train(way: str, watching: list[Monitor], rank: int = 0, ranks: int = 1) -> d
     }
 
 
-def main(rank: str, rendezvous: str, result: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=int(rank),
-        world_size=RANKS,
-        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
-    )
-    found = {}
-    for way in WAYS:
-        found[way] = train(way, monitors(), int(rank), RANKS)
-        found[f"{way}, unwatched"] = train(way, [], int(rank), RANKS)
-    broken: list[Monitor] = [
+def train_watched(way: str, rank: int, ranks: int) -> dict[str, Any]:
+    return train(way, monitors(), rank, ranks)
+
+
+def train_unwatched(way: str, rank: int, ranks: int) -> dict[str, Any]:
+    return train(way, [], rank, ranks)
+
+
+def train_broken(rank: int, ranks: int) -> dict[str, Any]:
+    """With two monitors of three that fail on the second rank."""
+    watching: list[Monitor] = [
         Breaks(2, figure=False),
         LooksNowhere(2, exact=True, figure=False),
         GradientConflict(2, at="features", figure=False, name="whole"),
     ]
-    found["broken"] = train("losses", broken, int(rank), RANKS)
-    torch.save(found, result)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("LOCAL_RANK", sys.argv[1])
-    be_quiet()
-    warnings.filterwarnings("ignore", message=".* is turned off, training goes on")
-    main(*sys.argv[1:])
+    return train("losses", watching, rank, ranks)

@@ -1,23 +1,25 @@
-"""One of the ranks of a search: ``python -m tests.tuning.rank FOLDER STORAGE RANK``."""
+"""One of the ranks of a search, as torchrun starts it."""
 
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from lightning_mtl.tuning import tune
 from tests.tuning.tiny import Fixed
 
-if __name__ == "__main__":
-    folder, storage, rank = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-    os.environ["RANK"] = rank
+
+def search(
+    folder: Path, storage: str, torchrun: Mapping[str, str], trials: int, prune: bool, rank: int, ranks: int
+) -> None:
+    os.environ.update(torchrun, RANK=str(rank))
     tune(
         folder / "run.yaml",
         folder / "space.yaml",
-        trials=6,
+        trials=trials,
         storage=storage,
         folder=folder / "out",
-        prune=True,
+        prune=prune,
         sampler=Fixed([1e-1] * 4 + [1e-7, 1e-1]),
     )

@@ -17,10 +17,11 @@ from lightning_mtl.task import Task
 from lightning_mtl.tuning.configuration import Base, locate, trial_configuration
 from lightning_mtl.tuning.goals import Goal, read_goals
 from lightning_mtl.tuning.space import label, read_space
+from tests.contract_rows import ROWS
 from tests.tuning.tiny import configuration
 
 METHODS: list[type[Weighting]] = [getattr(weighting, name) for name in sorted(weighting.__all__)]
-REQUIRED = {"CRMOGM": (weighting.StaticWeights(),), "DTP": ("accuracy",), "FromTorchJD": (lambda gramian: gramian[0],)}
+REQUIRED = {row.name: row.required for row in ROWS}
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
