@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_mtl.gradients.inner_products import values_of_gradients
 from lightning_mtl.parameter_groups import Rate, groups_of_heads, own_parameters
 
 if TYPE_CHECKING:
@@ -103,10 +104,9 @@ class GroupRates:
         gradients: list[Tensor] = []
         for position, places in enumerate(self.places(module, optimizer).values()):
             for place in places:
-                for parameter in optimizer.param_groups[place]["params"]:
-                    if parameter.grad is not None:
-                        owners.append(position)
-                        gradients.append(parameter.grad)
+                values = values_of_gradients(optimizer.param_groups[place]["params"])
+                owners += [position] * len(values)
+                gradients += values
         squares = torch.full((len(module.tasks),), torch.nan, device=module.device)
         if gradients:
             index = torch.tensor(owners, device=module.device)

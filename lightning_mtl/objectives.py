@@ -14,6 +14,7 @@ from lightning_mtl.gradients.micro_batch import Measured, MicroBatch
 from lightning_mtl.gradients.sharded import ShardedFeatureGradients, ShardedTrunkGradients
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.trunk import TrunkGradients
+from lightning_mtl.setup_checks import check_accumulation
 from lightning_mtl.step_guards import check_split, collects_shards, no_shared_parameters
 from lightning_mtl.task import TaskOutput
 from lightning_mtl.window import Window
@@ -106,6 +107,8 @@ def open_collection(module: MultiTaskModule, window: Window) -> TrunkGradients |
     shared, others = module.trainable_parameters()
     if window.wanted != "nothing" and window.measures_at == "trunk" and not shared:
         raise no_shared_parameters(window)
+    if window.weighting is not None:
+        check_accumulation(window.weighting, window.size)
     if module.sharded:
         if window.size > 1:
             raise collects_shards(window)

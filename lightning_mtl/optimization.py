@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.agreement import agree
+from lightning_mtl.gradients.inner_products import values_of_gradients
 from lightning_mtl.gradients.micro_batch import stack_losses
 from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.rows import Rows
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.torch_internals import keeping_buffers
-from lightning_mtl.objectives import loss_of, micro_batch_of
+from lightning_mtl.objectives import loss_of, micro_batch_of, open_collection
 from lightning_mtl.observation import Observation
 from lightning_mtl.phases import Phases
 from lightning_mtl.recorder import sample_counts
@@ -135,7 +136,7 @@ class Optimization:
     def before_automatic_step(self, module: MultiTaskModule, optimizer: torch.optim.Optimizer) -> None:
         """Take gradients that are not finite away from an optimizer that Lightning steps whatever they are."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = values_of_gradients(parameters)
         if self._drops or (gradients and not math.isfinite(float(torch.nn.utils.get_total_norm(gradients)))):
             for parameter in parameters:
                 parameter.grad = None
@@ -154,6 +155,9 @@ class Optimization:
         window.phases = self.phases
         if not module.automatic_optimization:
             module.single_optimizer().zero_grad()
+        if window.way == "rows":
+            # Before the forward pass: after it, a sharded module lists other tensors, which get no gradients.
+            window.gradients = open_collection(module, window)
         return window
 
     def _close(self, module: MultiTaskModule, window: Window) -> None:

@@ -14,6 +14,7 @@ from lightning_mtl.task import Task
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+    from lightning_mtl.callbacks import Weighting
     from lightning_mtl.module import MultiTaskModule
 
 REFUSED_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy)
@@ -101,13 +102,8 @@ def check_trainer(module: MultiTaskModule, trainer: pl.Trainer) -> None:
                     f"{name}={getattr(module, name)} is the module's for manual optimization; with "
                     f"automatic_optimization = True give it to the Trainer: Trainer({name}=...)."
                 )
-    size = module.micro_batches_a_step
-    if weighting is not None and weighting.measures == "rows" and weighting.at == "features" and size > 1:
-        raise ValueError(
-            f"{type(weighting).__name__}(at='features') combines gradients at the features of one batch, and with "
-            f"accumulate_grad_batches={size} the features of a step lie in several; measure at 'trunk', or accumulate "
-            "nothing."
-        )
+    if weighting is not None:
+        check_accumulation(weighting, module.micro_batches_a_step)
     if isinstance(trainer.strategy, REFUSED_STRATEGIES):
         raise ValueError(
             f"{type(trainer.strategy).__name__} keeps gradients where no weighting can reach them; use strategy='ddp', "
@@ -115,6 +111,16 @@ def check_trainer(module: MultiTaskModule, trainer: pl.Trainer) -> None:
         )
     if isinstance(trainer.strategy, ModelParallelStrategy):
         _check_sharded(module, trainer)
+
+
+def check_accumulation(weighting: Weighting, size: int) -> None:
+    """Refuse a method that needs the features of a whole step where they lie in several micro-batches."""
+    if weighting.measures == "rows" and weighting.at == "features" and size > 1:
+        raise ValueError(
+            f"{type(weighting).__name__}(at='features') combines gradients at the features of one batch, and with "
+            f"accumulate_grad_batches={size} the features of a step lie in several; measure at 'trunk', or accumulate "
+            "nothing."
+        )
 
 
 def check_model(module: MultiTaskModule, trainer: pl.Trainer) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_mtl.agreement import agree
 from lightning_mtl.callbacks import Weighting
+from lightning_mtl.gradients.inner_products import values_of_gradients
 from lightning_mtl.gradients.micro_batch import MicroBatch, stack_losses
 from lightning_mtl.signals import Signals
 from lightning_mtl.snapshots import Snapshot
@@ -72,7 +73,7 @@ def _gradient_norm(module: MultiTaskModule) -> Tensor:
     gradients: list[Tensor] = []
     if not module.automatic_optimization:
         groups = module.single_optimizer().param_groups
-        gradients = _values_of_gradients(parameter for group in groups for parameter in group["params"])
+        gradients = values_of_gradients(parameter for group in groups for parameter in group["params"])
     if not gradients:
         return torch.zeros((), device=module.device)
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -137,23 +138,9 @@ def clipping(module: MultiTaskModule, optimizer: LightningOptimizer) -> Iterator
         handle.remove()
 
 
-def _values_of_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The numbers that the parameters' gradients hold, in their own memory; of sparse gradients each row once."""
-    values = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        if parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()  # a row that comes twice counts by its sum
-            values.append(parameter.grad._values())
-        else:
-            values.append(parameter.grad)
-    return values
-
-
 def _clip_sparse(parameters: Sequence[Tensor], limit: float, algorithm: str) -> None:
     """Clip as torch does, which knows no norm of sparse gradients."""
-    values = _values_of_gradients(parameters)
+    values = values_of_gradients(parameters)
     if algorithm == GradClipAlgorithmType.VALUE:
         for value in values:
             value.clamp_(-limit, limit)

@@ -1,4 +1,4 @@
-"""Where no rows are written, Lightning may run the backward pass itself, with every flag of its Trainer."""
+"""Lightning may run the backward pass itself, with every flag of its Trainer."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ import pytest
 import torch
 
 from lightning_mtl import MultiTaskModule
-from lightning_mtl.weighting import DWA, MGDA, GradNorm, UncertaintyWeighting
+from lightning_mtl.weighting import DWA, GLS, MGDA, GradNorm, UncertaintyWeighting
 from tests.small import batches, small
 from tests.training import History, fit, loader
-from tests.weightings import fixed
+from tests.weightings import WeightedSum, fixed
 
 WEIGHTS = {"a": 2.0, "b": 0.25}
 METHODS: dict[str, Any] = {
     "equal": lambda: None,
     "losses": lambda: fixed(WEIGHTS, "losses"),
     "features": lambda: fixed(WEIGHTS, "gramian", at="features", weighs_heads=False),
+    "rows": lambda: fixed(WEIGHTS, "gramian", weighs_heads=False),
+    "aggregated rows": lambda: WeightedSum(WEIGHTS),
+    "from the losses": GLS,
     "learned": lambda: UncertaintyWeighting(lr=0.1),
     "epochs": DWA,
     "GradNorm": lambda: GradNorm(lr=0.1),
     "MGDA-UB": lambda: MGDA(at="features"),
+    "MGDA": MGDA,
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor
 
 from lightning_mtl import MultiTaskModule, Weighting
-from lightning_mtl.weighting import MGDA, GradDrop, GradNorm, PCGrad, StaticWeights
+from lightning_mtl.weighting import MGDA, GradNorm, StaticWeights
 from tests.plain import WEIGHTS, Plain, momentum
 from tests.small import batches, small
 from tests.training import History, Memory, fit, flat_parameters, gradients_of, loader, quiet_trainer
@@ -31,6 +30,7 @@ WAYS: dict[str, Callable[[], Weighting]] = {
     "losses": lambda: StaticWeights(WEIGHTS),
     "features": lambda: fixed(WEIGHTS, "gramian", at="features"),
     "last layer": lambda: fixed(WEIGHTS, "norms", at="last_layer"),
+    "rows": lambda: fixed(WEIGHTS, "gramian"),
 }
 
 
@@ -160,15 +160,6 @@ def test_learning_rates_are_monitored_and_losses_logged() -> None:
     fit(automatic(), data(), callbacks=[LearningRateMonitor(), GradNorm()], logger=logger, log_every_n_steps=1)
     named = {name for _, line in logger.lines for name in line}
     assert {"lr-SGD", "loss/a", "weight/a", "grad_norm/b", "loss_epoch/a"} <= named
-
-
-@pytest.mark.parametrize(
-    "weighting", [MGDA(), PCGrad(), GradNorm(at="trunk"), GradDrop()], ids=lambda w: type(w).__name__
-)
-def test_where_rows_are_written_it_is_refused(weighting: Weighting) -> None:
-    reason = f"{type(weighting).__name__}(at='trunk') writes gradients itself, which automatic optimization rules out"
-    with pytest.raises(ValueError, match=re.escape(reason)):
-        fit(automatic(), data(), callbacks=[weighting])
 
 
 @pytest.mark.parametrize(("name", "value"), [("accumulate_grad_batches", 2), ("gradient_clip_val", 0.5)])

@@ -270,14 +270,15 @@ def test_states_with_a_name_that_is_taken() -> None:
     [
         ({"accumulate_grad_batches": 2}, None, ("accumulate_grad_batches=2", "Trainer(accumulate_grad_batches=...)")),
         ({"gradient_clip_val": 1.0}, None, ("gradient_clip_val=1.0", "Trainer(gradient_clip_val=...)")),
-        ({}, MGDA(), ("MGDA(at='trunk') writes gradients itself", "'features' or 'last_layer'")),
+        ({}, WeightedSum({}, at="features"), ("WeightedSum(at='features')", "accumulate_grad_batches=2")),
     ],
 )
 def test_what_automatic_optimization_rules_out(arguments: Any, weighting: Any, message: tuple[str, ...]) -> None:
     module = small(**arguments)
     module.automatic_optimization = True
+    trainer = {} if weighting is None else {"accumulate_grad_batches": 2}
     with pytest.raises(ValueError, match=says(*message)):
-        fit(module, loader(batch()), callbacks=[] if weighting is None else [weighting])
+        fit(module, loader(batch()), callbacks=[] if weighting is None else [weighting], **trainer)
 
 
 def test_several_evaluation_loaders() -> None:

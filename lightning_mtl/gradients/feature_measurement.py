@@ -137,21 +137,24 @@ class FeatureMeasurement:
     def _layer_rows(self, layer: Sequence[Tensor]) -> list[Tensor]:
         """Each task's gradient of the layer, from its gradient at the trunk's outputs where that is enough."""
         check_repeatable([output.z for output in self.read] if self.short else self.batch.losses)
-        rows = Rows(layer, len(self._own))
+        rows, edges = Rows(layer, len(self._own)), [output.edge for output in self.read]
         with parameter_hooks_off(layer):
-            for index in range(len(self._own)):
-                if not self.short:
-                    rows.add(index, self.batch.gradients(index, list(layer), retain_graph=True))
-                    continue
-                cotangents = self._cotangents[index]
-                found = dict(self._own[index])  # a layer may lie in a head
+            if not self.short:  # the pass that reaches the layer passes the trunk's outputs, too
+                tasks = range(len(self._own))
+                every = [self.batch.gradients(index, [*edges, *layer], retain_graph=True) for index in tasks]
+                self._found = [list(found[: len(edges)]) for found in every]
+                for index, found in enumerate(every):
+                    rows.add(index, found[len(edges) :])
+                return rows.matrices()
+            for index, cotangents in enumerate(self._cotangents):
+                known = dict(self._own[index])  # a layer may lie in a head
                 pairs = [(o.z, c) for o, c in zip(self.read, cotangents, strict=True) if c is not None]
-                below = [p for p in layer if p not in found]
+                below = [p for p in layer if p not in known]
                 if pairs and below:
                     outputs, given = zip(*pairs, strict=True)
                     got = torch.autograd.grad(outputs, below, given, retain_graph=True, allow_unused=True)
-                    found.update(by_parameter(below, got))
-                rows.add(index, [found.get(p) for p in layer])
+                    known.update(by_parameter(below, got))
+                rows.add(index, [known.get(p) for p in layer])
         return rows.matrices()
 
 

@@ -49,7 +49,7 @@ class FeatureGradients(FeatureMeasurement):
 
     def _at_outputs(self, weights: Tensor, directions: Sequence[Tensor] | None) -> list[Tensor]:
         """What every output that is read gets: Σ w_k c_k, or the directions."""
-        if directions is None:
+        if directions is None or not self.read:  # a rank whose batch is empty has no outputs
             return [self._combined(i, weights) for i in range(len(self.read))]
         return [
             (torch.view_as_complex(direction.view(-1, 2)) if output.z.is_complex() else direction).view(output.z.shape)

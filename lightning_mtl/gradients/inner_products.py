@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -97,3 +97,17 @@ def _norms_of(block: Tensor) -> Tensor:
     for row in doubtful.nonzero().flatten().tolist():
         norms[row] = torch.linalg.vector_norm(block[row].double())
     return norms
+
+
+def values_of_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The numbers that the parameters' gradients hold, in their own memory; of sparse gradients each row once."""
+    values = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()  # a row that comes twice counts by its sum
+            values.append(parameter.grad._values())
+        else:
+            values.append(parameter.grad)
+    return values

@@ -26,9 +26,10 @@ CASES: dict[str, tuple[bool, Callable[[], Weighting | None], dict[str, Any]]] = 
     "losses": (False, UncertaintyWeighting, {}),
     "features": (False, lambda: MGDA(at="features"), {}),
     "features, heads weighed": (False, lambda: GradNorm(at="features"), {}),
-    "features, accumulated and clipped": (
+    "features, clipped": (False, lambda: MGDA(at="features"), {"gradient_clip_val": 0.5}),
+    "losses, accumulated and clipped": (
         False,
-        lambda: MGDA(at="features"),
+        UncertaintyWeighting,
         {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5},
     ),
     "trunk": (False, MGDA, {}),
@@ -69,7 +70,7 @@ class Shared(MultiTaskModule):
     def task_losses(self, batch: Part) -> dict[str, TaskOutput]:
         step, samples, inputs, targets = batch
         outputs = {}
-        if self.penalised:  # for the trunk's output, where the graph is cut
+        if self.penalised:  # of what the trunk returned
             features = self.trunk(inputs)
             predictions = {task: head(features) for task, head in self.heads.items()}
             self.activity = features.square().mean()

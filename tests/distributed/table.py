@@ -133,7 +133,8 @@ def cases(flavour: str) -> dict[str, Case]:
     """The flavour's table; what does not depend on the flavour of DDP, methods above all, is left to the default."""
     table = {}
     for way, make in (WAYS | OTHER_WAYS if flavour == "default" else WAYS).items():
-        table[f"{way}, accumulated"] = Case(make, arguments=ACCUMULATED, batches=15)
+        if way != "aggregated features":  # whose samples would lie in several batches: refused
+            table[f"{way}, accumulated"] = Case(make, arguments=ACCUMULATED, batches=15)
         table[f"{way}, each task its loader"] = Case(make, "loaders")
     return weighting_cases() | table | place_cases() | _default_only() if flavour == "default" else table
 

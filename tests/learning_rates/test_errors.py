@@ -134,15 +134,3 @@ def test_values_that_are_no_factors() -> None:
 
     with pytest.raises(ValueError, match=r"Wrong.values returned \[1.0, -1.0\]; 2 tasks need"):
         fit(small(), loader(batch()), callbacks=[TaskLearningRate(Wrong())])
-
-
-def test_a_trunk_that_is_not_called() -> None:
-    class Around(MultiTaskModule):
-        def task_losses(self, batch: Any) -> Any:
-            inputs, targets = batch
-            z = self.trunk[1](self.trunk[0](inputs))  # type: ignore[index]
-            return {task: self.tasks[task].loss(self.heads[task](z), y) for task, y in targets.items()}
-
-    own = TaskLearningRate(Importance({"a": 2.0}), shares_trunk=True)
-    with pytest.raises(ValueError, match="shares_trunk weighs gradients at the trunk, but the trunk was not called"):
-        fit(small(cls=Around), loader(batch()), callbacks=[own])
