@@ -9,22 +9,16 @@ fails anyway notices nothing. The exit code is 1 if a mutant survived, 2 if some
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tests.mutants.mutation import ROOT, Mutation
+from tests.mutants.copies import run
+from tests.mutants.mutation import Mutation
 from tests.mutants.table import MUTATIONS
 
-PARTS = ("lightning_mtl", "tests", "examples", "benchmarks")
-SECONDS = 600
 PASSED, FAILED = 0, 1  # pytest's exit codes; others say that it could not run the tests
 
 Verdict = Literal["noticed", "SURVIVED", "passed", "ERROR"]
@@ -81,35 +75,6 @@ def run_mutant(mutation: Mutation) -> Outcome:
 def run_unchanged(tests: str, keyword: str) -> Outcome:
     code, seconds, output = run(tests, keyword, None)
     return Outcome("passed" if code == PASSED else "ERROR", f"{tests} without a mutation", seconds, output)
-
-
-def run(tests: str, keyword: str, mutation: Mutation | None) -> tuple[int | None, float, str]:
-    """Pytest's exit code on a copy of the tree, None if time was up; the seconds taken; what it printed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests]
-    command += ["-k", keyword] if keyword else []
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        copy = copy_of_tree(Path(folder))
-        if mutation is not None:
-            mutation.apply(copy)
-        environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-        started = time.monotonic()
-        try:
-            done = subprocess.run(
-                command, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return None, time.monotonic() - started, f"not done after {SECONDS} s"
-        return done.returncode, time.monotonic() - started, done.stdout + done.stderr
-
-
-def copy_of_tree(folder: Path) -> Path:
-    """A copy of what tests read, compiled files included: they are as old as their sources, which saves compiling."""
-    for entry in ROOT.iterdir():
-        if entry.name in PARTS:
-            shutil.copytree(entry, folder / entry.name)
-        elif entry.is_file() and not entry.name.startswith("."):
-            shutil.copy2(entry, folder)
-    return folder
 
 
 def summary(outcomes: Sequence[Outcome], seconds: float) -> int:
