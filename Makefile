@@ -25,9 +25,9 @@ install = $(PIP) install --quiet --constraint constraints.txt --editable ".[$(1)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check lint doctest mutants fmt env hooks clean distclean
+.PHONY: help demo test check lint doctest fmt env hooks clean distclean
 .PHONY: bench bench-step bench-floor bench-torchjd bench-methods bench-solvers bench-toy bench-gpu
-.PHONY: bench-methods-work bench-gradnorm-toy
+.PHONY: bench-methods-work bench-gradnorm-toy mutants
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
