@@ -71,7 +71,7 @@ ENGINE = (
         "norms=norms if scale is None else norms / scale",
         "norms=norms",
         PRECISION,
-        "float64",
+        "norms",
     ),
     Mutation(
         "the scaler's factor stays in the gradients of features and rows",
@@ -142,7 +142,8 @@ ENGINE = (
         "window.py",
         "total.index_add_(0, index, losses * weight)",
         "total.index_add_(0, index, losses)",
-        PARTIAL,
+        ACCUMULATION,
+        "mean_losses",
     ),
     Mutation(
         "the weighting is asked in every micro-batch",
