@@ -202,7 +202,7 @@ TRAINING = (
         'self._plateau_due = state_dict["plateau_due"]',
         "self._plateau_due = None",
         SCHEDULERS,
-        "resumed",
+        "due",
     ),
     Mutation(
         "delta_m has the other sign",
