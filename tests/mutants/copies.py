@@ -15,7 +15,6 @@ from tests.mutants.mutation import ROOT, Mutation
 
 PARTS = ("lightning_mtl", "tests", "examples", "benchmarks")
 SECONDS = 600
-RAN = 64  # is added to pytest's exit codes, so that they are told from that of a process which failed before
 
 # Importing PyTorch and Lightning takes seconds, most tests do not: the processes are forked from one that has them.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -36,18 +35,18 @@ def run(tests: str, keyword: str, mutation: Mutation | None) -> Run:
     arguments = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning", tests]
     arguments += ["-k", keyword] if keyword else []
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        copy, log = Path(folder, "copy"), Path(folder, "log")
+        copy, log, code = Path(folder, "copy"), Path(folder, "log"), Path(folder, "code")
         copy_tree(copy)
         if mutation is not None:
             mutation.apply(copy)
         started = time.monotonic()
-        process = PROCESSES.Process(target=run_pytest, args=(copy, arguments, log))
+        process = PROCESSES.Process(target=run_pytest, args=(copy, arguments, log, code))
         process.start()
         process.join(SECONDS)
-        code = None if process.exitcode is None or process.exitcode < RAN else process.exitcode - RAN
         process.kill()
         process.join()
-        return Run(code, time.monotonic() - started, log.read_text(errors="replace") if log.exists() else "")
+        printed = log.read_text(errors="replace") if log.exists() else ""
+        return Run(int(code.read_text()) if code.exists() else None, time.monotonic() - started, printed)
 
 
 def copy_tree(copy: Path) -> None:
@@ -60,8 +59,11 @@ def copy_tree(copy: Path) -> None:
             shutil.copy2(entry, copy)
 
 
-def run_pytest(copy: Path, arguments: list[str], log: Path) -> None:
-    """Run pytest in this process, which imports the copy and nothing of the tree it came from."""
+def run_pytest(copy: Path, arguments: list[str], log: Path, code: Path) -> None:
+    """Run pytest in this process, which imports the copy and nothing of the tree it came from.
+
+    The exit code goes to a file: that of the process would be 1 after any exception, as after a failed test.
+    """
     os.chdir(copy)
     os.environ.update({"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"})
     sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
@@ -72,4 +74,4 @@ def run_pytest(copy: Path, arguments: list[str], log: Path) -> None:
         os.dup2(stream.fileno(), 2)
     import pytest  # here, so that its plugins are new to each process
 
-    sys.exit(RAN + pytest.main(arguments))
+    code.write_text(str(int(pytest.main(arguments))))
