@@ -68,8 +68,9 @@ def all_tests(chosen: Sequence[Mutation]) -> dict[str, str]:
 def run_mutant(mutation: Mutation) -> Outcome:
     code, seconds, output = run(mutation.tests, mutation.keyword, mutation)
     verdict: Verdict = "noticed" if code == FAILED else "SURVIVED" if code == PASSED else "ERROR"
-    selected = f"{mutation.tests} -k {mutation.keyword!r}" if mutation.keyword else mutation.tests
-    return Outcome(verdict, f"{mutation.file}: {mutation.slip} ({selected})", seconds, output)
+    named = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    by = named[0].partition("::")[2] if named else mutation.keyword or "all"
+    return Outcome(verdict, f"{mutation.file}: {mutation.slip} ({mutation.tests}: {by})", seconds, output)
 
 
 def run_unchanged(tests: str, keyword: str) -> Outcome:
