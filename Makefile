@@ -11,6 +11,8 @@ LOGDIR ?= lightning_logs
 # Passed on: `make demo DEMO_ARGS="--weighting MGDA"`, `make test TEST_ARGS="-k MGDA"`.
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# `make mutants MUTANTS=gradients/`: those alone whose description or file has this in it.
+MUTANTS ?=
 # `make bench-torchjd BENCH_ARGS=--quick`.
 BENCH_ARGS ?=
 RESULTS ?= benchmarks/results
@@ -25,7 +27,7 @@ install = $(PIP) install --quiet --constraint constraints.txt --editable ".[$(1)
 .NOTPARALLEL:
 .PHONY: help demo test test-slow check lint doctest fmt env hooks clean distclean
 .PHONY: bench bench-step bench-floor bench-torchjd bench-methods bench-solvers bench-toy bench-gpu
-.PHONY: bench-methods-work bench-gradnorm-toy
+.PHONY: bench-methods-work bench-gradnorm-toy mutants
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +55,9 @@ lint: $(VENV)/.dev ## Format, lint, types and import layers; changes nothing.
 
 doctest: $(VENV)/.dev ## Run the examples in the docstrings.
 	$(BIN)/python -m pytest --doctest-modules lightning_mtl
+
+mutants: $(VENV)/.dev ## Put slips into copies of the package; list those that no test notices. A quarter of an hour.
+	$(BIN)/python -m tests.mutants --workers $(WORKERS) "$(MUTANTS)"
 
 fmt: $(VENV)/.dev ## Format the code and mend what the linter can.
 	$(BIN)/ruff check --fix-only --quiet .

@@ -139,6 +139,16 @@ def test_weights_are_those_of_float64_on_the_rounded_gradients(precision: str, p
     assert steps.signals[0].losses.dtype == (torch.float64 if precision == "64" else torch.float32)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_norms_are_measured_without_the_scalers_factor(place: str) -> None:
+    data, weighting = batch(16), fixed(WEIGHTS, "norms", at=place)
+    rows = rows_of(small(), data, place, half_on_cpu(), SCALE)
+    fit(small(), loader(data), callbacks=[weighting], plugins=[half_on_cpu()])
+    norms = weighting.asked[0].norms
+    assert norms is not None
+    torch.testing.assert_close(norms.double(), torch.stack([row.norm() for row in rows]), rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gradients_have_the_parameters_precision(precision: str, way: str) -> None:

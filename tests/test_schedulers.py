@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoringPlateau
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -134,8 +135,8 @@ def assert_missing(configure: Configure) -> None:
     fit(module, loader(*batches(2)))
 
 
-def manual(**arguments: Any) -> Manual:
-    return Manual(
+def manual(cls: type[Manual] = Manual, **arguments: Any) -> Manual:
+    return cls(
         nn.Linear(3, 4),
         {task: nn.Linear(4, 1) for task in WEIGHTS},
         {task: Task(mse_loss) for task in WEIGHTS},
@@ -216,3 +217,26 @@ def test_a_resumed_scheduler_goes_on(tmp_path: Any) -> None:
     _, rest = run(tmp_path / "middle.ckpt", max_epochs=4)
     assert rest.rates == whole.rates[6:]
     assert changed(rest)
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
+def test_a_scheduler_that_is_due_when_a_checkpoint_is_saved_is_stepped_by_who_resumes(tmp_path: Any) -> None:
+    class LogsAtTheEnd(Manual):
+        def on_train_epoch_end(self) -> None:
+            self.log("mine", float(self.current_epoch % 2))
+
+    def run(ckpt: Any = None) -> History:
+        torch.manual_seed(3)
+        module, history = manual(LogsAtTheEnd), History()
+        module.configure = with_scheduler(plateau, monitor="mine")
+        # Saved at the end of an epoch, where the scheduler still waits for what the module logs there.
+        saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        callbacks = [history, saving]
+        data = loader(*batches(2))
+        fit(module, data, ckpt_path=ckpt, callbacks=callbacks, max_epochs=4, enable_checkpointing=True)
+        return history
+
+    whole, rest = run(), run(tmp_path / "epoch=1.ckpt")
+    assert whole.rates[4] < whole.rates[3]
+    assert rest.rates == whole.rates[4:]

@@ -1,0 +1,8 @@
+"""All mutations."""
+
+from tests.mutants.engine import ENGINE
+from tests.mutants.methods import METHODS
+from tests.mutants.others import OTHERS
+from tests.mutants.training import TRAINING
+
+MUTATIONS = (*METHODS, *ENGINE, *TRAINING, *OTHERS)

@@ -1,0 +1,223 @@
+"""Slips around the steps of a training: bases of methods, ranks, labels, figures, schedules, checkpoints."""
+
+from __future__ import annotations
+
+from tests.mutants.mutation import Mutation
+
+BASE = "tests/test_weighting_base.py"
+DDP = "tests/distributed/test_ddp.py"
+LABELS = "tests/test_labels.py"
+METRICS = "tests/test_metrics.py"
+PARTIAL = "tests/distributed/test_partial_labels.py"
+RESUME = "tests/test_resume.py"
+SCHEDULERS = "tests/test_schedulers.py"
+STAGES = "tests/test_stages.py"
+
+TRAINING = (
+    # The base of all weightings.
+    Mutation(
+        "importance is ignored",
+        "callbacks.py",
+        "return weights * weights.new_tensor([self.importance",
+        "return weights + 0 * weights.new_tensor([self.importance",
+        BASE,
+        "importance",
+    ),
+    Mutation(
+        "a method starts one step late",
+        "callbacks.py",
+        "return step >= self.start_step and",
+        "return step > self.start_step and",
+        BASE,
+        "start or first_step",
+    ),
+    Mutation(
+        "weights are not held between measurements",
+        "callbacks.py",
+        "self.held_weights[positions] = weights.to(self.held_weights)",
+        "pass",
+        BASE,
+        "between_measurements",
+    ),
+    Mutation(
+        "total is ignored",
+        "callbacks.py",
+        "weights * (self.total / found)",
+        "weights",
+        "tests/weighting/test_scalarizations.py",
+        "total",
+    ),
+    Mutation(
+        "a method's state is not restored",
+        "task_state.py",
+        "setattr(self, key, value.to(getattr(self, key).device))",
+        "setattr(self, key, getattr(self, key))",
+        "tests/test_contract.py",
+        "checkpoint",
+    ),
+    Mutation(
+        "what a method learns without the absent tasks is lost",
+        "task_state.py",
+        "value.index_put(cut[name], getattr(self, name))",
+        "value",
+        "tests/test_absent_tasks.py",
+        "states",
+    ),
+    # What the ranks have to add up.
+    Mutation(
+        "losses are not agreed on among ranks",
+        "agreement.py",
+        "    ranks.sum(table)",
+        "    pass",
+        PARTIAL,
+    ),
+    Mutation(
+        "ranks count alike however many samples they have",
+        "agreement.py",
+        "return self.own_counts / self.counts",
+        "return torch.ones_like(self.counts) / 2",
+        PARTIAL,
+    ),
+    Mutation(
+        "a rank forgets gradients that only the other reached",
+        "step_guards.py",
+        "flags = window.ranks.sum(flags)",
+        "pass",
+        DDP,
+        "default",
+    ),
+    Mutation(
+        "mean losses of an epoch are each rank's own",
+        "recorder.py",
+        'module.trainer.strategy.reduce(torch.stack([self.totals, self.counts]), reduce_op="sum")',
+        "torch.stack([self.totals, self.counts])",
+        PARTIAL,
+    ),
+    Mutation(
+        "fractions of labels are each rank's own",
+        "label_counts.py",
+        'module.trainer.strategy.reduce(own, reduce_op="sum")',
+        "own",
+        PARTIAL,
+    ),
+    # Absent tasks and missing labels.
+    Mutation(
+        "a task without a label in the batch counts",
+        "batches.py",
+        "int(output.num_samples) > 0:",
+        "int(output.num_samples) >= 0:",
+        LABELS,
+        "absent",
+    ),
+    Mutation(
+        "missing labels are counted",
+        "labels.py",
+        "found = len(where[0])",
+        "found = mask.numel()",
+        LABELS,
+    ),
+    Mutation(
+        "a mask is used the wrong way round beside missing values",
+        "labels.py",
+        "return mask & present",
+        "return mask | present",
+        LABELS,
+        "have_to_agree",
+    ),
+    # The optimizer's step.
+    Mutation(
+        "clipping is skipped",
+        "step_guards.py",
+        "if module.gradient_clip_val is None:",
+        "if module.gradient_clip_val is not False:",
+        "tests/test_clipping.py",
+    ),
+    Mutation(
+        "a step is taken whatever is not finite",
+        "step_guards.py",
+        "if math.isfinite(float(doubtful)):",
+        "if True:",
+        "tests/test_not_finite.py",
+    ),
+    Mutation(
+        "the losses after the step leave random numbers used up",
+        "step_guards.py",
+        "before.put_back()",
+        "pass",
+        "tests/weighting/test_famo.py",
+        "leaves_no_trace",
+    ),
+    # Schedulers.
+    Mutation(
+        "a scheduler is stepped twice",
+        "schedules.py",
+        "        module.lr_scheduler_step(config.scheduler, value)",
+        "        [module.lr_scheduler_step(config.scheduler, value) for _ in range(2)]",
+        SCHEDULERS,
+    ),
+    Mutation(
+        "schedulers count epochs and steps from one off",
+        "schedules.py",
+        "(index + 1) % config.frequency",
+        "index % config.frequency",
+        SCHEDULERS,
+        "frequency",
+    ),
+    Mutation(
+        "an epoch's number is one off for schedulers that follow a metric",
+        "recorder.py",
+        'self.plateau_due("epoch", trainer.current_epoch)',
+        'self.plateau_due("epoch", trainer.current_epoch + 1)',
+        SCHEDULERS,
+        "plateau",
+    ),
+    # Figures.
+    Mutation(
+        "mean losses of an epoch forget the number of samples",
+        "recorder.py",
+        "self.totals += losses * samples",
+        "self.totals += losses",
+        STAGES,
+        "num_samples or whole_epoch",
+    ),
+    Mutation(
+        "metrics go on from epoch to epoch",
+        "recorder.py",
+        "metrics.reset()",
+        "pass",
+        STAGES,
+        "begins_anew",
+    ),
+    Mutation(
+        "the mean losses of an interrupted epoch are not restored",
+        "recorder.py",
+        'state_dict["loss_sums"].clone().unbind()',
+        'torch.zeros_like(state_dict["loss_sums"]).unbind()',
+        RESUME,
+        "without_a_weighting",
+    ),
+    Mutation(
+        "a scheduler that is due is not restored",
+        "recorder.py",
+        'self._plateau_due = state_dict["plateau_due"]',
+        "self._plateau_due = None",
+        SCHEDULERS,
+        "due",
+    ),
+    Mutation(
+        "delta_m has the other sign",
+        "metrics.py",
+        "baseline - score if higher else score - baseline",
+        "score - baseline if higher else baseline - score",
+        METRICS,
+        "delta_m",
+    ),
+    Mutation(
+        "mean_rank counts from the worst",
+        "metrics.py",
+        "np.where(np.asarray(higher_is_better), -table, table)",
+        "np.where(np.asarray(higher_is_better), table, -table)",
+        METRICS,
+        "rank",
+    ),
+)
