@@ -3,9 +3,14 @@
 # The environment lies in .venv and is brought up to date only when pyproject.toml or constraints.txt change. PyTorch is
 # installed first and on its own, at the version that constraints.txt pins, so that nothing after it can swap the build
 # that pip found (CPU or CUDA) for another; to choose one, point pip at it with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
+#
+# `make test TORCH=2.6.0 LIGHTNING=2.6.0 PYTHON=python3.10` runs the tests with other versions, in an environment of their
+# own. Either may be left out; the rest stays pinned.
 
 PYTHON ?= python3
-VENV ?= .venv
+TORCH ?=
+LIGHTNING ?=
+VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))$(if $(LIGHTNING),-lightning-$(LIGHTNING))
 WORKERS ?= 2
 LOGDIR ?= lightning_logs
 # Passed on: `make demo DEMO_ARGS="--weighting MGDA"`, `make test TEST_ARGS="-k MGDA"`.
@@ -16,9 +21,10 @@ BENCH_ARGS ?=
 RESULTS ?= benchmarks/results
 
 BIN := $(VENV)/bin
+CONSTRAINTS := $(if $(TORCH)$(LIGHTNING),$(VENV)/constraints.txt,constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # $(call install,EXTRA): the package, editable, with one of its extras.
-install = $(PIP) install --quiet --constraint constraints.txt --editable ".[$(1)]"
+install = $(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[$(1)]"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -97,9 +103,16 @@ clean: ## Remove caches and built files; keeps the environment and the logs.
 distclean: clean ## Remove the environment, too.
 	rm -rf $(VENV)
 
-$(VENV)/.torch: constraints.txt
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt torch
+
+# torch pins a version of sympy itself.
+$(VENV)/constraints.txt: constraints.txt | $(BIN)/python
+	sed -E $(if $(TORCH),-e '/^(torch|sympy)==/d') $(if $(LIGHTNING),-e '/^(pytorch-)?lightning==/d') constraints.txt > $@
+	printf '%s\n' $(if $(TORCH),torch==$(TORCH)) $(if $(LIGHTNING),lightning==$(LIGHTNING) pytorch-lightning==$(LIGHTNING)) >> $@
+
+$(VENV)/.torch: $(CONSTRAINTS) | $(BIN)/python
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) torch
 	@touch $@
 
 $(VENV)/.examples: $(VENV)/.torch pyproject.toml
