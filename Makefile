@@ -4,8 +4,8 @@
 # installed first and on its own, at the version that constraints.txt pins, so that nothing after it can swap the build
 # that pip found (CPU or CUDA) for another; to choose one, point pip at it with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
 #
-# `make test TORCH=2.6.0 LIGHTNING=2.6.0 PYTHON=python3.10` runs the tests with other versions, in an environment of their
-# own. Either may be left out; the rest stays pinned.
+# TORCH and LIGHTNING choose other versions than the pinned ones, in an environment of their own: `make test TORCH=2.6.0`
+# lies in .venv-torch-2.6.0. PYTHON is the interpreter that an environment is made with; VENV names another environment.
 
 PYTHON ?= python3
 TORCH ?=
@@ -42,7 +42,7 @@ demo: $(VENV)/.examples ## Train the quickstart on its embedded data; says how t
 # One thread a process: the tests' models are too small to share, and WORKERS processes run side by side.
 test doctest: export OMP_NUM_THREADS = 1
 
-test: $(VENV)/.dev ## Run the whole test suite; warnings are errors.
+test: $(VENV)/.dev ## Run the whole test suite; TORCH=2.6.0 LIGHTNING=2.6.0 PYTHON=python3.10: with these versions.
 	$(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
 
 check: lint doctest test ## What a reviewer runs: format, lint, types, import layers, doctests, tests.
@@ -98,15 +98,15 @@ hooks: $(VENV)/.dev ## Have git run the quick checks before each commit.
 
 clean: ## Remove caches and built files; keeps the environment and the logs.
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
-	find . -path './$(VENV)' -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
-distclean: clean ## Remove the environment, too.
-	rm -rf $(VENV)
+distclean: clean ## Remove the environments, too.
+	rm -rf $(VENV) .venv-torch-* .venv-lightning-*
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch pins a version of sympy itself.
+# Each torch asks for a sympy of its own: 2.6 for exactly 1.13.1.
 $(VENV)/constraints.txt: constraints.txt | $(BIN)/python
 	sed -E $(if $(TORCH),-e '/^(torch|sympy)==/d') $(if $(LIGHTNING),-e '/^(pytorch-)?lightning==/d') constraints.txt > $@
 	printf '%s\n' $(if $(TORCH),torch==$(TORCH)) $(if $(LIGHTNING),lightning==$(LIGHTNING) pytorch-lightning==$(LIGHTNING)) >> $@
