@@ -3,9 +3,14 @@
 # The environment lies in .venv and is brought up to date only when pyproject.toml or constraints.txt change. PyTorch is
 # installed first and on its own, at the version that constraints.txt pins, so that nothing after it can swap the build
 # that pip found (CPU or CUDA) for another; to choose one, point pip at it with PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS.
+#
+# TORCH and LIGHTNING choose other versions than the pinned ones, in an environment of their own: `make test TORCH=2.6.0`
+# lies in .venv-torch-2.6.0. PYTHON is the interpreter that an environment is made with; VENV names another environment.
 
 PYTHON ?= python3
-VENV ?= .venv
+TORCH ?=
+LIGHTNING ?=
+VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))$(if $(LIGHTNING),-lightning-$(LIGHTNING))
 WORKERS ?= 2
 LOGDIR ?= lightning_logs
 # Passed on: `make demo DEMO_ARGS="--weighting MGDA"`, `make test TEST_ARGS="-k MGDA"`.
@@ -18,9 +23,10 @@ BENCH_ARGS ?=
 RESULTS ?= benchmarks/results
 
 BIN := $(VENV)/bin
+CONSTRAINTS := $(if $(TORCH)$(LIGHTNING),$(VENV)/constraints.txt,constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # $(call install,EXTRA): the package, editable, with one of its extras.
-install = $(PIP) install --quiet --constraint constraints.txt --editable ".[$(1)]"
+install = $(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[$(1)]"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -39,7 +45,7 @@ demo: $(VENV)/.examples ## Train the quickstart on its embedded data; says how t
 test test-slow doctest: export OMP_NUM_THREADS = 1
 
 # loadgroup: tests with two ranks run in one of the workers, where one pair of processes serves them all.
-test: $(VENV)/.dev ## Run the tests but the slow ones, in less than five minutes; warnings are errors.
+test: $(VENV)/.dev ## Run the tests but the slow ones; TORCH=2.6.0 LIGHTNING=2.6.0 PYTHON=python3.10: with these versions.
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(TEST_ARGS)
 
 test-slow: $(VENV)/.dev ## Run the slow tests, in less than twenty minutes.
@@ -101,14 +107,21 @@ hooks: $(VENV)/.dev ## Have git run the quick checks before each commit.
 
 clean: ## Remove caches and built files; keeps the environment and the logs.
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
-	find . -path './$(VENV)' -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
-distclean: clean ## Remove the environment, too.
-	rm -rf $(VENV)
+distclean: clean ## Remove the environments, too.
+	rm -rf $(VENV) .venv-torch-* .venv-lightning-*
 
-$(VENV)/.torch: constraints.txt
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt torch
+
+# Each torch asks for a sympy of its own: 2.6 for exactly 1.13.1.
+$(VENV)/constraints.txt: constraints.txt | $(BIN)/python
+	sed -E $(if $(TORCH),-e '/^(torch|sympy)==/d') $(if $(LIGHTNING),-e '/^(pytorch-)?lightning==/d') constraints.txt > $@
+	printf '%s\n' $(if $(TORCH),torch==$(TORCH)) $(if $(LIGHTNING),lightning==$(LIGHTNING) pytorch-lightning==$(LIGHTNING)) >> $@
+
+$(VENV)/.torch: $(CONSTRAINTS) | $(BIN)/python
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) torch
 	@touch $@
 
 $(VENV)/.examples: $(VENV)/.torch pyproject.toml

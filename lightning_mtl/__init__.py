@@ -1,7 +1,5 @@
 """Multi-task learning for PyTorch Lightning: a shared trunk, a dict of heads, and the tasks balanced by a callback."""
 
-import importlib.metadata
-
 from lightning_mtl.callbacks import Aggregator, Weighting
 from lightning_mtl.labels import MaskedTarget
 from lightning_mtl.module import MultiTaskModule
@@ -9,7 +7,8 @@ from lightning_mtl.monitor import Monitor
 from lightning_mtl.signals import Signals
 from lightning_mtl.task import Task, TaskOutput
 
-__version__ = importlib.metadata.version("lightning-mtl")
+# pyproject.toml reads it from here, so that a checkout that is not installed knows it, too.
+__version__ = "0.1.0.dev0"
 
 __all__ = [
     "Aggregator",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -164,12 +163,11 @@ class DSelectK(nn.Module):
                 for k in self.tasks
             }
         )
-        # Bounded, so that a training without penalties keeps no more than a few graphs alive.
-        self._selectors: deque[list[Tensor]] = deque(maxlen=len(self.tasks))
+        self._selectors: list[list[Tensor]] = []
 
     def __getstate__(self) -> dict[str, object]:
         # Selectors are parts of a graph, which can neither be copied nor saved.
-        return self.__dict__ | {"_selectors": deque(maxlen=len(self.tasks))}
+        return self.__dict__ | {"_selectors": []}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Mix the selected experts for each task."""
@@ -180,14 +178,15 @@ class DSelectK(nn.Module):
             for task, q in zip(self.tasks, weights, strict=True):
                 self.gate_meter.add(task, q)
         if self.depends_on_sample and self.training and torch.is_grad_enabled():
-            self._selectors.append([r for _, r in found])
+            # Bounded, so that a training without penalties keeps no more than a few graphs alive. No deque: torch 2.6
+            # cannot compile one.
+            self._selectors = [*self._selectors, [r for _, r in found]][-len(self.tasks) :]
         return dict(zip(self.tasks, mix_experts(weights, self.experts(x)), strict=True))
 
     def penalties(self) -> dict[str, Tensor]:
         """The entropy and, unless E is a power of two, the reachability of the selectors."""
         if self.depends_on_sample:
-            passes = list(self._selectors)
-            self._selectors.clear()
+            passes, self._selectors = self._selectors, []
         else:
             nothing = next(self.experts.parameters()).new_zeros(1)
             passes = [[gate(nothing)[1] for gate in self.gates.values()]]

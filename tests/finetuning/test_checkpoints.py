@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -90,8 +91,7 @@ def test_state_dicts_that_torch_saved(nest: str | None, tmp_path: Path) -> None:
 
 
 def test_safetensors(tmp_path: Path) -> None:
-    torch_files = pytest.importorskip("safetensors.torch")
-    torch_files.save_file(under("model.", state()), tmp_path / "saved.safetensors")
+    safetensors.torch.save_file(under("model.", state()), tmp_path / "saved.safetensors")
     target = trunk()
     assert load_trunk(target, tmp_path / "saved.safetensors").prefix == "model."
     assert same(target, state())

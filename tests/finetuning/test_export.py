@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -76,13 +77,10 @@ def test_experts_and_compiled_parts(tmp_path: Path) -> None:
 # What torch's exporter says of itself on the way.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_onnx(tmp_path: Path) -> None:
-    for name in ("onnx", "onnxscript"):
-        pytest.importorskip(name)
-    runtime = pytest.importorskip("onnxruntime")
     model = with_trunk(Keywords())
     example = {"x": batch(4)[0], "scale": torch.rand(4, 1)}
     path = export(model, example, tmp_path / "model.onnx", format="onnx", tasks=["b", "a"])
-    session = runtime.InferenceSession(path)
+    session = onnxruntime.InferenceSession(path)
     assert [value.name for value in session.get_outputs()] == ["b", "a"]
     inputs = {"x": batch(9)[0], "scale": torch.rand(9, 1)}
     found = session.run(["a"], {name: value.numpy() for name, value in inputs.items()})

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchjd import aggregation
 
 from lightning_mtl import Weighting
 from lightning_mtl.weighting import (
@@ -158,7 +159,6 @@ def test_random_numbers_come_from_the_callbacks_generator() -> None:
 
 
 def test_torchjd() -> None:
-    aggregation = pytest.importorskip("torchjd.aggregation")
     rows = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
     for weighting in (aggregation.AlignedMTLWeighting(), aggregation.AlignedMTL()):
         found = FromTorchJD(weighting).weigh(signals(torch.ones(2), rows))
