@@ -126,6 +126,14 @@ def test_the_weighting_is_asked_and_updated_once_a_window(measures: str) -> None
     assert [signals.step for signals in weighting.observed] == [0, 1]
 
 
+def test_weights_known_beforehand_serve_the_whole_window() -> None:
+    """A method that reads nothing but its state is asked once, at the first micro-batch, if that one has all tasks."""
+    weighting = fixed(WEIGHTS, "losses")
+    weighting.reads_losses = False  # type: ignore[misc]  # as a subclass would say
+    fit(module(accumulate=3), loader(*split(samples(12, []), [2] * 6)), callbacks=[weighting])
+    assert len(weighting.asked) == len(weighting.observed) == 2
+
+
 def test_the_state_is_updated_with_the_windows_mean_losses() -> None:
     weighting = fixed(WEIGHTS, "losses")
     model = module(accumulate=2)

@@ -68,7 +68,7 @@ OTHERS = (
     Mutation(
         "a monitor's rows are not summed over the ranks",
         "observation.py",
-        "rows.begin_sum(row, ranks)",
+        "rows.sum_over(ranks)",
         "pass",
         f"{MONITORS}/test_ranks.py",
     ),
