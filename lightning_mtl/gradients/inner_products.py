@@ -107,7 +107,7 @@ def values_of_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
             continue
         if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()  # a row that comes twice counts by its sum
-            values.append(parameter.grad._values())
+            values.append(parameter.grad.values())
         else:
             values.append(parameter.grad)
     return values

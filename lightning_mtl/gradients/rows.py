@@ -96,7 +96,7 @@ class Rows:
         if touched is None:
             touched = torch.zeros(gradient.shape[0], dtype=torch.bool, device=gradient.device)
             self._touched[index] = touched
-        touched[gradient._indices()[0]] = True
+        touched[gradient.coalesce().indices()[0]] = True
 
     def scale(self, row: int, factor: Tensor | float) -> None:
         """Multiply a row."""

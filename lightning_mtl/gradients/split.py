@@ -13,7 +13,12 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from lightning_mtl.gradients.torch_internals import is_functorch_wrapped
+from lightning_mtl.gradients.torch_internals import (
+    has_gradient_hooks,
+    is_functorch_wrapped,
+    owner_of_memory,
+    times_written,
+)
 
 
 class Output(NamedTuple):
@@ -86,7 +91,7 @@ class Split:
             # Where a head wrote in place, autograd has moved whatever reads this memory behind that write, and takes
             # the gradient of the value before it to the node that made the memory. Parts of one memory are one output.
             source, edge = output.written
-            intact = output.z._version == output.version
+            intact = times_written(output.z) == output.version
             now = output if intact else output._replace(z=source, edge=edge, below=edge)
             found.setdefault(now.key, now)
         self.outputs = list(found.values())
@@ -118,8 +123,8 @@ class Split:
         """
         return all(
             o.z.grad_fn is not None
-            and o.z._version == o.version
-            and not (o.s._backward_hooks or o.s.retains_grad or o.z.is_nested)
+            and times_written(o.z) == o.version
+            and not (has_gradient_hooks(o.s) or o.z.is_nested)
             for o in self.outputs
         )
 
@@ -135,9 +140,9 @@ class Split:
             return z
         s = z.view_as(z)
         below = get_gradient_edge(z)
-        base = z._base if z._is_view() and z._base is not None and z._base.requires_grad else None
-        written = (z, below) if base is None else (base, get_gradient_edge(base))
-        self.outputs.append(Output(z, s, z._version, get_gradient_edge(s), below, written))
+        owner = owner_of_memory(z)
+        written = owner, get_gradient_edge(owner)
+        self.outputs.append(Output(z, s, times_written(z), get_gradient_edge(s), below, written))
         return s
 
 

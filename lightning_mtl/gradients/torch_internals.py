@@ -42,6 +42,22 @@ def forward_order(node: Node) -> int:
     return int(node._sequence_nr())
 
 
+def times_written(tensor: Tensor) -> int:
+    """How often a tensor's memory was written into, counted over all tensors that share it."""
+    return int(tensor._version)
+
+
+def owner_of_memory(tensor: Tensor) -> Tensor:
+    """The tensor that a view is a view of, where autograd follows it; other tensors themselves."""
+    base = tensor._base
+    return tensor if base is None or not base.requires_grad else base
+
+
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Whether something acts on the tensor's gradient, or keeps it."""
+    return bool(tensor._backward_hooks) or tensor.retains_grad
+
+
 @contextmanager
 def parameter_hooks_off(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Keep gradient hooks of parameters for the one backward pass that makes the final gradient.

@@ -92,17 +92,16 @@ class CRMOGM(Weighting):
         self.reads_losses = weighting.reads_losses  # type: ignore[misc]
         self.takes_logarithms, self.step_metric = weighting.takes_logarithms, weighting.step_metric
         self.wants_losses_after = weighting.wants_losses_after
-        # What becomes the average once the step is taken: a state, because tasks may be asked about one by one.
         self.add_state("average", torch.tensor(torch.nan))
-        self.add_state("coming", torch.tensor(torch.nan))
         self.average: Tensor
-        self.coming: Tensor
+        self._coming: tuple[int, Tensor] | None = None  # the step, and what becomes the average if it is taken
 
     def weigh(self, signals: Signals) -> Tensor:
         """Mix the wrapped method's weights into the mean."""
         newest = self.weighting.weigh(signals).to(self.average)
-        self.coming = crmogm_weights(self.average, newest, self.alpha)
-        return self.coming
+        weights = crmogm_weights(self.average, newest, self.alpha)
+        self._coming = signals.step, weights
+        return weights
 
     def head_weights(self) -> Tensor | None:
         """Ask the wrapped method, whose numbers for the heads are not smoothed."""
@@ -110,8 +109,8 @@ class CRMOGM(Weighting):
 
     def update(self, signals: Signals) -> None:
         """Keep the mean, and let the wrapped method update its state."""
-        self.average = torch.where(self.coming.isnan(), self.average, self.coming)
-        self.coming = torch.full_like(self.coming, torch.nan)
+        if self._coming is not None and self._coming[0] == signals.step:  # not one that was skipped
+            self.average = self._coming[1]
         self.weighting.update(signals)
 
     # What reaches a Trainer's callbacks, and their state, reaches the wrapped method through this one.
