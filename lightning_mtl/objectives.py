@@ -87,12 +87,11 @@ def micro_batch_of(
 def _feature_loss(module: MultiTaskModule, window: Window, batch: MicroBatch, losses: Tensor) -> Tensor:
     """Measure at the trunk's output or at a layer, ask the weighting, and apply what it says."""
     wanted = window.wanted if window.asks(batch.names) else "nothing"
-    below = set(module.trunk.parameters())
     engine: FeatureGradients
     if module.sharded:
-        engine = ShardedFeatureGradients(batch, below, losses)
+        engine = ShardedFeatureGradients(batch, losses)
     else:
-        engine = FeatureGradients(batch, module.trainable_parameters, below, losses)
+        engine = FeatureGradients(batch, module.trainable_parameters, losses)
     layer = None
     if wanted != "nothing":
         check_split(module, batch, window)
@@ -133,7 +132,7 @@ def _collected_loss(module: MultiTaskModule, window: Window, batch: MicroBatch, 
     engine = window.gradients
     if batch.names and window.wanted != "nothing" and window.measures_at != "trunk":
         check_split(module, batch, window)
-        window.add_layer(module, groups_read(batch, set(module.trunk.parameters())))
+        window.add_layer(module, groups_read(batch))
     engine.add(batch, last=closes)
     if not closes:
         return None

@@ -243,8 +243,7 @@ def _parameters_at(place: Place, module: MultiTaskModule, batch: MicroBatch) -> 
             raise ValueError("at='trunk' finds no shared parameter that can be trained; measure at 'features'")
         return shared
     if place == "last_layer":
-        groups = groups_read(batch, set(module.trunk.parameters()))
-        return last_layer(module.trunk, groups, batch.ranks, among=module.trunk.parameters())
+        return last_layer(module.trunk, groups_read(batch), batch.ranks, among=module.trunk.parameters())
     return named_parameters_at(module, [place] if isinstance(place, str) else place)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ class FeatureMeasurement:
     Args:
         batch: The losses, and the split with the trunk's outputs.
         parameters: Lists the shared parameters that need gradients, and all other trainable ones.
-        below: The trunk's parameters.
         losses: ``[K]``, the losses over all ranks, to report.
         may_be_short: Whether the short way may be taken at all.
     """
@@ -38,15 +37,12 @@ class FeatureMeasurement:
         self,
         batch: MicroBatch,
         parameters: Callable[[], tuple[list[Tensor], list[Tensor]]],
-        below: Collection[Tensor],
         losses: Tensor,
         *,
         may_be_short: bool = True,
     ) -> None:
         self.batch, self._parameters, self.losses = batch, parameters, losses
-        above = [above_split(loss, batch.split.stops, below) for loss in batch.losses]
-        self.bypassed = any(one.bypasses for one in above)
-        """Whether a path from a loss to the trunk was found that does not run through its outputs."""
+        above = [above_split(loss, batch.split.stops) for loss in batch.losses]
         self.read = self._outputs_read(above)
         """The outputs of the trunk that losses read directly."""
         self._readers = [one.outputs for one in above]
@@ -56,7 +52,7 @@ class FeatureMeasurement:
         self._reached_above = {leaf for one in above for leaf in one.leaves}
         self.short = False
         """Whether all is known down to the trunk's outputs, and every path to the trunk runs through them."""
-        if may_be_short and CAN_ASK_ENGINE and not self.bypassed and batch.split.clean and _apart(batch, above):
+        if may_be_short and CAN_ASK_ENGINE and batch.split.clean and _apart(batch, above):
             with parameter_hooks_off(leaf for one in above for leaf in one.leaves):
                 self.short = self._take_short_way(above)
 
@@ -76,7 +72,6 @@ class FeatureMeasurement:
         try:
             self._found, self._own = one_pass(self.batch, above, self.read, nodes)
         except EntersTrunkError:
-            self.bypassed = True
             return False
         return True
 
@@ -114,7 +109,7 @@ class FeatureMeasurement:
     def _feature_rows(self) -> list[Tensor]:
         """The cotangents as ``[K, n]`` matrices, complex numbers as pairs of real ones."""
         if not self.read:
-            if self.bypassed:
+            if not self._reached_above.isdisjoint(self._parameters()[0]):
                 raise ValueError(
                     "No loss reads an output of the trunk that gradients could be measured at: the losses reach its "
                     "parameters another way. A trunk called as trunk.forward(x), a scripted one, and one that returns "
@@ -158,9 +153,9 @@ class FeatureMeasurement:
         return rows.matrices()
 
 
-def groups_read(batch: MicroBatch, below: Collection[Tensor]) -> list[list[Tensor]]:
+def groups_read(batch: MicroBatch) -> list[list[Tensor]]:
     """What heads read, for :func:`~lightning_mtl.gradients.layers.last_layer`."""
-    return _groups(batch, [above_split(loss, batch.split.stops, below).outputs for loss in batch.losses])
+    return _groups(batch, [above_split(loss, batch.split.stops).outputs for loss in batch.losses])
 
 
 def _groups(batch: MicroBatch, readers: Sequence[frozenset[int]]) -> list[list[Tensor]]:

@@ -98,7 +98,7 @@ class FeatureGradients(FeatureMeasurement):
 
     def _general(self, weights: Tensor, v: Tensor, directions: Sequence[Tensor] | None) -> Tensor:
         """The loss where trunk and heads have weights of their own, and paths are not known to be separate."""
-        below = [above_split(output.z, self.batch.split.stops, ()) for output in self.read]
+        below = [above_split(output.z, self.batch.split.stops) for output in self.read]
         nested = any(one.readers for one in below)
         if directions is not None and nested:
             raise ValueError(
@@ -110,7 +110,7 @@ class FeatureGradients(FeatureMeasurement):
         if directions is None:
             leaves = {leaf for one in below for leaf in one.leaves}
             separate = self._reached_above.isdisjoint(shared) and self._reached_above.isdisjoint(leaves)
-            if not clean or self.bypassed or nested or not separate:
+            if not clean or nested or not separate:
                 return self._by_parameters(weights, v)
         wanted = self._at_outputs(weights, directions)
         mended = self._mended(self._others_below(others), wanted, v)
@@ -134,7 +134,7 @@ class FeatureGradients(FeatureMeasurement):
     def _others_below(self, others: Sequence[Tensor]) -> list[Tensor]:
         """The parameters that are not shared and lie below the split, as the parts of a trunk that serve one task."""
         stops = self.batch.split.stops
-        reached = {leaf for output in self.read for leaf in above_split(output.z, stops, ()).leaves}
+        reached = {leaf for output in self.read for leaf in above_split(output.z, stops).leaves}
         return [p for p in others if p in reached]
 
     def _mended(self, others: Sequence[Tensor], wanted: Sequence[Tensor], v: Tensor) -> dict[Tensor, Tensor]:

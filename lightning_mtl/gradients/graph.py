@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -54,12 +54,10 @@ class Above:
     Attributes:
         leaves: The leaves reached without passing the split.
         readers: The operations that read an output of the trunk, each with (its input's position, the output's index).
-        bypasses: Whether a parameter below the split was reached without passing it.
     """
 
     leaves: list[Tensor] = field(default_factory=list)
     readers: dict[Node, list[tuple[int, int]]] = field(default_factory=dict)
-    bypasses: bool = False
 
     @property
     def outputs(self) -> frozenset[int]:
@@ -67,18 +65,17 @@ class Above:
         return frozenset(index for places in self.readers.values() for _, index in places)
 
 
-def above_split(loss: Tensor, stops: Mapping[tuple[Node, int], int], below: Collection[Tensor]) -> Above:
+def above_split(loss: Tensor, stops: Mapping[tuple[Node, int], int]) -> Above:
     """Walk from a loss toward the trunk and stop where it reads the trunk's outputs.
 
     Args:
         loss: A scalar with a graph.
         stops: The keys of the trunk's outputs, each with its index.
-        below: The trunk's parameters. One of them is met only on a path that goes around the split.
     """
     found, leaves = Above(), dict[Tensor, None]()
     start = loss.grad_fn
-    if start is None:
-        found.bypasses = loss in below
+    if start is None:  # a constant, or a parameter as a loss
+        found.leaves = [loss] if loss.requires_grad else []
         return found
     if (index := stops.get((start, loss.output_nr))) is not None:
         found.readers[start] = [(0, index)]
@@ -96,10 +93,7 @@ def above_split(loss: Tensor, stops: Mapping[tuple[Node, int], int], below: Coll
                 if type(child) is not ACCUMULATE_GRAD:
                     stack.append(child)
                     continue
-                leaf = child.variable  # type: ignore[attr-defined]  # only this node type has it
-                if leaf in below:
-                    found.bypasses = True
-                leaves[leaf] = None
+                leaves[child.variable] = None  # type: ignore[attr-defined]  # only this node type has it
     found.leaves = list(leaves)
     return found
 

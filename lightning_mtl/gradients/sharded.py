@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -22,8 +22,8 @@ class ShardedFeatureGradients(FeatureGradients):
     twice: once down to the trunk's outputs, to measure, and once in the final backward pass, for their parameters.
     """
 
-    def __init__(self, batch: MicroBatch, below: Collection[Tensor], losses: Tensor) -> None:
-        super().__init__(batch, lambda: ([], []), below, losses, may_be_short=False)
+    def __init__(self, batch: MicroBatch, losses: Tensor) -> None:
+        super().__init__(batch, lambda: ([], []), losses, may_be_short=False)
 
     def _by_parameters(self, weights: Tensor, v: Tensor) -> Tensor:
         raise ValueError(

@@ -101,14 +101,6 @@ ENGINE = (
     ),
     # Which way is taken.
     Mutation(
-        "a path past the trunk's outputs is not seen",
-        "gradients/graph.py",
-        "if leaf in below:\n                    found.bypasses = True",
-        "if leaf in below:\n                    pass",
-        SITUATIONS,
-        "hidden",
-    ),
-    Mutation(
         "the engine is not asked whether a pass enters the trunk",
         "gradients/one_pass.py",
         "if not asked and will_execute(below):",
@@ -119,10 +111,17 @@ ENGINE = (
     Mutation(
         "a trunk that reads its own output counts as plain",
         "gradients/features.py",
-        "if not clean or self.bypassed or nested or not separate:",
+        "if not clean or nested or not separate:",
         "if not clean or not separate:",
         SITUATIONS,
         "applied or hidden",
+    ),
+    Mutation(
+        "a parameter above and below the split counts as one above it",
+        "gradients/features.py",
+        "if not clean or nested or not separate:",
+        "if not clean or nested:",
+        SITUATIONS,
     ),
     Mutation(
         "parameters below the split that no task shares are weighed as shared",
@@ -138,7 +137,7 @@ ENGINE = (
         "tied = [{p: own.pop(p) for p in set(shared).intersection(own)} for own in self._own]",
         "tied = []",
         SITUATIONS,
-        "decoder_among or decoder",
+        "head among",
     ),
     Mutation(
         "gradient hooks of parameters act while gradients are measured",

@@ -102,6 +102,13 @@ class Narrow(Net):
         return [self.trunk.get_parameter("0.weight")]
 
 
+class HeadShared(Net):
+    """The head of a is among the shared parameters, and the gradients of the tasks stay apart."""
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        return [*super().shared_parameters(), *self.heads["a"].parameters()]
+
+
 def common_layer(**arguments: Any) -> Net:
     """The head of b is the first layer of the head of a."""
     layer = nn.Linear(WIDTH, 3)
@@ -265,6 +272,7 @@ SHARING = (
     Situation("tied parameter", functools.partial(TiedParameter, a=linear(WIDTH))),
     Situation("decoder", Decoder, clean=True),
     Situation("decoder among the shared parameters", DecoderShared),
+    Situation("head among the shared parameters", HeadShared),
     Situation("shared layer before and behind the trunk", Around),
     Situation("layer before the trunk", Before, clean=True),
     Situation("layer before the trunk and in a loss", BeforeAndInLoss, clean=True),
