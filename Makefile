@@ -44,12 +44,11 @@ demo: $(VENV)/.examples ## Train the quickstart on its embedded data; says how t
 # One thread a process: the tests' models are too small to share, and WORKERS processes run side by side.
 test test-slow doctest: export OMP_NUM_THREADS = 1
 
-# loadgroup: tests with two ranks run in one of the workers, where one pair of processes serves them all.
 test: $(VENV)/.dev ## Run the tests but the slow ones; TORCH=2.6.0 LIGHTNING=2.6.0 PYTHON=python3.10: with these versions.
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(TEST_ARGS)
 
 test-slow: $(VENV)/.dev ## Run the slow tests, in less than twenty minutes.
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m slow $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(TEST_ARGS)
 
 check: lint doctest test ## What a reviewer runs: format, lint, types, import layers, doctests, tests.
 

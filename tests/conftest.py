@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,17 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Tests with two ranks run in one of xdist's workers, so that one pair serves them all."""
     for item in items:
         if "pair" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.distributed)
-            item.add_marker(pytest.mark.xdist_group("pair"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Put files, not tests, on xdist's workers, unless ``--dist`` says otherwise."""
+    from tests.scheduling import ByFile
+
+    return ByFile(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_collection_finish() -> None:

