@@ -25,14 +25,19 @@ FRONT_ENDS = (-7.0, 7.0)  # of x1
 Evaluated = tuple[tuple[float, float], tuple[tuple[float, float], tuple[float, float]]]
 
 
+def at_least(x: Tensor, bound: float) -> Tensor:
+    """The larger of both; the gradient passes at the bound, where ``clamp`` stops it from torch 2.14 on."""
+    return torch.where(x >= bound, x, bound)
+
+
 def toy_losses(theta: Tensor) -> tuple[Tensor, Tensor]:
     """L_1 and L_2 at the points in the last dimension of ``theta``, ``[..., 2]``."""
     x1, x2 = theta[..., 0], theta[..., 1]
-    f1 = (0.5 * (-x1 - 7) - torch.tanh(-x2)).abs().clamp(min=FLOOR).log() + 6
-    f2 = (0.5 * (-x1 + 3) + torch.tanh(-x2) + 2).abs().clamp(min=FLOOR).log() + 6
+    f1 = at_least((0.5 * (-x1 - 7) - torch.tanh(-x2)).abs(), FLOOR).log() + 6
+    f2 = at_least((0.5 * (-x1 + 3) + torch.tanh(-x2) + 2).abs(), FLOOR).log() + 6
     g1 = ((-x1 + 7) ** 2 + 0.1 * (-x2 - 8) ** 2) / 10 - 20
     g2 = ((-x1 - 7) ** 2 + 0.1 * (-x2 - 8) ** 2) / 10 - 20
-    c1, c2 = torch.tanh(x2 / 2).clamp(min=0), torch.tanh(-x2 / 2).clamp(min=0)
+    c1, c2 = at_least(torch.tanh(x2 / 2), 0.0), at_least(torch.tanh(-x2 / 2), 0.0)
     return SCALE * (c1 * f1 + c2 * g1), c1 * f2 + c2 * g2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
 
 REFUSED_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy)
+
+# torch's FSDP2 calls this method wherever it runs; torch 2.6 has it on GPUs only.
+FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 
 def check_arguments(
@@ -139,6 +143,10 @@ def _check_sharded(module: MultiTaskModule, trainer: pl.Trainer) -> None:
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise ValueError("A gradient scaler does not know sharded gradients; use precision='bf16-mixed' or '32-true'.")
     strategy = trainer.strategy
+    if strategy.root_device.type == "cpu" and not FSDP2_ON_CPU:
+        raise ValueError(
+            f"FSDP2 on the CPU needs torch 2.7 or later, found {torch.__version__}; use strategy='ddp', or GPUs."
+        )
     if isinstance(strategy, ModelParallelStrategy) and (parts := strategy.device_mesh["tensor_parallel"].size()) > 1:
         raise ValueError(
             f"ModelParallelStrategy(tensor_parallel_size={parts}), by default all devices of a node, has {parts} ranks "

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.learning_rates import GradientNorm, Importance, Relatedness, TaskLearningRate
+from lightning_mtl.setup_checks import FSDP2_ON_CPU
 from lightning_mtl.weighting import MGDA
 from tests.small import Batch, batch, binary
 from tests.training import loader
@@ -55,6 +56,8 @@ CASES: dict[str, tuple[Callable[[], TaskLearningRate], dict[str, Any]]] = {
     "predictions": (lambda: TaskLearningRate(Relatedness("prediction_mutual_information", samples=1000)), {}),
     "sharded": (lambda: TaskLearningRate(GradientNorm(decay=0.5), shares_trunk=True), {"sharded": True}),
 }
+if not FSDP2_ON_CPU:
+    del CASES["sharded"]
 
 
 def whole_batches() -> list[Batch]:
