@@ -1,4 +1,4 @@
-"""What DDP does to the gradients of each way of weighting: how often its communication hook is called, and with what."""
+"""What DDP hands to its communication hook in each way of weighting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 
 from lightning_mtl import Weighting
 from lightning_mtl.weighting import MGDA, GradNorm, StaticWeights, UncertaintyWeighting
@@ -33,6 +33,10 @@ WAYS: dict[str, tuple[Callable[[], Weighting | None], int]] = {
 }
 
 
+def descent(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01)
+
+
 class Hooked(pl.Callback):
     """Counts the gradients that DDP hands to a communication hook, and compresses them to half precision if asked."""
 
@@ -40,24 +44,25 @@ class Hooked(pl.Callback):
         self.compresses, self.numbers, self.steps = compresses, 0, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trainer.strategy.model.register_comm_hook(None, self._communicate)  # type: ignore[operator, union-attr]
+        trainer.strategy.model.register_comm_hook(None, lambda _state, bucket: self._communicate(bucket))  # type: ignore[operator, union-attr]
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         self.steps += 1
 
-    def _communicate(self, _state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def _communicate(self, bucket: Any) -> torch.futures.Future[Tensor]:
         self.numbers += bucket.buffer().numel()
+        everybody = dist.group.WORLD
+        assert everybody is not None
         if self.compresses:
-            return fp16_compress_hook(None, bucket)  # type: ignore[arg-type]  # None stands for all processes
-        work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
-        return work.get_future().then(lambda future: future.value()[0])  # type: ignore[no-any-return, union-attr]
+            return fp16_compress_hook(everybody, bucket)
+        return allreduce_hook(everybody, bucket)
 
 
 def train(name: str, compresses: bool, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     """Train two processes on a half of each batch, or one on all of it."""
     make, accumulate = WAYS[name]
     torch.manual_seed(3)
-    module, weighting, hooked = small(accumulate_grad_batches=accumulate), make(), Hooked(compresses)
+    module, weighting, hooked = small(accumulate_grad_batches=accumulate, optimizer=descent), make(), Hooked(compresses)
     given = [
         (inputs[rank::ranks], {task: target[rank::ranks] for task, target in targets.items()})
         for inputs, targets in batches(4, 4, 4, 4)
