@@ -137,6 +137,16 @@ def check_model(module: MultiTaskModule, trainer: pl.Trainer) -> None:
             f"ModelParallelStrategy averages the gradients of sharded parameters only, which {unsharded[0]!r} and "
             f"{len(unsharded) - 1} more are not; call fully_shard on the trunk and on each head in configure_model."
         )
+    weighting = module.weighting()
+    if weighting is None or weighting.measures == "losses" or weighting.at != "features" or weighting.weighs_heads:
+        return
+    shared = set(module.shared_parameters())
+    if own := [name for name, p in module.trunk.named_parameters() if p.requires_grad and p not in shared]:
+        raise ValueError(
+            f"{type(weighting).__name__}(at='features') gives the trunk one set of weights, in which {own[0]!r} and "
+            f"{len(own) - 1} more that no tasks share would have to be weighed as heads are; sharded parameters cannot "
+            "be told apart there. Measure at 'trunk', or train with strategy='ddp'."
+        )
 
 
 def _check_sharded(module: MultiTaskModule, trainer: pl.Trainer) -> None:
