@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_mtl.setup_checks import FSDP2_ON_CPU
 from tests.distributed.pairs import Pair
 from tests.distributed.sharded_worker import CASES, train
 
 TOLERANCE = 1e-5
+
+
+pytestmark = pytest.mark.skipif(not FSDP2_ON_CPU, reason="this torch has no FSDP2 on the CPU, which setup refuses")
 
 
 @pytest.mark.parametrize("name", CASES)
