@@ -91,8 +91,15 @@ def _as_vector(counts: Sequence[int | Tensor], losses: Tensor) -> Tensor:
 
 def ghost_of_parameters(module: nn.Module, like: Tensor) -> Tensor:
     """A loss of 0 that depends on all of a module's parameters: a rank without samples has their graph, too."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return torch.stack([(parameter * 0).sum().to(like.dtype) for parameter in parameters]).sum()
+    # A table with sparse gradients has to get a sparse one: of no row.
+    tables = {m.weight for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse}
+    none = torch.zeros(0, dtype=torch.long, device=like.device)
+    parts = [
+        nn.functional.embedding(none, parameter, sparse=True).sum() if parameter in tables else (parameter * 0).sum()
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    ]
+    return torch.stack([part.to(like.dtype) for part in parts]).sum()
 
 
 def ghost_of_outputs(outputs: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl.agreement import Agreement
-from lightning_mtl.gradients.feature_measurement import groups_read
+from lightning_mtl.gradients.feature_measurement import feature_blocks, groups_read, outputs_read
+from lightning_mtl.gradients.graph import above_split
 from lightning_mtl.gradients.inner_products import gramian
 from lightning_mtl.gradients.layers import last_layer, named_parameters_at
 from lightning_mtl.gradients.micro_batch import Measured, MicroBatch
 from lightning_mtl.gradients.ranks import Ranks
-from lightning_mtl.gradients.rows import Rows
+from lightning_mtl.gradients.rows import Rows, as_real
 from lightning_mtl.gradients.side_pass import gradients_beside
 from lightning_mtl.monitor import Monitor, guarding, turn_off_if_slow, turned_off_elsewhere
 from lightning_mtl.signals import Signals
@@ -210,19 +211,16 @@ def _rows_at(place: Place, module: MultiTaskModule, batch: MicroBatch, seeds: Se
     """Each task's gradient of this rank's loss, ``[K, n]``; matrices alone for gradients of the samples' features."""
     depends = any(loss.requires_grad for loss in batch.losses)
     if place == "features":
-        features = list(gradients_beside(batch.losses, seeds, batch.split, None))
+        read = outputs_read(batch, [above_split(loss, batch.split.stops) for loss in batch.losses])
+        features = list(gradients_beside(batch.losses, seeds, [output.edge for output in read]))
         if depends and all(gradient is None for own in features for gradient in own):
             raise _out_of_reach(place)
-        outputs = batch.split.outputs
-        if not outputs:  # a rank whose batch is empty
+        if not read:  # a rank whose batch is empty
             return [torch.zeros(len(batch.losses), 1, device=module.device)]
-        return [
-            torch.stack([(torch.zeros_like(o.z) if own[i] is None else own[i]).reshape(-1) for own in features])  # type: ignore[union-attr]
-            for i, o in enumerate(outputs)
-        ]
+        return [as_real(block) for block in feature_blocks(read, features)]
     parameters = _parameters_at(place, module, batch)
     rows = Rows(parameters, len(batch.losses))
-    for task, gradients in enumerate(gradients_beside(batch.losses, seeds, batch.split, parameters)):
+    for task, gradients in enumerate(gradients_beside(batch.losses, seeds, parameters)):
         rows.add(task, gradients)
     if depends and not rows.used:
         raise _out_of_reach(place)

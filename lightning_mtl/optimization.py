@@ -32,6 +32,7 @@ from lightning_mtl.step_guards import (
     losses_after,
     synchronizing,
     waits_for_thaw,
+    writing_no_gradients,
 )
 from lightning_mtl.window import Window
 
@@ -48,15 +49,23 @@ class Optimization:
         self.window: Window | None = None
         self._closed: Window | None = None
         self._drops = False
+        self._writes_none = False  # whether measuring was seen to leave the parameters' gradients alone
         self.skipped = SkippedSteps()
         self.matrix: Rows | None = None
         self.steering = Steering()
         self._observation: Observation  # of the open window
         self.phases = Phases()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Optimization:
-        # A copied module, of weight averaging for instance, has no step under way and needs no second matrix of rows.
-        return Optimization()
+    def __reduce__(self) -> tuple[type[Optimization], tuple[()]]:
+        # A module that is copied, for weight averaging for instance, or pickled has no step under way, and needs no
+        # second matrix of rows.
+        return Optimization, ()
+
+    def begin(self, module: MultiTaskModule) -> None:
+        """Begin a fit: nothing of a step that another one left unfinished goes on."""
+        self.window = self._closed = None
+        self._writes_none = False
+        self.steering.begin(module)
 
     def run(self, module: MultiTaskModule, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
         """Take one micro-batch; step the optimizer if it closes the window.
@@ -110,8 +119,11 @@ class Optimization:
             if window.micro_batches == 1:
                 with self.phases("monitors"):
                     self._observation.measure(module, agreed, micro_batch, batch)
-            with self.phases("measuring"):
+            # One look a fit: a graph that writes gradients while it is measured does so in every step.
+            looking = nullcontext() if self._writes_none else writing_no_gradients(module.parameters())
+            with self.phases("measuring"), looking:
                 loss = loss_of(module, window, agreed, micro_batch, closes=closes)
+            self._writes_none = self._writes_none or bool(agreed.names)
             if loss is None and module.automatic_optimization and window.collects:
                 # Lightning passes something backward in every micro-batch; what this one's gradients are is kept.
                 return torch.zeros((), device=module.device, requires_grad=True)
@@ -131,6 +143,7 @@ class Optimization:
         """What follows a window's backward pass where Lightning runs it."""
         if module.automatic_optimization and self._closed is not None:
             forget_unreached(module, self._closed)
+            self._closed.gradients = None
             self._closed = None
 
     def before_automatic_step(self, module: MultiTaskModule, optimizer: torch.optim.Optimizer) -> None:
@@ -166,6 +179,7 @@ class Optimization:
             self._closed = window
         else:
             forget_unreached(module, window)
+            window.gradients = None  # K gradients of each head need not outlive the step
         signals = window.summary()
         finite = self.skipped.check(module, signals)
         self._drops = not finite

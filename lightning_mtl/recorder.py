@@ -135,7 +135,7 @@ class Recorder(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
         """Lay out TensorBoard's custom scalars: all tasks' weights on one chart, all losses on another."""
         check_model(pl_module, trainer)
-        pl_module.optimization.steering.begin(pl_module)
+        pl_module.optimization.begin(pl_module)
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(self.tensorboard_layout())

@@ -1,7 +1,8 @@
-"""What one optimizer step measured, as the weighting methods see it."""
+"""What one optimizer step measured, as the weighting methods see it, and what they decided."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -46,6 +47,21 @@ class Signals:
     def num_tasks(self) -> int:
         """K, the number of present tasks."""
         return len(self.tasks)
+
+
+@dataclass
+class Decision:
+    """What a weighting made of the measurements.
+
+    Attributes:
+        weights: ``[K]``, what multiplies each task's shared gradient.
+        head_weights: ``[K]``, what multiplies the gradients of each task's own parameters; None for ``weights``.
+        directions: The shared gradient itself, ``[n]`` for each matrix of rows, where no weights describe it.
+    """
+
+    weights: Tensor
+    head_weights: Tensor | None = None
+    directions: Sequence[Tensor] | None = None
 
 
 def cosines(gramian: Tensor) -> Tensor:

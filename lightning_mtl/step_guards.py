@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from lightning_mtl.agreement import agree
 from lightning_mtl.callbacks import Weighting
 from lightning_mtl.gradients.inner_products import values_of_gradients
 from lightning_mtl.gradients.micro_batch import MicroBatch, stack_losses
+from lightning_mtl.gradients.torch_internals import times_written
 from lightning_mtl.signals import Signals
 from lightning_mtl.snapshots import Snapshot
 from lightning_mtl.window import Window
@@ -92,6 +93,25 @@ def synchronizing(module: MultiTaskModule, *, closes: bool) -> AbstractContextMa
     return strategy.block_backward_sync()
 
 
+@contextmanager
+def writing_no_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Refuse a graph in which something writes into gradients while they are measured.
+
+    Raises:
+        ValueError: If a parameter's gradient is another one after the block.
+    """
+    before = [(p, p.grad, None if p.grad is None else times_written(p.grad)) for p in parameters if p.requires_grad]
+    yield
+    for parameter, gradient, version in before:
+        if parameter.grad is not gradient or (gradient is not None and times_written(gradient) != version):
+            raise ValueError(
+                f"A parameter of shape {list(parameter.shape)} got a gradient while the tasks' gradients were measured "
+                "one after another: an autograd.Function in the model calls backward() in its own backward(), as "
+                "reversible layers do. Have it return its gradients, from torch.autograd.grad, or use a method that "
+                "weighs by the losses alone."
+            )
+
+
 def forget_unreached(module: MultiTaskModule, window: Window) -> None:
     """Leave parameters that no rank's loss depended on without gradients, so that no optimizer moves them."""
     if window.ranks.size == 1:
@@ -156,7 +176,7 @@ def check_split(module: MultiTaskModule, batch: MicroBatch, window: Window) -> N
     Named modules need none: their gradients are those of the losses.
     """
     at = window.measures_at
-    if len(batch.absent) == len(batch.names) or at not in ("features", "last_layer"):
+    if set(batch.names) <= set(batch.absent) or at not in ("features", "last_layer"):
         return
     called = f"{type(window.weighting).__name__}(at={at!r})"
     if isinstance(module.trunk, torch.jit.ScriptModule):

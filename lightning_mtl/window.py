@@ -18,7 +18,7 @@ from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.sharded import ShardedTrunkGradients
 from lightning_mtl.gradients.trunk import TrunkGradients
 from lightning_mtl.phases import Phases
-from lightning_mtl.signals import Signals
+from lightning_mtl.signals import Decision, Signals
 from lightning_mtl.task_rates import Collected
 
 if TYPE_CHECKING:
@@ -26,21 +26,6 @@ if TYPE_CHECKING:
 
 Way = Literal["losses", "features", "rows"]
 """How weights reach the gradients: in a weighted sum of losses, at the trunk's output, or in a sum of rows."""
-
-
-@dataclass
-class Decision:
-    """What a weighting made of the measurements.
-
-    Attributes:
-        weights: ``[K]``, what multiplies each task's shared gradient.
-        head_weights: ``[K]``, what multiplies the gradients of each task's own parameters; None for ``weights``.
-        directions: The shared gradient itself, ``[n]`` for each matrix of rows, where no weights describe it.
-    """
-
-    weights: Tensor
-    head_weights: Tensor | None = None
-    directions: Sequence[Tensor] | None = None
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from lightning_mtl.gradients.graph import Above, above_split, check_repeatable
 from lightning_mtl.gradients.inner_products import gramian, row_norms
 from lightning_mtl.gradients.micro_batch import Measured, MicroBatch, Wanted, by_parameter
 from lightning_mtl.gradients.one_pass import EntersTrunkError, one_pass
-from lightning_mtl.gradients.rows import Rows
+from lightning_mtl.gradients.rows import Rows, as_real
 from lightning_mtl.gradients.split import Output
 from lightning_mtl.gradients.torch_internals import ACCUMULATE_GRAD, CAN_ASK_ENGINE, parameter_hooks_off
 
@@ -57,10 +57,7 @@ class FeatureMeasurement:
                 self.short = self._take_short_way(above)
 
     def _outputs_read(self, above: Sequence[Above]) -> list[Output]:
-        outputs = self.batch.split.outputs
-        if self.batch.ranks.size > 1:  # a graph that is the same on all ranks has every output in it
-            return outputs
-        return [outputs[i] for i in sorted({i for one in above for i in one.outputs})]
+        return outputs_read(self.batch, above)
 
     def _take_short_way(self, above: Sequence[Above]) -> bool:
         nodes = [
@@ -109,25 +106,10 @@ class FeatureMeasurement:
     def _feature_rows(self) -> list[Tensor]:
         """The cotangents as ``[K, n]`` matrices, complex numbers as pairs of real ones."""
         if not self.read:
-            if not self._reached_above.isdisjoint(self._parameters()[0]):
-                raise ValueError(
-                    "No loss reads an output of the trunk that gradients could be measured at: the losses reach its "
-                    "parameters another way. A trunk called as trunk.forward(x), a scripted one, and one that returns "
-                    "an object of a class of its own show no outputs. Measure at 'trunk', or return tensors, or "
-                    "mappings, sequences or dataclasses of tensors."
-                )
+            check_outputs_read(self._reached_above, self._parameters()[0])
             return [torch.zeros(len(self._own), 1, device=self.losses.device)]
-        if any(output.z.is_nested for output in self.read):
-            raise ValueError(
-                "The trunk returns a nested tensor, and gradients at nested features have no inner products in torch. "
-                "Measure at 'trunk' or 'last_layer'."
-            )
-        if not self._rows:
-            for i, output in enumerate(self.read):
-                zero = torch.zeros_like(output.z)
-                block = torch.stack([zero if own[i] is None else own[i] for own in self._cotangents])  # type: ignore[misc]
-                self._rows.append(block.reshape(len(block), -1))
-        return [torch.view_as_real(b).flatten(1) if b.is_complex() else b for b in self._rows]
+        self._rows = self._rows or feature_blocks(self.read, self._cotangents)
+        return [as_real(block) for block in self._rows]
 
     def _layer_rows(self, layer: Sequence[Tensor]) -> list[Tensor]:
         """Each task's gradient of the layer, from its gradient at the trunk's outputs where that is enough."""
@@ -151,6 +133,49 @@ class FeatureMeasurement:
                     known.update(by_parameter(below, got))
                 rows.add(index, [known.get(p) for p in layer])
         return rows.matrices()
+
+
+def outputs_read(batch: MicroBatch, above: Sequence[Above]) -> list[Output]:
+    """The trunk's outputs that losses read directly. What they read through another output is counted there."""
+    return [batch.split.outputs[i] for i in sorted({i for one in above for i in one.outputs})]
+
+
+def check_outputs_read(reached: Collection[Tensor], shared: Collection[Tensor]) -> None:
+    """Refuse losses that read no output of the trunk, and reach its parameters all the same.
+
+    Args:
+        reached: The leaves that losses reach without passing an output.
+        shared: The shared parameters.
+
+    Raises:
+        ValueError: Then; losses that reach no shared parameter at all have gradients of zero instead.
+    """
+    if not set(reached).isdisjoint(shared):
+        raise ValueError(
+            "No loss reads an output of the trunk that gradients could be measured at: the losses reach its parameters "
+            "another way. A trunk called as trunk.forward(x), a scripted one, and one that returns an object of a "
+            "class of its own show no outputs. Measure at 'trunk', or return tensors, or mappings, sequences or "
+            "dataclasses of tensors."
+        )
+
+
+def feature_blocks(read: Sequence[Output], cotangents: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
+    """The tasks' gradients at each output as a ``[K, n]`` matrix, complex where the output is.
+
+    Raises:
+        ValueError: If an output is a nested tensor.
+    """
+    if any(output.z.is_nested for output in read):
+        raise ValueError(
+            "The trunk returns a nested tensor, and gradients at nested features have no inner products in torch. "
+            "Measure at 'trunk' or 'last_layer'."
+        )
+    blocks = []
+    for i, output in enumerate(read):
+        zero = torch.zeros_like(output.z)
+        found = [zero if (gradient := own[i]) is None else gradient for own in cotangents]
+        blocks.append(torch.stack(found).reshape(len(found), -1))
+    return blocks
 
 
 def groups_read(batch: MicroBatch) -> list[list[Tensor]]:

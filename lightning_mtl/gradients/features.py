@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.gradients.feature_measurement import FeatureMeasurement
-from lightning_mtl.gradients.graph import above_split
+from lightning_mtl.gradients.graph import above_split, check_repeatable
 from lightning_mtl.gradients.micro_batch import add_gradients, by_parameter, unscaled, weighted_sums
 from lightning_mtl.gradients.surrogate import surrogate
 from lightning_mtl.gradients.torch_internals import parameter_hooks_off
@@ -37,7 +37,7 @@ class FeatureGradients(FeatureMeasurement):
             directions: What the trunk's outputs get instead of Σ w_k c_k, one ``[n]`` tensor for each that is read.
 
         Raises:
-            ValueError: If there are directions and a trunk that reads its own output.
+            ValueError: If there are directions, and a way to shared parameters runs past the trunk's outputs.
         """
         if self.short:
             loss = self._known(weights, head_weights, directions)
@@ -80,6 +80,9 @@ class FeatureGradients(FeatureMeasurement):
             if any(p not in self._reached_above for p in others):
                 mended = self._mended(self._others_below(others), self._at_outputs(weights, directions), v)
         parameters = list(dict.fromkeys(p for own in (*self._own, *tied, mended) for p in own))
+        # A graph that is the same on all ranks has every output in it.
+        read = {output.key for output in self.read}
+        unread = [o for o in self.batch.split.outputs if self.batch.ranks.size > 1 and o.key not in read]
 
         def gradients(scaled: Tensor) -> list[Tensor]:
             outer = unscaled(scaled, self.batch.scale)
@@ -91,27 +94,26 @@ class FeatureGradients(FeatureMeasurement):
             if tied:
                 add_gradients(above, weighted_sums(tied, (weights * outer).unbind()))
             add_gradients(above, weighted_sums([mended], [outer]))
-            return [*down, *(above[p] for p in parameters)]
+            return [*down, *(torch.zeros_like(output.z) for output in unread), *(above[p] for p in parameters)]
 
-        inputs = [*(output.z for output in self.read), *parameters]
+        inputs = [*(output.z for output in (*self.read, *unread)), *parameters]
         return surrogate((self.losses * weights).sum(), inputs, gradients)
 
     def _general(self, weights: Tensor, v: Tensor, directions: Sequence[Tensor] | None) -> Tensor:
         """The loss where trunk and heads have weights of their own, and paths are not known to be separate."""
         below = [above_split(output.z, self.batch.split.stops) for output in self.read]
         nested = any(one.readers for one in below)
-        if directions is not None and nested:
-            raise ValueError(
-                "The trunk reads its own output, so that the gradient at one output contains that at another, and a "
-                "method without weights has no direction there. Measure at='trunk'."
-            )
         shared, others = self._parameters()
         clean = self.batch.split.clean
-        if directions is None:
-            leaves = {leaf for one in below for leaf in one.leaves}
-            separate = self._reached_above.isdisjoint(shared) and self._reached_above.isdisjoint(leaves)
-            if not clean or nested or not separate:
-                return self._by_parameters(weights, v)
+        leaves = {leaf for one in below for leaf in one.leaves}
+        separate = self._reached_above.isdisjoint(shared) and self._reached_above.isdisjoint(leaves)
+        if directions is not None and (nested or not separate):
+            raise ValueError(
+                "A loss reaches shared parameters by a way that does not run through the trunk's output alone, and the "
+                "direction that a method without weights gives has no meaning on that way. Measure at='trunk'."
+            )
+        if directions is None and (not clean or nested or not separate):
+            return self._by_parameters(weights, v)
         wanted = self._at_outputs(weights, directions)
         mended = self._mended(self._others_below(others), wanted, v)
         corrections = [d - self._combined(i, v) for i, d in enumerate(wanted)]
@@ -149,6 +151,7 @@ class FeatureGradients(FeatureMeasurement):
 
     def _by_parameters(self, weights: Tensor, v: Tensor) -> Tensor:
         """The loss where a path to the trunk runs past its outputs: one pass for shared parameters, one for others."""
+        check_repeatable([loss for loss in self.batch.losses if loss.requires_grad])
         known: dict[Tensor, Tensor] = {}
         for group, factors in zip(self._parameters(), (weights, v), strict=True):
             loss = self.batch.weighted_sum(factors)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_mtl.gradients.torch_internals import ACCUMULATE_GRAD, donates_buffers, forward_order
+from lightning_mtl.gradients.torch_internals import ACCUMULATE_GRAD, donates_buffers, forward_order, is_python_function
 
 
 def reached_leaves(roots: Iterable[Tensor]) -> dict[Tensor, int]:
@@ -98,12 +98,48 @@ def above_split(loss: Tensor, stops: Mapping[tuple[Node, int], int]) -> Above:
     return found
 
 
-def check_repeatable(roots: Iterable[Tensor]) -> None:
-    """Refuse a graph with a part that was compiled for one backward pass alone, in an earlier training for instance.
+def check_nothing_hidden(roots: Iterable[Tensor]) -> None:
+    """Refuse a graph that shows no shared parameter, and holds an operation that may hide some.
 
     Raises:
-        ValueError: Saying how to have it compiled again.
+        ValueError: If there is an ``autograd.Function`` written in Python: its backward may differentiate by parameters
+            that it holds without having taken them as inputs.
     """
+    for node in _nodes(roots):
+        if is_python_function(node):
+            raise ValueError(
+                f"No loss reaches a shared parameter by a path of the graph, but {node.name()} is in it, and may hide "
+                "parameters that its backward() differentiates by. Give them to it as inputs, or use a method that "
+                "weighs by the losses alone."
+            )
+
+
+def check_repeatable(roots: Iterable[Tensor]) -> None:
+    """Refuse a graph with a part that cannot be passed once for each task.
+
+    Such are parts that were compiled for one backward pass alone, in an earlier training for instance, and reentrant
+    checkpoints, whose parameters no path of the graph leads to.
+
+    Raises:
+        ValueError: Saying what to do instead.
+    """
+    for node in _nodes(roots):
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "A part of the model lies in a reentrant checkpoint, which hides its parameters from autograd until a "
+                "whole backward pass runs. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or use a "
+                "method that weighs by the losses alone."
+            )
+        if donates_buffers(node):
+            raise ValueError(
+                "A part of the model was compiled, before this training, for a single backward pass, but its tasks' "
+                "gradients are computed one after another. Call torch.compiler.reset() before the training, so that it "
+                "is compiled again."
+            )
+
+
+def _nodes(roots: Iterable[Tensor]) -> Iterator[Node]:
+    """Every node of a graph."""
     seen: set[Node] = set()
     stack = [root.grad_fn for root in roots]
     while stack:
@@ -111,10 +147,5 @@ def check_repeatable(roots: Iterable[Tensor]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if donates_buffers(node):
-            raise ValueError(
-                "A part of the model was compiled, before this training, for a single backward pass, but its tasks' "
-                "gradients are computed one after another. Call torch.compiler.reset() before the training, so that it "
-                "is compiled again."
-            )
+        yield node
         stack += [child for child, _ in node.next_functions]

@@ -114,7 +114,7 @@ class Rows:
 
     def matrices(self) -> list[Tensor]:
         """The rows written since :meth:`begin`, from the first on: a real ``[K, n]`` matrix a dtype and device."""
-        return [_as_real(matrix[: len(self._filled)]) for matrix in self._matrices]
+        return [as_real(matrix[: len(self._filled)]) for matrix in self._matrices]
 
     def columns(self, positions: Sequence[int]) -> list[Tensor]:
         """The same rows of some of the parameters alone, real matrices."""
@@ -122,7 +122,7 @@ class Rows:
         for members, matrix in zip(self._members, self._matrices, strict=True):
             pieces = matrix[: len(self._filled)].split([self.parameters[i].numel() for i in members], dim=1)
             chosen = [piece for i, piece in zip(members, pieces, strict=True) if i in wanted]
-            found += [_as_real(torch.cat(chosen, dim=1))] if chosen else []
+            found += [as_real(torch.cat(chosen, dim=1))] if chosen else []
         return found
 
     def begin_sum(self, row: int, ranks: Ranks) -> None:
@@ -131,7 +131,7 @@ class Rows:
             for matrix in self._matrices:
                 matrix[row].zero_()
             self._filled.add(row)
-        self._travelling += [ranks.begin_sum(_as_real(matrix[row])) for matrix in self._matrices]
+        self._travelling += [ranks.begin_sum(as_real(matrix[row])) for matrix in self._matrices]
 
     def end_sums(self) -> None:
         """Wait for the rows under way."""
@@ -183,7 +183,8 @@ def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
     return (gradient if gradient.layout is torch.strided else gradient.to_dense()).reshape(-1)
 
 
-def _as_real(matrix: Tensor) -> Tensor:
+def as_real(matrix: Tensor) -> Tensor:
+    """The same rows, complex numbers as pairs of real ones."""
     return torch.view_as_real(matrix).flatten(-2) if matrix.is_complex() else matrix
 
 

@@ -136,7 +136,9 @@ class Split:
         return _replace_tensors(output, lambda z: handed[z] if z in handed else handed.setdefault(z, self._hand_out(z)))
 
     def _hand_out(self, z: Tensor) -> Tensor:
-        if not z.requires_grad or is_functorch_wrapped(z):
+        """A view of an output; what has no gradient here, or no view, is handed on as it is."""
+        plain = z.layout is torch.strided or z.is_nested
+        if not (z.requires_grad and torch.is_grad_enabled() and plain) or is_functorch_wrapped(z):
             return z
         s = z.view_as(z)
         below = get_gradient_edge(z)
@@ -155,13 +157,18 @@ def _replace_tensors(data: Any, function: Callable[[Tensor], Tensor]) -> Any:  #
         for key, value in data.items():
             new[key] = _replace_tensors(value, function)
         return new
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(_replace_tensors(value, function) for value in data))
-    if isinstance(data, list | tuple):
-        return type(data)(_replace_tensors(value, function) for value in data)
+    if isinstance(data, list):
+        copied = copy.copy(data)
+        copied[:] = [_replace_tensors(value, function) for value in data]
+        return copied
+    if isinstance(data, tuple):
+        values = [_replace_tensors(value, function) for value in data]
+        # Without the class's own constructor, which may take anything; those of C, as of torch.max, have no other.
+        return type(data)(values) if hasattr(data, "n_sequence_fields") else tuple.__new__(type(data), values)
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         rebuilt: Any = copy.copy(data)
-        for field in dataclasses.fields(data):  # set as a frozen class sets them itself
-            object.__setattr__(rebuilt, field.name, _replace_tensors(getattr(data, field.name), function))
+        for name in (field.name for field in dataclasses.fields(data) if hasattr(data, field.name)):
+            # As a frozen class sets them itself.
+            object.__setattr__(rebuilt, name, _replace_tensors(getattr(data, name), function))
         return rebuilt
     return data

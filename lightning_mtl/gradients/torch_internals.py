@@ -87,6 +87,11 @@ def keeping_buffers() -> AbstractContextManager[None]:
     return _WITHOUT_DONATION
 
 
+def is_python_function(node: object) -> bool:
+    """Whether a node is an ``autograd.Function`` written in Python."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
 def donates_buffers(node: Node) -> bool:
     """Whether a node is a compiled part that can be passed backward only once."""
     # An operation written in Python has such a class; a user's own donates nothing.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lightning_mtl.gradients.graph import check_repeatable, reached_leaves
+from lightning_mtl.gradients.feature_measurement import check_outputs_read, feature_blocks, outputs_read
+from lightning_mtl.gradients.graph import above_split, check_nothing_hidden, check_repeatable, reached_leaves
 from lightning_mtl.gradients.inner_products import gramian, row_norms
 from lightning_mtl.gradients.micro_batch import (
     Measured,
@@ -19,7 +21,8 @@ from lightning_mtl.gradients.micro_batch import (
     weighted_sums,
 )
 from lightning_mtl.gradients.ranks import Ranks
-from lightning_mtl.gradients.rows import Rows
+from lightning_mtl.gradients.rows import Rows, as_real
+from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.surrogate import surrogate
 from lightning_mtl.gradients.torch_internals import parameter_hooks_off
 
@@ -74,10 +77,13 @@ class TrunkGradients:
         """Differentiate one micro-batch; in the last one, each row travels while the next is computed."""
         self._batch = batch
         parameters = [*self.shared, *self.others]
-        edges = [] if self._products is None else [output.edge for output in batch.split.outputs]
+        above = [] if self._products is None else [above_split(loss, batch.split.stops) for loss in batch.losses]
+        read = outputs_read(batch, above)
+        if self._products is not None and not read:
+            check_outputs_read([leaf for one in above for leaf in one.leaves], self.shared)
+        edges = [output.edge for output in read]
         graphs = batch.with_graph
-        if len(graphs) > 1 or batch.penalty is not None:
-            check_repeatable([loss for loss in batch.losses if loss.requires_grad])
+        check_repeatable([loss for loss in batch.losses if loss.requires_grad])
         cotangents: list[Sequence[Tensor | None]] = []
         with parameter_hooks_off(parameters):
             for index, task in enumerate(batch.names):
@@ -92,8 +98,12 @@ class TrunkGradients:
                 seed = None if batch.scale is None else batch.scale.to(batch.penalty.dtype)
                 own = torch.autograd.grad(batch.penalty, parameters, seed, allow_unused=True)
                 add_gradients(self._penalty, by_parameter(parameters, own))
+        if self.shared and not self.rows.used:
+            check_nothing_hidden(batch.losses)
         if self._products is not None and edges:
-            self._add_products(batch, cotangents)
+            self._add_products(batch, feature_blocks(read, cotangents))
+        if last:  # what is left to differentiate is the penalty: the losses' graphs need not outlive this step
+            self._batch = replace(batch, losses=[loss.detach() for loss in batch.losses], split=Split())
 
     def _add_task(self, task: str, gradients: Sequence[Tensor | None]) -> None:
         if task not in self._slots:
@@ -103,16 +113,12 @@ class TrunkGradients:
         self.rows.add(slot, gradients[: len(self.shared)])
         add_gradients(self._own[slot], by_parameter(self.others, gradients[len(self.shared) :]))
 
-    def _add_products(self, batch: MicroBatch, cotangents: Sequence[Sequence[Tensor | None]]) -> None:
+    def _add_products(self, batch: MicroBatch, blocks: Sequence[Tensor]) -> None:
         """Add the Gramian of one micro-batch's features: those of different samples are orthogonal to each other."""
-        if not batch.names or self._products is None:
+        if self._products is None:
             return
-        blocks = [
-            torch.stack([(torch.zeros_like(o.z) if own[i] is None else own[i]).reshape(-1) for own in cotangents])  # type: ignore[union-attr]
-            for i, o in enumerate(batch.split.outputs)
-        ]
         at = torch.tensor([self._tasks.index(task) for task in batch.names])
-        self._products[at[:, None], at] += gramian(blocks)
+        self._products[at[:, None], at] += gramian([as_real(block) for block in blocks])
 
     def close(self, losses: Tensor, factors: Tensor | None) -> None:
         """End the step's micro-batches.
@@ -218,4 +224,5 @@ class TrunkGradients:
             return [total[p] if p in total else torch.zeros_like(p) for p in parameters]
 
         loss = surrogate((self._losses * weights).sum(), parameters, gradients)
-        return loss if self._batch is None else self._batch.with_penalty(loss)
+        batch, self._batch = self._batch, None  # the penalty's graph need not outlive the backward pass
+        return loss if batch is None else batch.with_penalty(loss)

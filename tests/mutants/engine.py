@@ -18,7 +18,7 @@ ENGINE = (
     Mutation(
         "rows are not summed over the ranks",
         "gradients/rows.py",
-        "self._travelling += [ranks.begin_sum(_as_real(matrix[row])) for matrix in self._matrices]",
+        "self._travelling += [ranks.begin_sum(as_real(matrix[row])) for matrix in self._matrices]",
         "pass",
         PARTIAL,
     ),
@@ -111,16 +111,16 @@ ENGINE = (
     Mutation(
         "a trunk that reads its own output counts as plain",
         "gradients/features.py",
-        "if not clean or nested or not separate:",
-        "if not clean or not separate:",
+        "if directions is None and (not clean or nested or not separate):",
+        "if directions is None and (not clean or not separate):",
         SITUATIONS,
         "applied or hidden",
     ),
     Mutation(
         "a parameter above and below the split counts as one above it",
         "gradients/features.py",
-        "if not clean or nested or not separate:",
-        "if not clean or nested:",
+        "if directions is None and (not clean or nested or not separate):",
+        "if directions is None and (not clean or nested):",
         SITUATIONS,
     ),
     Mutation(
@@ -167,7 +167,7 @@ ENGINE = (
     Mutation(
         "penalties are dropped where rows are weighed",
         "gradients/trunk.py",
-        "return loss if self._batch is None else self._batch.with_penalty(loss)",
+        "return loss if batch is None else batch.with_penalty(loss)",
         "return loss",
         ENGINE_TESTS,
         "weighted_sum and trunk and penalised",
