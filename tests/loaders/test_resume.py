@@ -147,7 +147,7 @@ ITERABLES: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", ITERABLES)
-@pytest.mark.parametrize("save_after", [3, pytest.param(6, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("save_after", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 8))])
 def test_iterable_data(kind: str, save_after: int, tmp_path: Path) -> None:
     def make() -> MultiTaskDataModule:
         return MultiTaskDataModule(ITERABLES[kind](), mixing=RoundRobin(), steps_per_epoch=11, batch_size=2)

@@ -137,7 +137,7 @@ ENGINE = (
         "tied = [{p: own.pop(p) for p in set(shared).intersection(own)} for own in self._own]",
         "tied = []",
         SITUATIONS,
-        "head among",
+        "head and among",
     ),
     Mutation(
         "gradient hooks of parameters act while gradients are measured",

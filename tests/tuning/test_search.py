@@ -77,6 +77,7 @@ def test_seeds_are_trained_each_and_their_mean_counts(tmp_path: Path) -> None:
     assert trained(result.best[0], tmp_path)["val/loss"] == by_seed["3"][0]
 
 
+@pytest.mark.slow
 def test_delta_m_compares_with_tasks_trained_alone_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     constructed = []
 
@@ -119,6 +120,7 @@ def test_several_objectives_make_a_pareto_front(tmp_path: Path) -> None:
     result.print_table()
 
 
+@pytest.mark.slow
 def test_a_mean_of_metrics(tmp_path: Path) -> None:
     goal = {"mean": ["val/loss/left", "val/loss/right"]}
     result = tune(configuration(tmp_path), space(objective=goal), trials=1, sampler=sampler())

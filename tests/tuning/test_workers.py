@@ -104,6 +104,7 @@ def test_workers_share_a_study_and_outlive_one_of_them(tmp_path: Path) -> None:
     assert (tmp_path / "search" / "best.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_journal_files_running_trials_are_told_of_and_repeated_on_demand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
