@@ -141,6 +141,8 @@ def test_the_state_is_updated_with_the_windows_mean_losses() -> None:
     expected = [output.loss for output in copy.deepcopy(model).task_losses(whole).values()]
     fit(model, loader(*split(whole, [1, 5])), callbacks=[weighting])
     torch.testing.assert_close(weighting.observed[0].losses, torch.stack(expected).detach())
+    # What reads the losses is asked when all of them are known.
+    torch.testing.assert_close(weighting.asked[0].losses, torch.stack(expected).detach())
 
 
 @pytest.mark.parametrize("measures", ["losses", "gramian"])

@@ -224,7 +224,8 @@ ENGINE = (
         "callbacks.py",
         '(self.measures == "losses" and not self.reads_losses)',
         '(self.measures == "losses")',
-        TURNS,
+        "tests/test_accumulation.py",
+        "mean_losses",
     ),
     Mutation(
         "a window whose first micro-batch lacks tasks counts as complete",
