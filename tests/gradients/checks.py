@@ -19,6 +19,8 @@ from tests.training import Steps, loader
 
 # Plain PyTorch gives the same warnings for these models, and what is prototype or deprecated there is no matter here.
 HARMLESS = (
+    # torch 2.14 says so of scripts, which are among the models.
+    "ignore:`torch.jit.script` is deprecated:FutureWarning",
     "ignore:Full backward hook is firing:UserWarning",
     "ignore:.*nested tensors is in prototype stage:UserWarning",
     "ignore:.*torch.jit.*deprecated:DeprecationWarning",

@@ -53,7 +53,7 @@ def on_rank(make: Any, place: str | None, names: tuple[str, ...], rank: int, ran
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_rank_with_an_empty_batch_where_a_task_is_absent_from_all(place: str, pair: Pair) -> None:
-    (weights, found), (_, other) = pair.run(on_rank, Turns, place, ("a", ""), seconds=60)
+    (weights, found), (_, other) = pair.run(on_rank, Turns, place, ("a", ""))
     expected = gradients_of(functools.partial(build, Turns), (random_inputs(0), "a"), "trunk")
     check_gradients(found, expected.weighted(weights, weights), 1e-12)
     check_gradients(other, found, 0.0)
@@ -62,7 +62,7 @@ def test_a_rank_with_an_empty_batch_where_a_task_is_absent_from_all(place: str, 
 @pytest.mark.parametrize("place", [None, *PLACES])
 def test_sparse_gradients_where_a_rank_lacks_a_task(place: str | None, pair: Pair) -> None:
     make = functools.partial(Turns, trunk=Table)
-    (weights, found), (_, other) = pair.run(on_rank, make, place, ("a", "b"), seconds=60)
+    (weights, found), (_, other) = pair.run(on_rank, make, place, ("a", "b"))
     for rank, task in enumerate("ab"):
         expected = gradients_of(functools.partial(build, make), (random_inputs(rank), task), "trunk").weighted(
             {task: weights[task]}, {task: weights[task]}
@@ -89,6 +89,6 @@ def gramian_on_rank(rank: int, ranks: int) -> Any:
 
 
 def test_features_of_nested_calls_on_two_ranks(pair: Pair) -> None:
-    found = pair.run(gramian_on_rank, seconds=60)[0]
+    found = pair.run(gramian_on_rank)[0]
     # Each rank's features are orthogonal to the other's.
     Close(1e-12).check(found, gramian_on_rank(0, 1) / 2, "gramian")
