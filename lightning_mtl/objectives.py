@@ -14,8 +14,8 @@ from lightning_mtl.gradients.micro_batch import Measured, MicroBatch
 from lightning_mtl.gradients.sharded import ShardedFeatureGradients, ShardedTrunkGradients
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.trunk import TrunkGradients
-from lightning_mtl.setup_checks import check_accumulation
-from lightning_mtl.step_guards import check_split, collects_shards, no_shared_parameters
+from lightning_mtl.setup_checks import check_accumulation, collects_shards
+from lightning_mtl.step_guards import check_split, no_shared_parameters
 from lightning_mtl.task import TaskOutput
 from lightning_mtl.window import Window
 
@@ -110,7 +110,7 @@ def open_collection(module: MultiTaskModule, window: Window) -> TrunkGradients |
         check_accumulation(window.weighting, window.size)
     if module.sharded:
         if window.size > 1:
-            raise collects_shards(window)
+            raise collects_shards(window.weighting, window.size)
         return ShardedTrunkGradients(tuple(module.tasks), shared, others)
     optimization = module.optimization
     engine = TrunkGradients(

@@ -127,6 +127,16 @@ def check_accumulation(weighting: Weighting, size: int) -> None:
         )
 
 
+def collects_shards(weighting: Weighting | None, size: int) -> ValueError:
+    """The refusal of an accumulation window whose weights are not known at its first micro-batch."""
+    return ValueError(
+        f"accumulate_grad_batches={size} with {type(weighting).__name__} keeps each task's gradients until the weights "
+        "are known, at the optimizer step's end, and a sharded model (FSDP2) has gradients in a backward pass only. "
+        "Accumulate nothing, or give every micro-batch all tasks and use a method that reads nothing but its state, "
+        "such as UncertaintyWeighting."
+    )
+
+
 def check_model(module: MultiTaskModule, trainer: pl.Trainer) -> None:
     """Refuse, once the model is configured, parameters that no rank would average."""
     if not isinstance(trainer.strategy, ModelParallelStrategy):
@@ -168,11 +178,7 @@ def _check_sharded(module: MultiTaskModule, trainer: pl.Trainer) -> None:
         return
     name, at, size = type(weighting).__name__, weighting.at, module.micro_batches_a_step
     if size > 1 and (weighting.measures != "losses" or weighting.reads_losses):
-        raise ValueError(
-            f"accumulate_grad_batches={size} with {name} keeps each task's gradients until its weights are known, at "
-            "the optimizer step's end, and a sharded model (FSDP2) has gradients in a backward pass only; accumulate "
-            "nothing, or use a method that reads nothing but its state, such as UncertaintyWeighting."
-        )
+        raise collects_shards(weighting, size)
     if weighting.measures == "losses":
         return
     if at not in ("trunk", "features"):

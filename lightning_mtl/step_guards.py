@@ -208,16 +208,6 @@ def no_shared_parameters(window: Window) -> ValueError:
     )
 
 
-def collects_shards(window: Window) -> ValueError:
-    """The refusal of an accumulation window whose weights are not known at its first micro-batch."""
-    return ValueError(
-        f"accumulate_grad_batches={window.size} with {type(window.weighting).__name__} keeps each task's gradients "
-        "until the weights are known, at the optimizer step's end, and a sharded model (FSDP2) has gradients in a "
-        "backward pass only. Accumulate nothing, or give every micro-batch all tasks and use a method that reads "
-        "nothing but its state, such as UncertaintyWeighting."
-    )
-
-
 def waits_for_thaw(module: MultiTaskModule) -> bool:
     """Whether no shared parameter trains yet, and a callback is there to unfreeze some."""
     callbacks = module.trainer.callbacks  # type: ignore[attr-defined]

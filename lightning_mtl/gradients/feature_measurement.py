@@ -43,7 +43,7 @@ class FeatureMeasurement:
     ) -> None:
         self.batch, self._parameters, self.losses = batch, parameters, losses
         above = [above_split(loss, batch.split.stops) for loss in batch.losses]
-        self.read = self._outputs_read(above)
+        self.read = outputs_read(batch, above)
         """The outputs of the trunk that losses read directly."""
         self._readers = [one.outputs for one in above]
         self._found: Cotangents | None = None
@@ -55,9 +55,6 @@ class FeatureMeasurement:
         if may_be_short and CAN_ASK_ENGINE and batch.split.clean and _apart(batch, above):
             with parameter_hooks_off(leaf for one in above for leaf in one.leaves):
                 self.short = self._take_short_way(above)
-
-    def _outputs_read(self, above: Sequence[Above]) -> list[Output]:
-        return outputs_read(self.batch, above)
 
     def _take_short_way(self, above: Sequence[Above]) -> bool:
         nodes = [

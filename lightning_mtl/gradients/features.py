@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.gradients.feature_measurement import FeatureMeasurement
-from lightning_mtl.gradients.graph import above_split, check_repeatable
+from lightning_mtl.gradients.graph import Above, above_split, check_repeatable
 from lightning_mtl.gradients.micro_batch import add_gradients, by_parameter, unscaled, weighted_sums
 from lightning_mtl.gradients.surrogate import surrogate
 from lightning_mtl.gradients.torch_internals import parameter_hooks_off
@@ -78,7 +78,8 @@ class FeatureGradients(FeatureMeasurement):
             tied = [{p: own.pop(p) for p in set(shared).intersection(own)} for own in self._own]
             # and what lies below the split without being shared, as heads are.
             if any(p not in self._reached_above for p in others):
-                mended = self._mended(self._others_below(others), self._at_outputs(weights, directions), v)
+                below = {leaf for one in self._below_outputs() for leaf in one.leaves}
+                mended = self._mended([p for p in others if p in below], self._at_outputs(weights, directions), v)
         parameters = list(dict.fromkeys(p for own in (*self._own, *tied, mended) for p in own))
         # A graph that is the same on all ranks has every output in it.
         read = {output.key for output in self.read}
@@ -101,7 +102,7 @@ class FeatureGradients(FeatureMeasurement):
 
     def _general(self, weights: Tensor, v: Tensor, directions: Sequence[Tensor] | None) -> Tensor:
         """The loss where trunk and heads have weights of their own, and paths are not known to be separate."""
-        below = [above_split(output.z, self.batch.split.stops) for output in self.read]
+        below = self._below_outputs()
         nested = any(one.readers for one in below)
         shared, others = self._parameters()
         clean = self.batch.split.clean
@@ -115,7 +116,8 @@ class FeatureGradients(FeatureMeasurement):
         if directions is None and (not clean or nested or not separate):
             return self._by_parameters(weights, v)
         wanted = self._at_outputs(weights, directions)
-        mended = self._mended(self._others_below(others), wanted, v)
+        # Parameters that are not shared may lie below the split, too, as the parts of a trunk that serve one task.
+        mended = self._mended([p for p in others if p in leaves], wanted, v)
         corrections = [d - self._combined(i, v) for i, d in enumerate(wanted)]
         targets = [output.z for output in self.read]
         if not clean:  # nothing can be sent into an output that was written into
@@ -133,11 +135,9 @@ class FeatureGradients(FeatureMeasurement):
         # The heads' weights reach the trunk, too. What is wrong there is mended where it enters.
         return self.batch.weighted_sum(v) + surrogate(self.losses.new_zeros(()), inputs, gradients)
 
-    def _others_below(self, others: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters that are not shared and lie below the split, as the parts of a trunk that serve one task."""
-        stops = self.batch.split.stops
-        reached = {leaf for output in self.read for leaf in above_split(output.z, stops).leaves}
-        return [p for p in others if p in reached]
+    def _below_outputs(self) -> list[Above]:
+        """What each output that is read depends on: leaves, and earlier outputs where the trunk reads its own."""
+        return [above_split(output.z, self.batch.split.stops) for output in self.read]
 
     def _mended(self, others: Sequence[Tensor], wanted: Sequence[Tensor], v: Tensor) -> dict[Tensor, Tensor]:
         """What these parameters lack where the outputs get what the shared parameters want; the scaler's factor in."""
