@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_mtl.figures import blank_figure
+from lightning_mtl.monitors.figures import blank_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from benchmarks.methods_report import Row
 from benchmarks.paired import Difference, t_interval
 from benchmarks.real_problems import Problem
 from benchmarks.trials import EQUAL, SINGLE
-from lightning_mtl.figures import blank_figure
+from lightning_mtl.monitors.figures import blank_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

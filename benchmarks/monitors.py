@@ -43,8 +43,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from benchmarks.step_cases import Case, Repeated, StepClock, clock
 from benchmarks.step_time import environment, keep_freed_memory
 from lightning_mtl import Monitor, Weighting
-from lightning_mtl.figures import heatmap
 from lightning_mtl.monitors import Convergence, GradientConflict, TaskAffinity, Throughput
+from lightning_mtl.monitors.figures import heatmap
 from lightning_mtl.weighting import MGDA, UncertaintyWeighting
 
 NUM_TASKS = 4

@@ -41,8 +41,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl import weighting as methods
-from lightning_mtl.figures import blank_figure, log_figure
 from lightning_mtl.metrics import delta_m
+from lightning_mtl.monitors.figures import blank_figure, log_figure
 from quickstart import Watcher, next_folder, positive, quieten, spread
 from scattered_digits import TASKS, Scenes, Splits, load_splits
 

@@ -27,10 +27,10 @@ from torchmetrics.classification import BinaryAUROC
 from census import Splits, Table, load_splits
 from lightning_mtl import MultiTaskModule, Task
 from lightning_mtl.architectures import PLE, MMoE
-from lightning_mtl.figures import heatmap
-from lightning_mtl.gate_statistics import GateTable
 from lightning_mtl.metrics import delta_m
 from lightning_mtl.monitors import GateUsage
+from lightning_mtl.monitors.figures import heatmap
+from lightning_mtl.monitors.gate_statistics import GateTable
 from quickstart import margin_of, next_folder, positive, quieten, spread
 
 OUTPUTS = 16

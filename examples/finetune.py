@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader, StackDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_mtl import MultiTaskModule, Task
-from lightning_mtl.figures import blank_figure
 from lightning_mtl.finetuning import GradualUnfreezing, add_task
 from lightning_mtl.metrics import paired_bootstrap_interval
+from lightning_mtl.monitors.figures import blank_figure
 from quickstart import quieten, spread
 
 CLASSES = {"digit": 10, "odd": 2, "upper": 2}

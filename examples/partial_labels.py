@@ -37,7 +37,7 @@ from torchmetrics.classification import BinaryAUROC
 
 from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl import weighting as methods
-from lightning_mtl.figures import blank_figure, log_figure
+from lightning_mtl.monitors.figures import blank_figure, log_figure
 from missing_labels import EXPECTED, MISSING, Splits, load, split
 from quickstart import next_folder, positive, quieten, spread
 

@@ -28,7 +28,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_mtl import MultiTaskModule, Task
 from lightning_mtl.architectures import SoftSharing, parameter_report
-from lightning_mtl.figures import blank_figure
+from lightning_mtl.monitors.figures import blank_figure
 from quickstart import margin_of, quieten, spread
 
 TASKS = ("sharp", "blurred")

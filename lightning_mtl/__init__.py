@@ -1,11 +1,11 @@
 """Multi-task learning for PyTorch Lightning: a shared trunk, a dict of heads, and the tasks balanced by a callback."""
 
-from lightning_mtl.callbacks import Aggregator, Weighting
-from lightning_mtl.labels import MaskedTarget
+from lightning_mtl.method.base import Aggregator, Weighting
+from lightning_mtl.method.signals import Signals
 from lightning_mtl.module import MultiTaskModule
-from lightning_mtl.monitor import Monitor
-from lightning_mtl.signals import Signals
+from lightning_mtl.monitors.base import Monitor
 from lightning_mtl.task import Task, TaskOutput
+from lightning_mtl.task.labels import MaskedTarget
 
 # pyproject.toml reads it from here, so that a checkout that is not installed knows it, too.
 __version__ = "0.1.0.dev0"

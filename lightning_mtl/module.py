@@ -10,18 +10,18 @@ import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 
-from lightning_mtl.batches import as_pair, is_joint, is_per_task, refuse_batch, under_its_name
-from lightning_mtl.concatenation import concatenate, rows_of
-from lightning_mtl.labels import number_of_samples
-from lightning_mtl.optimization import Optimization
-from lightning_mtl.overrides import keeping_schedules, putting_rates_back, with_recorder
-from lightning_mtl.parameter_groups import Rate, apply_lr_factors, parameter_groups
-from lightning_mtl.recorder import Recorder, sample_counts
-from lightning_mtl.schedules import LRSchedulerCallable, OptimizerCallable
-from lightning_mtl.setup_checks import check_arguments, check_inputs_differ
-from lightning_mtl.stepped_module import SteppedModule
+from lightning_mtl.learning_rates.parameter_groups import Rate, apply_lr_factors, parameter_groups
 from lightning_mtl.task import Task, TaskOutput
-from lightning_mtl.trunks import Penalised, call_trunk, penalised_parts, penalties_of, shared_parameters_of, takes_tasks
+from lightning_mtl.task.batches import as_pair, is_joint, is_per_task, refuse_batch, under_its_name
+from lightning_mtl.task.concatenation import concatenate, rows_of
+from lightning_mtl.task.labels import number_of_samples
+from lightning_mtl.training.checks import check_arguments, check_inputs_differ
+from lightning_mtl.training.logging import Recorder, sample_counts
+from lightning_mtl.training.module import SteppedModule
+from lightning_mtl.training.overrides import keeping_schedules, putting_rates_back, with_recorder
+from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
+from lightning_mtl.training.step import Optimization
+from lightning_mtl.trunk import Penalised, call_trunk, penalised_parts, penalties_of, shared_parameters_of, takes_tasks
 
 
 class MultiTaskModule(SteppedModule):

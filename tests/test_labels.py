@@ -14,7 +14,7 @@ from torchmetrics import MeanSquaredError, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_mtl import MaskedTarget, MultiTaskModule, Task, TaskOutput
-from lightning_mtl.labels import labelled_part
+from lightning_mtl.task.labels import labelled_part
 from tests.small import batch, heads, trunk
 from tests.training import Steps, fit, loader, quiet_trainer
 from tests.weightings import fixed

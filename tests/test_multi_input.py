@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss
 from torchmetrics import MeanSquaredError
 
 from lightning_mtl import MultiTaskModule, Task, Weighting
-from lightning_mtl.concatenation import concatenate
+from lightning_mtl.task.concatenation import concatenate
 from lightning_mtl.weighting import CRMOGM, MGDA, GradNorm, UncertaintyWeighting
 from tests.small import regressions, small
 from tests.training import Steps, fit, loader

@@ -22,7 +22,7 @@ from torchmetrics import MeanAbsoluteError, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex, MultilabelAccuracy
 
 from lightning_mtl import MaskedTarget, MultiTaskModule, Task, Weighting
-from lightning_mtl.labels import number_of_samples
+from lightning_mtl.task.labels import number_of_samples
 from lightning_mtl.weighting import MGDA, GradNorm, PCGrad, UncertaintyWeighting
 from tests.training import Steps, fit, loader
 

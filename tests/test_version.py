@@ -13,7 +13,7 @@ import pytest
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 import lightning_mtl
-from lightning_mtl.setup_checks import check_trainer
+from lightning_mtl.training.checks import check_trainer
 from tests.small import small
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def test_the_citation_names_it() -> None:
 
 
 def test_an_older_torch_has_no_fsdp2_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_mtl.setup_checks.FSDP2_ON_CPU", False)
+    monkeypatch.setattr("lightning_mtl.training.checks.FSDP2_ON_CPU", False)
     module = small()
     module.trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(), logger=False)
     with pytest.raises(ValueError, match=r"FSDP2 on the CPU needs torch 2\.7 or later, found .*; use strategy='ddp'"):

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from lightning_mtl.architectures.branching import LTB
-from lightning_mtl.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
+from lightning_mtl.monitors.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
 
 
 class Branching(Callback):

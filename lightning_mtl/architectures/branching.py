@@ -12,7 +12,7 @@ from torch.distributed import is_available, is_initialized
 
 from lightning_mtl.architectures.mixing import mix
 from lightning_mtl.architectures.stages import Chain, check_alike, wanted_tasks
-from lightning_mtl.setup_checks import check_task_name
+from lightning_mtl.task.task import check_task_name
 
 
 class LTB(nn.Module):

@@ -12,7 +12,7 @@ from lightning_mtl.architectures.experts import Experts, expert_group, mix_exper
 from lightning_mtl.architectures.gates import flattened
 from lightning_mtl.architectures.mmoe import usage_of
 from lightning_mtl.architectures.shapes import check_tasks
-from lightning_mtl.gate_statistics import GateMeter, GateTable
+from lightning_mtl.monitors.gate_statistics import GateMeter, GateTable
 
 # Keeps logarithm and inverse of a probability of 0, which the smooth step reaches, finite.
 EPSILON = 1e-6

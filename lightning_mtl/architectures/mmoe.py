@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_mtl.architectures.experts import Experts, expert_group, mix_experts
 from lightning_mtl.architectures.gates import Gate, build_gate, gate_weights
 from lightning_mtl.architectures.shapes import check_tasks
-from lightning_mtl.gate_statistics import GateMeter, GateTable
+from lightning_mtl.monitors.gate_statistics import GateMeter, GateTable
 
 
 class MMoE(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_mtl.architectures.attention import AttentionMask, Layout, Passing, check_layout, resize_maps
 from lightning_mtl.architectures.shapes import call, check_tasks
-from lightning_mtl.gate_statistics import GateMeter, GateTable
+from lightning_mtl.monitors.gate_statistics import GateMeter, GateTable
 
 CLOSED = 0.1
 """Attention below this counts as closed in the statistics."""

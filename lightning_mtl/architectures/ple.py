@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_mtl.architectures.extraction import SHARED, Extraction, LevelExperts
 from lightning_mtl.architectures.gates import Gate
 from lightning_mtl.architectures.shapes import check_tasks
-from lightning_mtl.gate_statistics import GateMeter, GateTable
+from lightning_mtl.monitors.gate_statistics import GateMeter, GateTable
 
 
 class PLE(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_mtl.setup_checks import check_task_name
+from lightning_mtl.task.task import check_task_name
 
 Backbone = nn.Module | Sequence[nn.Module]
 """One module, or its stages in the order they run; an ``nn.Sequential`` is both."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mtl import weighting
-from lightning_mtl.callbacks import Weighting
+from lightning_mtl.method.base import Weighting
 
 PIPED_WIDTH = 180  # so that a line stays a line for grep
 LEAST_WIDTH_FOR_SUMMARIES = 110

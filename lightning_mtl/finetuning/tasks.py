@@ -6,11 +6,12 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
 from lightning_mtl.module import MultiTaskModule
-from lightning_mtl.optimization import Optimization
-from lightning_mtl.recorder import Recorder
-from lightning_mtl.setup_checks import check_arguments, check_task_name
 from lightning_mtl.task import Task
-from lightning_mtl.trunks import takes_tasks
+from lightning_mtl.task.task import check_task_name
+from lightning_mtl.training.checks import check_arguments
+from lightning_mtl.training.logging import Recorder
+from lightning_mtl.training.step import Optimization
+from lightning_mtl.trunk import takes_tasks
 
 STAGES = ("train", "val", "test")
 

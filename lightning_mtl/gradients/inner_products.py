@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl.gradients.ranks import Ranks
+from lightning_mtl.distributed import Ranks
 
 # Measured on one core: a chunk of this width stays in cache, and short sums keep float32 products accurate.
 _CHUNK = 16_384

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.graph import reached_leaves
-from lightning_mtl.gradients.ranks import Ranks
 
 
 def named_parameters_at(module: nn.Module, names: Sequence[str]) -> list[Tensor]:

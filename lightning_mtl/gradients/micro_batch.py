@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_mtl.gradients.ranks import Ranks
+from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.split import Split
 
 Wanted = Literal["nothing", "norms", "gramian", "rows"]

@@ -8,8 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.inner_products import gramian, row_norms
-from lightning_mtl.gradients.ranks import Ranks
 
 
 class Rows:

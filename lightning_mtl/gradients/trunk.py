@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.feature_measurement import check_outputs_read, feature_blocks, outputs_read
 from lightning_mtl.gradients.graph import above_split, check_nothing_hidden, check_repeatable, reached_leaves
 from lightning_mtl.gradients.inner_products import gramian, row_norms
@@ -20,7 +21,6 @@ from lightning_mtl.gradients.micro_batch import (
     unscaled,
     weighted_sums,
 )
-from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.rows import Rows, as_real
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.surrogate import surrogate

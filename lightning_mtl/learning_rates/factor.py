@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.signals import Signals
-from lightning_mtl.task_rates import Collected
-from lightning_mtl.task_state import TaskState
+from lightning_mtl.learning_rates.base import Collected
+from lightning_mtl.method.signals import Signals
+from lightning_mtl.method.task_state import TaskState
 
 
 class Factor(TaskState, ABC):

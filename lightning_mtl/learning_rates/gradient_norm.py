@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.learning_rates.factor import Factor, moved
-from lightning_mtl.signals import Signals
-from lightning_mtl.stepped_module import weighting_of
+from lightning_mtl.method.base import weighting_of
+from lightning_mtl.method.signals import Signals
 
 SMALLEST = 1e-3
 

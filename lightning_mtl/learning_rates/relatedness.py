@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.clustering import normalized_mutual_info_score
 
+from lightning_mtl.learning_rates.base import Collected
 from lightning_mtl.learning_rates.factor import Factor, moved
-from lightning_mtl.signals import Signals, cosines
-from lightning_mtl.stepped_module import weighting_of
-from lightning_mtl.task_rates import Collected
-from lightning_mtl.task_state import Declared
+from lightning_mtl.method.base import weighting_of
+from lightning_mtl.method.signals import Signals, cosines
+from lightning_mtl.method.task_state import Declared
 
 RelatednessMeasure = Literal[
     "gradient_cosine", "target_correlation", "target_mutual_information", "prediction_mutual_information"

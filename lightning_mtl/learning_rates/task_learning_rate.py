@@ -10,11 +10,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.callbacks import Aggregator
+from lightning_mtl.learning_rates.base import Collected, TaskRates
 from lightning_mtl.learning_rates.factor import Factor
-from lightning_mtl.signals import Signals
-from lightning_mtl.task_rates import Collected, TaskRates
-from lightning_mtl.task_state import Declared
+from lightning_mtl.method.base import Aggregator
+from lightning_mtl.method.signals import Signals
+from lightning_mtl.method.task_state import Declared
 
 
 def multipliers(

@@ -1,5 +1,6 @@
 """Callbacks that only look: conflicts, affinities and groups of tasks, convergence, gates, where the time goes."""
 
+from lightning_mtl.method.signals import cosines
 from lightning_mtl.monitors.affinity import TaskAffinity, first_order_affinity, lookahead_affinity
 from lightning_mtl.monitors.conflict import GradientConflict, conflict_measures, magnitude_similarity
 from lightning_mtl.monitors.convergence import Convergence
@@ -7,7 +8,6 @@ from lightning_mtl.monitors.course import Course, describe_course
 from lightning_mtl.monitors.gates import GateUsage
 from lightning_mtl.monitors.grouping import best_grouping, grouping_score
 from lightning_mtl.monitors.throughput import Throughput
-from lightning_mtl.signals import cosines
 
 __all__ = [
     "Convergence",

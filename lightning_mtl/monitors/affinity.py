@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_mtl.method.signals import Signals
 from lightning_mtl.monitors.grouping import best_grouping
 from lightning_mtl.monitors.pairs import PairMonitor
-from lightning_mtl.signals import Signals
 
 
 def first_order_affinity(gramian: Tensor, losses: Tensor, lr: float) -> Tensor:

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_mtl.method.signals import Signals, cosines
 from lightning_mtl.monitors.pairs import PairMonitor
-from lightning_mtl.signals import Signals, cosines
 
 
 def magnitude_similarity(gramian: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -10,12 +10,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_mtl.monitor import Monitor, guarding
+from lightning_mtl.method.signals import Signals
+from lightning_mtl.monitors.base import Monitor, guarding
 from lightning_mtl.monitors.course import Course, describe_course, table_of
 from lightning_mtl.monitors.loss_history import LossHistory
-from lightning_mtl.recorder import Recorder
-from lightning_mtl.signals import Signals
 from lightning_mtl.task import Task
+
+if TYPE_CHECKING:
+    from lightning_mtl.training.logging import Recorder
 
 Curves = dict[str, list[tuple[int, float]]]
 

@@ -6,9 +6,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
-from lightning_mtl.gate_statistics import GateMeter, GateTable, GathersGates, ReportsGates
-from lightning_mtl.monitor import Monitor
+from lightning_mtl.monitors.base import Monitor
+from lightning_mtl.monitors.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
+from lightning_mtl.monitors.gate_statistics import GateMeter, GateTable, GathersGates, ReportsGates
 
 
 class GateUsage(Monitor):
@@ -20,7 +20,7 @@ class GateUsage(Monitor):
     to the bit. A resumed epoch shows what came after the interruption.
 
     Any module of the model may take part: it defines ``gate_statistics()``, which names tables, ``[K]`` tensors or
-    scalars; see :class:`~lightning_mtl.gate_statistics.ReportsGates`.
+    scalars; see :class:`~lightning_mtl.monitors.gate_statistics.ReportsGates`.
 
     Args:
         every_n_epochs: Show one epoch in n.

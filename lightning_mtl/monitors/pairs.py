@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
-from lightning_mtl.monitor import Monitor, guarding
+from lightning_mtl.monitors.base import Monitor, guarding
+from lightning_mtl.monitors.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
 
 
 class PairMeans:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 
-from lightning_mtl.monitor import Monitor, guarding
-from lightning_mtl.stepped_module import SteppedModule
+from lightning_mtl.monitors.base import Monitor, guarding
+
+if TYPE_CHECKING:
+    from lightning_mtl.training.module import SteppedModule
 
 PHASES = ("data", "forward", "measuring", "solving", "waiting", "backward", "optimizer", "monitors", "rest")
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_mtl.module import MultiTaskModule
-from lightning_mtl.monitor import Monitor
+from lightning_mtl.monitors.base import Monitor
 
 _LOOK_ON = (DeviceStatsMonitor, LearningRateMonitor, ModelSummary, Monitor, ProgressBar)
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_mtl.figures import blank_figure, heatmap, require_matplotlib
 from lightning_mtl.metrics import Interval
+from lightning_mtl.monitors.figures import blank_figure, heatmap, require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,8 +13,8 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_mtl.module import MultiTaskModule
-from lightning_mtl.optimization import Optimization
-from lightning_mtl.recorder import Recorder
+from lightning_mtl.training.logging import Recorder
+from lightning_mtl.training.step import Optimization
 from lightning_mtl.transfer.scores import Stage, TaskScores, task_scores
 
 Module = MultiTaskModule | Callable[[int], MultiTaskModule]

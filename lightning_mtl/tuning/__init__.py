@@ -8,7 +8,7 @@ except ImportError as error:
         f"lightning_mtl.tuning needs {error.name}; install it with pip install 'lightning-mtl[tune]'."
     ) from error
 
-from lightning_mtl.search_space import Choice, Range
+from lightning_mtl.method.search_space import Choice, Range
 from lightning_mtl.tuning.report import Result
 from lightning_mtl.tuning.search import tune
 

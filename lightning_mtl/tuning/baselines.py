@@ -10,8 +10,8 @@ from typing import Any
 import optuna
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_mtl.callbacks import Weighting
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
+from lightning_mtl.method.base import Weighting
 from lightning_mtl.transfer import single_task_baselines
 from lightning_mtl.transfer.configuration import digest
 from lightning_mtl.tuning.configuration import Base, other_callbacks

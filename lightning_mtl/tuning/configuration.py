@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from lightning_mtl.callbacks import Weighting
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.configured.problems import choices, in_one_line
+from lightning_mtl.method.base import Weighting
 from lightning_mtl.task import Task
 from lightning_mtl.tuning.space import Space, unlabelled
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_mtl.callbacks import Weighting
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.base import Weighting
+from lightning_mtl.method.signals import Signals
 
 EPS = 1e-8
 # A loss may grow from next to nothing by more than its square can be written.

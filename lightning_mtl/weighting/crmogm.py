@@ -10,9 +10,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.callbacks import Aggregator, Weighting
-from lightning_mtl.search_space import Range, SearchSpace
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.base import Aggregator, Weighting
+from lightning_mtl.method.search_space import Range, SearchSpace
+from lightning_mtl.method.signals import Signals
 
 
 def crmogm_weights(average: Tensor, newest: Tensor, alpha: float) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from lightning_mtl.callbacks import Weighting
-from lightning_mtl.search_space import Range, SearchSpace
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.base import Weighting
+from lightning_mtl.method.search_space import Range, SearchSpace
+from lightning_mtl.method.signals import Signals
 
 # A performance of 0 shall have a large weight, and no infinite one.
 SMALLEST = 1e-6

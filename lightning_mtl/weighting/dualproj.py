@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.callbacks import Measure, Weighting
-from lightning_mtl.search_space import Choice, SearchSpace
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.search_space import Choice, SearchSpace
+from lightning_mtl.method.signals import Signals
 from lightning_mtl.solvers import project_on_dual_cone
 from lightning_mtl.weighting.preference import check_preference, check_tasks, simplex_preference
 

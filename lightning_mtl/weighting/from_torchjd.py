@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_mtl.callbacks import Measure, Weighting
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.signals import Signals
 
 
 class FromTorchJD(Weighting):

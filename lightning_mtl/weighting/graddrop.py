@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.callbacks import Aggregator
-from lightning_mtl.search_space import Choice, Range, SearchSpace
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.base import Aggregator
+from lightning_mtl.method.search_space import Choice, Range, SearchSpace
+from lightning_mtl.method.signals import Signals
 from lightning_mtl.weighting.preference import check_tasks
 
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_mtl.callbacks import Measure, Weighting
-from lightning_mtl.search_space import Choice, SearchSpace
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.search_space import Choice, SearchSpace
+from lightning_mtl.method.signals import Signals
 
 
 def inverse_norm_weights(norms: Tensor, importance: Tensor, eps: float) -> Tensor:

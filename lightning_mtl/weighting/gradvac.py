@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl.callbacks import Measure, Weighting
-from lightning_mtl.search_space import Choice, Range, SearchSpace
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.search_space import Choice, Range, SearchSpace
+from lightning_mtl.method.signals import Signals
 from lightning_mtl.weighting.pcgrad import random_orders
 
 # A target of 1, once two gradients have been parallel for long, could be reached by an infinite step alone.

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_mtl.callbacks import Weighting
-from lightning_mtl.search_space import Range, SearchSpace
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.base import Weighting
+from lightning_mtl.method.search_space import Range, SearchSpace
+from lightning_mtl.method.signals import Signals
 
 # A first loss that is next to nothing would make of a later one a weight that no number stands for.
 LARGEST = 1e30

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl.callbacks import Measure, Weighting
-from lightning_mtl.search_space import Choice, SearchSpace
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.search_space import Choice, SearchSpace
+from lightning_mtl.method.signals import Signals
 
 
 def random_orders(num_tasks: int, generator: torch.Generator) -> Tensor:

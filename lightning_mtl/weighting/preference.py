@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.signals import Signals
 
 
 def check_preference(method: str, preference: Mapping[str, float] | None) -> dict[str, float]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_mtl.callbacks import Weighting
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.base import Weighting
+from lightning_mtl.method.signals import Signals
 
 
 def scale_invariant_weights(losses: Tensor) -> Tensor:

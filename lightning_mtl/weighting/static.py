@@ -9,8 +9,8 @@ from typing import ClassVar
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_mtl.callbacks import Weighting
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.base import Weighting
+from lightning_mtl.method.signals import Signals
 
 
 class StaticWeights(Weighting):

@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from lightning_mtl.gate_statistics import GateTable
 from lightning_mtl.monitors import GateUsage
+from lightning_mtl.monitors.gate_statistics import GateTable
 from tests.architectures.models import TASKS, TRUNKS, WIDTH, batch, build, expert, module
 from tests.training import fit, flat_parameters, loader
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_mtl.setup_checks import FSDP2_ON_CPU
+from lightning_mtl.training.checks import FSDP2_ON_CPU
 from tests.distributed.pairs import Pair
 from tests.distributed.sharded_worker import CASES, train
 

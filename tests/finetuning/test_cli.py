@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.finetuning import GradualUnfreezing, LoadTrunk
-from lightning_mtl.schedules import OptimizerCallable
+from lightning_mtl.training.schedulers import OptimizerCallable
 from tests.small import batches, heads, regressions, trunk
 from tests.training import loader
 

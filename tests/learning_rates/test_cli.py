@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_mtl import MultiTaskModule
-from lightning_mtl.schedules import OptimizerCallable
+from lightning_mtl.training.schedulers import OptimizerCallable
 from tests.small import batches, heads, regressions, trunk
 from tests.training import loader
 

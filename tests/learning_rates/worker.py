@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.learning_rates import GradientNorm, Importance, Relatedness, TaskLearningRate
-from lightning_mtl.setup_checks import FSDP2_ON_CPU
+from lightning_mtl.training.checks import FSDP2_ON_CPU
 from lightning_mtl.weighting import MGDA
 from tests.small import Batch, batch, binary
 from tests.training import loader

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl import MultiTaskModule, Weighting, observation
+from lightning_mtl import MultiTaskModule, Weighting
 from lightning_mtl.monitors import GradientConflict, TaskAffinity, conflict_measures, cosines, magnitude_similarity
+from lightning_mtl.training import observation
 from lightning_mtl.weighting import MGDA, GradNorm
 from tests.small import batch, batches, small
 from tests.training import Memory, fit, loader

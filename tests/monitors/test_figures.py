@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from lightning_mtl.figures import heatmap
 from lightning_mtl.monitors import GradientConflict, TaskAffinity
+from lightning_mtl.monitors.figures import heatmap
 from tests.small import batches, small
 from tests.training import fit, loader
 

@@ -150,7 +150,7 @@ ENGINE = (
     # What is added up within a step.
     Mutation(
         "penalties are dropped where losses are weighed",
-        "objectives.py",
+        "training/objectives.py",
         "loss = batch.with_penalty(batch.weighted_sum(decision.weights))",
         "loss = batch.weighted_sum(decision.weights)",
         ENGINE_TESTS,
@@ -182,7 +182,7 @@ ENGINE = (
     ),
     Mutation(
         "penalties are dropped where no task has a label",
-        "objectives.py",
+        "training/objectives.py",
         "if not batch.names:\n        loss = batch.penalty",
         "if not batch.names:\n        loss = None",
         ABSENT,
@@ -190,7 +190,7 @@ ENGINE = (
     ),
     Mutation(
         "heads are weighed where the method leaves them alone",
-        "window.py",
+        "training/window.py",
         "if own is None and not self.weighs_heads else own",
         "if False else own",
         ENGINE_TESTS,
@@ -198,14 +198,14 @@ ENGINE = (
     ),
     Mutation(
         "accumulated losses are not divided by the window",
-        "objectives.py",
+        "training/objectives.py",
         "return loss / window.size if loss is not None and divides else loss",
         "return loss",
         ACCUMULATION,
     ),
     Mutation(
         "accumulated rows are not divided by the window",
-        "objectives.py",
+        "training/objectives.py",
         "window.micro_batches / window.size / counts",
         "1 / counts",
         ACCUMULATION,
@@ -213,7 +213,7 @@ ENGINE = (
     ),
     Mutation(
         "a window's mean losses forget the number of samples",
-        "window.py",
+        "training/window.py",
         "total.index_add_(0, index, value.to(like) * weight)",
         "total.index_add_(0, index, value.to(like))",
         ACCUMULATION,
@@ -221,7 +221,7 @@ ENGINE = (
     ),
     Mutation(
         "a method that reads the step's losses is asked at its first micro-batch",
-        "callbacks.py",
+        "method/base.py",
         '(self.measures == "losses" and not self.reads_losses)',
         '(self.measures == "losses")',
         "tests/test_accumulation.py",
@@ -229,14 +229,14 @@ ENGINE = (
     ),
     Mutation(
         "a window whose first micro-batch lacks tasks counts as complete",
-        "window.py",
+        "training/window.py",
         "return not (complete and self.weighting.known_beforehand(self.step))",
         "return not self.weighting.known_beforehand(self.step)",
         TURNS,
     ),
     Mutation(
         "the weighting is asked in every micro-batch",
-        "window.py",
+        "training/window.py",
         "self._weighed.update(names)",
         "pass",
         "tests/test_accumulation.py",
@@ -244,7 +244,7 @@ ENGINE = (
     ),
     Mutation(
         "gradients of the last step stay",
-        "optimization.py",
+        "training/step.py",
         "module.single_optimizer().zero_grad()\n        if window.way",
         "pass\n        if window.way",
         ACCUMULATION,
@@ -252,7 +252,7 @@ ENGINE = (
     ),
     Mutation(
         "signals always come from the first epoch",
-        "optimization.py",
+        "training/step.py",
         "step, epoch = trainer.global_step, trainer.current_epoch",
         "step, epoch = trainer.global_step, 0",
         "tests/weighting/test_epochs.py",

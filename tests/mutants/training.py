@@ -17,7 +17,7 @@ TRAINING = (
     # The base of all weightings.
     Mutation(
         "importance is ignored",
-        "callbacks.py",
+        "method/base.py",
         "return weights * weights.new_tensor([self.importance",
         "return weights + 0 * weights.new_tensor([self.importance",
         BASE,
@@ -25,7 +25,7 @@ TRAINING = (
     ),
     Mutation(
         "a method starts one step late",
-        "callbacks.py",
+        "method/base.py",
         "return step >= self.start_step and",
         "return step > self.start_step and",
         BASE,
@@ -33,7 +33,7 @@ TRAINING = (
     ),
     Mutation(
         "weights are not held between measurements",
-        "callbacks.py",
+        "method/base.py",
         "self.held_weights[positions] = weights.to(self.held_weights)",
         "pass",
         BASE,
@@ -41,7 +41,7 @@ TRAINING = (
     ),
     Mutation(
         "total is ignored",
-        "callbacks.py",
+        "method/base.py",
         "weights * (self.total / found)",
         "weights",
         "tests/weighting/test_scalarizations.py",
@@ -49,7 +49,7 @@ TRAINING = (
     ),
     Mutation(
         "a method's state is not restored",
-        "task_state.py",
+        "method/task_state.py",
         "setattr(self, key, value.to(getattr(self, key).device))",
         "setattr(self, key, getattr(self, key))",
         "tests/test_contract.py",
@@ -57,7 +57,7 @@ TRAINING = (
     ),
     Mutation(
         "what a method learns without the absent tasks is lost",
-        "task_state.py",
+        "method/task_state.py",
         "value.index_put(cut[name], getattr(self, name))",
         "value",
         "tests/test_absent_tasks.py",
@@ -66,21 +66,21 @@ TRAINING = (
     # What the ranks have to add up.
     Mutation(
         "losses are not agreed on among ranks",
-        "agreement.py",
+        "training/losses.py",
         "    ranks.sum(table)",
         "    pass",
         PARTIAL,
     ),
     Mutation(
         "ranks count alike however many samples they have",
-        "agreement.py",
+        "training/losses.py",
         "return self.own_counts / self.counts",
         "return torch.ones_like(self.counts) / 2",
         PARTIAL,
     ),
     Mutation(
         "a rank forgets gradients that only the other reached",
-        "step_guards.py",
+        "training/guards.py",
         "flags = window.ranks.sum(flags)",
         "pass",
         DDP,
@@ -88,14 +88,14 @@ TRAINING = (
     ),
     Mutation(
         "mean losses of an epoch are each rank's own",
-        "recorder.py",
+        "training/logging.py",
         'module.trainer.strategy.reduce(torch.stack([self.totals, self.counts]), reduce_op="sum")',
         "torch.stack([self.totals, self.counts])",
         PARTIAL,
     ),
     Mutation(
         "fractions of labels are each rank's own",
-        "label_counts.py",
+        "training/label_counts.py",
         'module.trainer.strategy.reduce(own, reduce_op="sum")',
         "own",
         PARTIAL,
@@ -103,7 +103,7 @@ TRAINING = (
     # Absent tasks and missing labels.
     Mutation(
         "a task without a label in the batch counts",
-        "batches.py",
+        "task/batches.py",
         "int(output.num_samples) > 0:",
         "int(output.num_samples) >= 0:",
         LABELS,
@@ -111,14 +111,14 @@ TRAINING = (
     ),
     Mutation(
         "missing labels are counted",
-        "labels.py",
+        "task/labels.py",
         "found = len(where[0])",
         "found = mask.numel()",
         LABELS,
     ),
     Mutation(
         "a mask is used the wrong way round beside missing values",
-        "labels.py",
+        "task/labels.py",
         "return mask & present",
         "return mask | present",
         LABELS,
@@ -127,21 +127,21 @@ TRAINING = (
     # The optimizer's step.
     Mutation(
         "clipping is skipped",
-        "step_guards.py",
+        "training/guards.py",
         "if module.gradient_clip_val is None:",
         "if module.gradient_clip_val is not False:",
         "tests/test_clipping.py",
     ),
     Mutation(
         "a step is taken whatever is not finite",
-        "step_guards.py",
+        "training/guards.py",
         "if math.isfinite(float(doubtful)):",
         "if True:",
         "tests/test_not_finite.py",
     ),
     Mutation(
         "the losses after the step leave random numbers used up",
-        "step_guards.py",
+        "training/guards.py",
         "before.put_back()",
         "pass",
         "tests/weighting/test_famo.py",
@@ -150,14 +150,14 @@ TRAINING = (
     # Schedulers.
     Mutation(
         "a scheduler is stepped twice",
-        "schedules.py",
+        "training/schedulers.py",
         "        module.lr_scheduler_step(config.scheduler, value)",
         "        [module.lr_scheduler_step(config.scheduler, value) for _ in range(2)]",
         SCHEDULERS,
     ),
     Mutation(
         "schedulers count epochs and steps from one off",
-        "schedules.py",
+        "training/schedulers.py",
         "(index + 1) % config.frequency",
         "index % config.frequency",
         SCHEDULERS,
@@ -165,7 +165,7 @@ TRAINING = (
     ),
     Mutation(
         "an epoch's number is one off for schedulers that follow a metric",
-        "recorder.py",
+        "training/logging.py",
         'self.plateau_due("epoch", trainer.current_epoch)',
         'self.plateau_due("epoch", trainer.current_epoch + 1)',
         SCHEDULERS,
@@ -174,7 +174,7 @@ TRAINING = (
     # Figures.
     Mutation(
         "mean losses of an epoch forget the number of samples",
-        "recorder.py",
+        "training/logging.py",
         "self.totals += losses * samples",
         "self.totals += losses",
         STAGES,
@@ -182,7 +182,7 @@ TRAINING = (
     ),
     Mutation(
         "metrics go on from epoch to epoch",
-        "recorder.py",
+        "training/logging.py",
         "metrics.reset()",
         "pass",
         STAGES,
@@ -190,7 +190,7 @@ TRAINING = (
     ),
     Mutation(
         "the mean losses of an interrupted epoch are not restored",
-        "recorder.py",
+        "training/logging.py",
         'state_dict["loss_sums"].clone().unbind()',
         'torch.zeros_like(state_dict["loss_sums"]).unbind()',
         RESUME,
@@ -198,7 +198,7 @@ TRAINING = (
     ),
     Mutation(
         "a scheduler that is due is not restored",
-        "recorder.py",
+        "training/logging.py",
         'self._plateau_due = state_dict["plateau_due"]',
         "self._plateau_due = None",
         SCHEDULERS,

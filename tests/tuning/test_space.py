@@ -10,9 +10,9 @@ import optuna
 import pytest
 
 from lightning_mtl import weighting
-from lightning_mtl.callbacks import Weighting
 from lightning_mtl.configured import ConfigurationError
-from lightning_mtl.search_space import Choice, Range
+from lightning_mtl.method.base import Weighting
+from lightning_mtl.method.search_space import Choice, Range
 from lightning_mtl.task import Task
 from lightning_mtl.tuning.configuration import Base, locate, trial_configuration
 from lightning_mtl.tuning.goals import Goal, read_goals

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
-
-from lightning_mtl.batches import call_trunk_with
 
 
 class Penalised(Protocol):
@@ -39,6 +37,22 @@ class PerTask(Protocol):
 def takes_tasks(trunk: nn.Module) -> bool:
     """Whether the trunk is a :class:`PerTask`."""
     return bool(getattr(trunk, "takes_tasks", False))
+
+
+def call_trunk_with(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401 - whatever the trunk takes
+    """Turn a batch's inputs into call arguments: a mapping becomes keywords, a tuple or list becomes positions.
+
+    Example:
+        >>> call_trunk_with({"ids": 1})
+        ((), {'ids': 1})
+        >>> call_trunk_with((1, 2))
+        ((1, 2), {})
+    """
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
 
 
 def call_trunk(trunk: nn.Module, inputs: Any, tasks: Sequence[str]) -> Any:  # noqa: ANN401 - whatever the trunk takes

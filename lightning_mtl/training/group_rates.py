@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_mtl.gradients.inner_products import values_of_gradients
-from lightning_mtl.parameter_groups import Rate, groups_of_heads, own_parameters
+from lightning_mtl.learning_rates.parameter_groups import Rate, groups_of_heads, own_parameters
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_mtl.batches import is_per_task
-from lightning_mtl.group_rates import GroupRates
-from lightning_mtl.samples import aligned, of_all_ranks
-from lightning_mtl.signals import Signals
+from lightning_mtl.learning_rates.samples import aligned, of_all_ranks
+from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import TaskOutput
-from lightning_mtl.window import Window
+from lightning_mtl.task.batches import is_per_task
+from lightning_mtl.training.group_rates import GroupRates
+from lightning_mtl.training.window import Window
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule

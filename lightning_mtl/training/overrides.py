@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import lightning.pytorch as pl
 from lightning.pytorch.core.optimizer import LightningOptimizer
 
-from lightning_mtl.schedules import for_manual_optimization, parse_optimizer_config
+from lightning_mtl.training.schedulers import for_manual_optimization, parse_optimizer_config
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule

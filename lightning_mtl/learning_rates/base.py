@@ -9,8 +9,8 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_mtl.signals import Signals
-from lightning_mtl.task_state import TaskState
+from lightning_mtl.method.signals import Signals
+from lightning_mtl.method.task_state import TaskState
 
 Collected = Literal["targets", "predictions"]
 

@@ -14,20 +14,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torchmetrics import MetricCollection
 
-from lightning_mtl.batches import present_outputs, without_others
-from lightning_mtl.callbacks import Weighting
-from lightning_mtl.labels import MaskedTarget, labelled_part, number_of_samples
-from lightning_mtl.optimization import Optimization
-from lightning_mtl.parameter_groups import Depth
-from lightning_mtl.recorder import Recorder
+from lightning_mtl.learning_rates.base import TaskRates
+from lightning_mtl.learning_rates.parameter_groups import Depth
+from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.task import Task, TaskOutput
-from lightning_mtl.task_rates import TaskRates
-
-
-def weighting_of(trainer: pl.Trainer) -> Weighting | None:
-    """The weighting among a Trainer's callbacks, if there is one."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, Weighting)), None)
+from lightning_mtl.task.batches import present_outputs, without_others
+from lightning_mtl.task.labels import MaskedTarget, labelled_part, number_of_samples
+from lightning_mtl.training.logging import Recorder
+from lightning_mtl.training.step import Optimization
 
 
 class SteppedModule(pl.LightningModule):
@@ -111,7 +105,7 @@ class SteppedModule(pl.LightningModule):
 
         Raises:
             TypeError: If the target is of no form that labels can be looked for in, see
-                :func:`~lightning_mtl.labels.labelled_part`.
+                :func:`~lightning_mtl.task.labels.labelled_part`.
             ValueError: If prediction and target do not have the form of the mask.
         """
         declared = self.tasks[task]

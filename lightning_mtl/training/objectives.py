@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.agreement import Agreement, ghost_of_outputs, ghost_of_parameters
 from lightning_mtl.gradients.feature_measurement import groups_read
 from lightning_mtl.gradients.features import FeatureGradients
 from lightning_mtl.gradients.micro_batch import Measured, MicroBatch
 from lightning_mtl.gradients.sharded import ShardedFeatureGradients, ShardedTrunkGradients
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.trunk import TrunkGradients
-from lightning_mtl.setup_checks import check_accumulation, collects_shards
-from lightning_mtl.step_guards import check_split, no_shared_parameters
 from lightning_mtl.task import TaskOutput
-from lightning_mtl.window import Window
+from lightning_mtl.training.checks import check_accumulation, collects_shards
+from lightning_mtl.training.guards import check_split, no_shared_parameters
+from lightning_mtl.training.losses import Agreement, ghost_of_outputs, ghost_of_parameters
+from lightning_mtl.training.window import Window
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule

@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.agreement import Agreement
+from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.feature_measurement import feature_blocks, groups_read, outputs_read
 from lightning_mtl.gradients.graph import above_split
 from lightning_mtl.gradients.inner_products import gramian
 from lightning_mtl.gradients.layers import last_layer, named_parameters_at
 from lightning_mtl.gradients.micro_batch import Measured, MicroBatch
-from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.rows import Rows, as_real
 from lightning_mtl.gradients.side_pass import gradients_beside
-from lightning_mtl.monitor import Monitor, guarding, turn_off_if_slow, turned_off_elsewhere
-from lightning_mtl.signals import Signals
-from lightning_mtl.snapshots import Snapshot
+from lightning_mtl.method.signals import Signals
+from lightning_mtl.monitors.base import Monitor, guarding, turn_off_if_slow, turned_off_elsewhere
+from lightning_mtl.training.losses import Agreement
+from lightning_mtl.training.snapshots import Snapshot
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
-    from lightning_mtl.window import Window
+    from lightning_mtl.training.window import Window
 
 Place = str | tuple[str, ...]
 

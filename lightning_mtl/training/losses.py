@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.micro_batch import stack_losses
-from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.task import TaskOutput
 
 

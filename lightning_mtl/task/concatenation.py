@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_mtl.labels import number_of_samples
+from lightning_mtl.task.labels import number_of_samples
 
 
 def concatenate(inputs: Mapping[str, Any]) -> tuple[Any, dict[str, slice]]:

@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.search_space import SearchSpace
-from lightning_mtl.signals import Signals
-from lightning_mtl.task_state import TaskState
+from lightning_mtl.method.search_space import SearchSpace
+from lightning_mtl.method.signals import Signals
+from lightning_mtl.method.task_state import TaskState
 
 Measure = Literal["losses", "norms", "gramian", "rows"]
 
@@ -264,3 +264,9 @@ class Aggregator(Weighting):
             rows = rows * self.with_importance(rows.new_ones(rows.shape[0]), signals)[:, None]
         with self.only(present):
             return self.combine(signals, rows).detach()
+
+
+def weighting_of(trainer: pl.Trainer) -> Weighting | None:
+    """The weighting among a Trainer's callbacks, if there is one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, Weighting)), None)

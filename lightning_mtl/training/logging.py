@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MetricCollection
 
-from lightning_mtl.label_counts import LabelCounts
-from lightning_mtl.labels import number_of_samples
 from lightning_mtl.metrics import delta_m
-from lightning_mtl.schedules import plateau_metrics, step_schedulers
-from lightning_mtl.setup_checks import check_model, check_trainer
 from lightning_mtl.task import Task, TaskOutput
+from lightning_mtl.task.labels import number_of_samples
+from lightning_mtl.training.checks import check_model, check_trainer
+from lightning_mtl.training.label_counts import LabelCounts
+from lightning_mtl.training.schedulers import plateau_metrics, step_schedulers
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -10,12 +10,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mtl.task import Task
+from lightning_mtl.task.task import Task, check_task_name
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-    from lightning_mtl.callbacks import Weighting
+    from lightning_mtl.method.base import Weighting
     from lightning_mtl.module import MultiTaskModule
 
 REFUSED_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy)
@@ -65,15 +65,6 @@ def _check_step_arguments(accumulate_grad_batches: object, clip_val: float | Non
         raise ValueError(f"gradient_clip_val={clip_val} must be above 0; leave it None for no clipping.")
     if clip_algorithm not in ("norm", "value"):
         raise ValueError(f"gradient_clip_algorithm={clip_algorithm!r} must be 'norm' or 'value'.")
-
-
-def check_task_name(task: object) -> None:
-    """Task names become module names, so that what ``nn.ModuleDict`` cannot hold is refused."""
-    rule = "Task names become names of modules: a non-empty string without dots that is no attribute of nn.ModuleDict"
-    if not isinstance(task, str) or not task or "." in task:
-        raise ValueError(f"{task!r} cannot name a task. {rule}.")
-    if hasattr(nn.ModuleDict(), task):
-        raise ValueError(f"{task!r} cannot name a task. {rule}, as {task!r} is; {task + '_task'!r} would do.")
 
 
 def check_inputs_differ(module: MultiTaskModule) -> None:

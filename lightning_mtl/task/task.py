@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_mtl.labels import MissingPer
+from lightning_mtl.task.labels import MissingPer
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -29,8 +29,8 @@ class Task:
             metric names are those of ``metrics``; ``"loss"`` stands for the task's loss.
         missing: The value in targets that stands for no label: NaN (``torch.nan``), or an integer among classes, what
             torch's losses call ``ignore_index``. Loss and metrics then see the labelled part alone, as
-            :func:`~lightning_mtl.labels.labelled_part` selects it, and means are over the labels of all ranks. Looking
-            costs a small selection a step, on a GPU a wait for its size; without it nothing is looked at.
+            :func:`~lightning_mtl.task.labels.labelled_part` selects it, and means are over the labels of all ranks.
+            Looking costs a small selection a step, on a GPU a wait for its size; without it nothing is looked at.
         missing_per: ``"element"`` selects single numbers of targets that have several to a sample; ``"sample"`` leaves
             out samples with any number missing and keeps the others whole, as boxes have to be.
 
@@ -142,3 +142,12 @@ class TaskOutput:
     prediction: Any = field(default=None, repr=False)
     target: Any = field(default=None, repr=False)
     num_samples: int | Tensor | None = None
+
+
+def check_task_name(task: object) -> None:
+    """Task names become module names, so that what ``nn.ModuleDict`` cannot hold is refused."""
+    rule = "Task names become names of modules: a non-empty string without dots that is no attribute of nn.ModuleDict"
+    if not isinstance(task, str) or not task or "." in task:
+        raise ValueError(f"{task!r} cannot name a task. {rule}.")
+    if hasattr(nn.ModuleDict(), task):
+        raise ValueError(f"{task!r} cannot name a task. {rule}, as {task!r} is; {task + '_task'!r} would do.")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_mtl.gradients.ranks import Ranks
+from lightning_mtl.distributed import Ranks
 from lightning_mtl.task import TaskOutput
 
 

@@ -11,20 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_mtl.agreement import agree
+from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.inner_products import values_of_gradients
 from lightning_mtl.gradients.micro_batch import stack_losses
-from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.rows import Rows
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.torch_internals import keeping_buffers
-from lightning_mtl.objectives import loss_of, micro_batch_of, open_collection
-from lightning_mtl.observation import Observation
-from lightning_mtl.phases import Phases
-from lightning_mtl.recorder import sample_counts
-from lightning_mtl.schedules import step_schedulers
-from lightning_mtl.steering import Steering
-from lightning_mtl.step_guards import (
+from lightning_mtl.monitors.phases import Phases
+from lightning_mtl.training.guards import (
     SkippedSteps,
     clipping,
     for_heads_alone,
@@ -34,7 +28,13 @@ from lightning_mtl.step_guards import (
     waits_for_thaw,
     writing_no_gradients,
 )
-from lightning_mtl.window import Window
+from lightning_mtl.training.logging import sample_counts
+from lightning_mtl.training.losses import agree
+from lightning_mtl.training.objectives import loss_of, micro_batch_of, open_collection
+from lightning_mtl.training.observation import Observation
+from lightning_mtl.training.schedulers import step_schedulers
+from lightning_mtl.training.task_rates import Steering
+from lightning_mtl.training.window import Window
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from lightning_mtl.signals import Signals
+from lightning_mtl.method.signals import Signals
 
 PLACES = ("trunk", "features", "last_layer")
 # A monitor is judged slow only once it has taken this long in all: less is nothing beside a training.

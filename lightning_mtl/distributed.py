@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_mtl.phases import Phases
+Waiting = Callable[[str], AbstractContextManager[object]]
 
 
 class Ranks:
@@ -16,7 +17,7 @@ class Ranks:
 
     Args:
         group: The processes that hold different data; None takes all of them.
-        phases: Where the time spent on waiting for the others is noted.
+        waiting: Called with ``"waiting"``, makes the block in which the others are waited for; it may note the time.
 
     Example:
         >>> import torch
@@ -24,16 +25,16 @@ class Ranks:
         (1, tensor([1., 1.]))
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, phases: Phases | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, waiting: Waiting | None = None) -> None:
         self.group = group
-        self._phases = Phases() if phases is None else phases
+        self._waiting: Waiting = nullcontext if waiting is None else waiting
         self.size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
     @classmethod
     def alone(cls) -> Ranks:
         """A process by itself, whatever else runs."""
         ranks = cls.__new__(cls)
-        ranks.group, ranks.size, ranks._phases = None, 1, Phases()
+        ranks.group, ranks.size, ranks._waiting = None, 1, nullcontext
         return ranks
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -45,12 +46,12 @@ class Ranks:
         """Begin to sum a tensor over the ranks, in place; call what is returned before reading it."""
         if self.size == 1:
             return _nothing
-        with self._phases("waiting"):
+        with self._waiting("waiting"):
             work = dist.all_reduce(tensor, group=self.group, async_op=True)
         return _nothing if work is None else functools.partial(self._wait, work)
 
     def _wait(self, work: dist.Work) -> None:
-        with self._phases("waiting"):
+        with self._waiting("waiting"):
             work.wait()
 
 

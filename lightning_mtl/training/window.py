@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_mtl.agreement import Agreement
-from lightning_mtl.callbacks import Aggregator, Weighting
+from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.graph import reached_leaves
 from lightning_mtl.gradients.layers import last_layer, named_parameters_at
 from lightning_mtl.gradients.micro_batch import Measured, Wanted
-from lightning_mtl.gradients.ranks import Ranks
 from lightning_mtl.gradients.sharded import ShardedTrunkGradients
 from lightning_mtl.gradients.trunk import TrunkGradients
-from lightning_mtl.phases import Phases
-from lightning_mtl.signals import Decision, Signals
-from lightning_mtl.task_rates import Collected
+from lightning_mtl.learning_rates.base import Collected
+from lightning_mtl.method.base import Aggregator, Weighting
+from lightning_mtl.method.signals import Decision, Signals
+from lightning_mtl.monitors.phases import Phases
+from lightning_mtl.training.losses import Agreement
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule

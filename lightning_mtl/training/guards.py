@@ -16,14 +16,14 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_mtl.agreement import agree
-from lightning_mtl.callbacks import Weighting
 from lightning_mtl.gradients.inner_products import values_of_gradients
 from lightning_mtl.gradients.micro_batch import MicroBatch, stack_losses
 from lightning_mtl.gradients.torch_internals import times_written
-from lightning_mtl.signals import Signals
-from lightning_mtl.snapshots import Snapshot
-from lightning_mtl.window import Window
+from lightning_mtl.method.base import Weighting
+from lightning_mtl.method.signals import Signals
+from lightning_mtl.training.losses import agree
+from lightning_mtl.training.snapshots import Snapshot
+from lightning_mtl.training.window import Window
 
 if TYPE_CHECKING:
     from lightning_mtl.module import MultiTaskModule
