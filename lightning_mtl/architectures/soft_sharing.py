@@ -17,7 +17,7 @@ from lightning_mtl.architectures.parameter_penalties import (
     trace_norm,
 )
 from lightning_mtl.architectures.stages import per_task, wanted_tasks
-from lightning_mtl.gradients.surrogate import surrogate
+from lightning_mtl.gradients.micro_batch import surrogate
 
 Penalty = Literal["distance_to_mean", "pairwise", "trace_norm"]
 PENALTIES: Mapping[str, Callable[[Sequence[Sequence[Tensor]], Sequence[float]], ValueAndGradients]] = {

@@ -20,7 +20,7 @@ from lightning_mtl.data.order import Shard
 from lightning_mtl.data.sources import read_source
 from lightning_mtl.data.streams import Stream, open_stream
 from lightning_mtl.task.batches import as_pair
-from lightning_mtl.training.module import SteppedModule
+from lightning_mtl.task.module import TaskModule
 
 Stage = Literal["train", "val", "test", "predict"]
 Data = Mapping[str, Dataset[Any] | Iterable[Any]]
@@ -133,7 +133,7 @@ class MultiTaskDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Refuse data whose names are not those of the module's tasks; begin the training data anew."""
         module = self.trainer.lightning_module if self.trainer is not None else None
-        if isinstance(module, SteppedModule):
+        if isinstance(module, TaskModule):
             for part in STAGES[stage]:
                 if (data := self.task_data(part)) is not None:
                     check_names(part, list(data), list(module.tasks), complete=part == "train")

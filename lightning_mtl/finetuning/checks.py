@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_mtl.finetuning.plan import Stage
-from lightning_mtl.learning_rates.parameter_groups import Depth
 from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.task.module import Depth
 
 
 def check_place(stages: Sequence[Stage], module: MultiTaskModule) -> None:

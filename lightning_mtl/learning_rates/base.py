@@ -88,3 +88,9 @@ class TaskRates(TaskState, ABC):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take any checkpoint: one without learning rates of the tasks' own begins them anew."""
+
+
+def task_rates_of(trainer: pl.Trainer) -> TaskRates | None:
+    """The callback for learning rates of the tasks' own among a Trainer's callbacks, if there is one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, TaskRates)), None)
