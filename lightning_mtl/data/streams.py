@@ -6,6 +6,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakSet
 
 from torch.utils.data import DataLoader
 
@@ -22,6 +23,9 @@ class Stream(ABC):
     """The batches of a pass over all ranks; None where unknown."""
     alike_on_ranks: bool
     """Whether the state is the same on all ranks."""
+
+    def __init__(self) -> None:
+        self._with_workers: WeakSet[Any] = WeakSet()
 
     @abstractmethod
     def next(self) -> Any:  # noqa: ANN401 - whatever the dataset yields, collated
@@ -42,6 +46,20 @@ class Stream(ABC):
     @abstractmethod
     def load_state_dict(self, state: State) -> None:
         """Go on after what has been consumed."""
+
+    def close(self) -> None:
+        """End the worker processes; the state remains, and the next batch starts them anew."""
+        for iterator in self._with_workers:
+            iterator._shutdown_workers()
+
+    def _begin_loading(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Iterate over a loader, and remember its workers."""
+        iterator = iter(loader)
+        # To drop the iterator is not enough: the traceback of an error in a dataset refers to it. torch has no public
+        # way to end workers; Lightning calls the same method.
+        if hasattr(iterator, "_shutdown_workers"):
+            self._with_workers.add(iterator)
+        return iterator
 
 
 def open_stream(source: Source, shard: Shard, seed: int, *, shuffle: bool, shard_iterables: bool | None) -> Stream:
@@ -68,6 +86,7 @@ class OrderedStream(Stream):
     alike_on_ranks = True
 
     def __init__(self, source: Source, shard: Shard, seed: int, *, shuffle: bool) -> None:
+        super().__init__()
         assert source.batch_size is not None  # noqa: S101 - for mypy: read_source saw to it
         self.source = source
         shuffle = shuffle and source.shuffle
@@ -93,7 +112,7 @@ class OrderedStream(Stream):
         batch = None
         if self.order.share(self.place):
             if self._iterator is None:
-                self._iterator = iter(self._loader(Batches(self.order, self.place)))
+                self._iterator = self._begin_loading(self._loader(Batches(self.order, self.place)))
             batch = next(self._iterator)
         self.place = self.order.after(self.place)
         return batch
@@ -108,7 +127,7 @@ class OrderedStream(Stream):
         """The batches of a single pass; None where the others alone have some."""
         if self._one_pass_loader is None:  # kept, for workers that persist
             self._one_pass_loader = self._loader(Batches(self.order, Place(), one_pass=True))
-        loaded, place = iter(self._one_pass_loader), Place()
+        loaded, place = self._begin_loading(self._one_pass_loader), Place()
         while place.passes == 0:
             yield next(loaded) if self.order.share(place) else None
             place = self.order.after(place)
@@ -126,6 +145,11 @@ class OrderedStream(Stream):
         self.place = Place(state["passes"], state["samples"])
         self._iterator = None
 
+    def close(self) -> None:
+        """End the worker processes, those that persist, too."""
+        super().close()
+        self._iterator = self._one_pass_loader = None
+
 
 class PassingStream(Stream):
     """The batches of something that is read from its beginning in each pass: an iterable dataset, a user's own loader.
@@ -140,6 +164,7 @@ class PassingStream(Stream):
     alike_on_ranks = False
 
     def __init__(self, name: str, batches_of_a_pass: Iterable[Any], batches: int | None, stateful: Any) -> None:  # noqa: ANN401 - has state_dict, load_state_dict
+        super().__init__()
         if batches == 0:
             raise ValueError(f"{name} is empty: it has no batch. Leave the task out, or fill it.")
         self.name = name
@@ -147,7 +172,7 @@ class PassingStream(Stream):
         self._iterable = batches_of_a_pass
         self._stateful = stateful
         self._passes = self._consumed = 0
-        self._restored = False
+        self._restored: Any = None  # a state of the data, from which the pass that begins goes on
         self._iterator: Iterator[Any] | None = None
 
     def next(self) -> Any:  # noqa: ANN401
@@ -167,35 +192,43 @@ class PassingStream(Stream):
         )
 
     def _begin(self) -> Iterator[Any]:
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            self._stateful.load_state_dict(restored)
         tell_pass(self._iterable, self._passes)
         tell_pass(getattr(self._iterable, "dataset", None), self._passes)
-        iterator = iter(self._iterable)
-        if self._consumed and not self._restored:
+        iterator = self._begin_loading(self._iterable)
+        if self._consumed and restored is None:
             for _ in itertools.islice(iterator, self._consumed):
                 pass
-        self._restored = False
         return iterator
 
     def one_pass(self) -> Iterator[Any]:
         """The batches of a single pass."""
-        return iter(self._iterable)
+        return self._begin_loading(self._iterable)
 
     def rewind(self) -> None:
         """Begin anew with the first pass."""
-        self._passes, self._consumed, self._iterator = 0, 0, None
+        self._passes, self._consumed, self._iterator, self._restored = 0, 0, None, None
 
     def state_dict(self) -> State:
         """Passes, batches of the one under way, and the data's own state where it has one."""
-        begun = self._iterator is not None or self._restored
-        own = self._stateful.state_dict() if begun and self._stateful is not None else None
+        begun = self._iterator is not None and self._stateful is not None
+        own = self._stateful.state_dict() if begun else self._restored
         return {"passes": self._passes, "batches": self._consumed, "data": own}
 
     def load_state_dict(self, state: State) -> None:
         """Go on after what has been consumed."""
         self._passes, self._consumed, self._iterator = state["passes"], state["batches"], None
-        self._restored = state["data"] is not None and self._stateful is not None
-        if self._restored:
-            self._stateful.load_state_dict(state["data"])
+        self._restored = state["data"] if self._stateful is not None else None
+
+    def close(self) -> None:
+        """End the worker processes, those that persist, too."""
+        self.load_state_dict(self.state_dict())
+        super().close()
+        # Loaders keep their iterator under this name if its workers persist; Lightning resets it there, too.
+        if isinstance(self._iterable, DataLoader):
+            self._iterable._iterator = None
 
 
 class ResumableSamples(EveryNth):
