@@ -92,7 +92,7 @@ class Optimization:
         """Pass one micro-batch forward and, unless Lightning does it or gradients are still collected, backward."""
         micro_batch, reduced = self._forward(module, window, batch)
         # Gradients are taken as automatic optimization takes them: outside autocast.
-        with torch.autocast(module.device.type, enabled=False):
+        with outside_autocast(module.device.type):
             with self.phases.during("measuring"), self._looking(module, window):
                 loss = self._loss(module, window, reduced, micro_batch, last=last)
             if module.automatic_optimization:
@@ -170,7 +170,7 @@ class Optimization:
             scores = recorder.update_metrics(module, "train", outputs, step_metric)
         if cast.steering is not None:
             cast.steering.collect(module, window, batch, outputs)
-        with torch.autocast(module.device.type, enabled=False):
+        with outside_autocast(module.device.type):
             reduced = reduce_losses(outputs, window.tasks, window.ranks, module.device, scores)
             window.note(reduced, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
             if outputs:
@@ -272,3 +272,8 @@ class Optimization:
             with self.phases.during("monitors"):
                 self._observation.hand_over(module, signals)
         self.recorder.record_step(window, signals, positions, weights, None if steering is None else steering.effective)
+
+
+def outside_autocast(device_type: str) -> AbstractContextManager[object]:
+    """The block in which nothing is cast; nothing at all where nothing would be."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _SILENT
