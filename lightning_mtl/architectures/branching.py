@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import is_available, is_initialized
 
-from lightning_mtl.architectures.mixing import mix
-from lightning_mtl.architectures.stages import Chain, check_alike, wanted_tasks
+from lightning_mtl.architectures.stages import Chain, check_alike, mix, wanted_tasks
 from lightning_mtl.task.task import check_task_name
 
 

@@ -8,8 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.architectures.mixing import mix, mix_channels
-from lightning_mtl.architectures.stages import Backbone, Chain, check_alike, per_task, stages_of, wanted_tasks
+from lightning_mtl.architectures.stages import (
+    Backbone,
+    Chain,
+    check_alike,
+    mix,
+    mix_channels,
+    per_task,
+    stages_of,
+    wanted_tasks,
+)
 
 
 class CrossStitch(nn.Module):

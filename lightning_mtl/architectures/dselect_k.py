@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.architectures.experts import Experts, expert_group, mix_experts
-from lightning_mtl.architectures.gates import flattened
+from lightning_mtl.architectures.experts import Experts, expert_group, flattened, mix_experts
 from lightning_mtl.architectures.mmoe import usage_of
-from lightning_mtl.architectures.shapes import check_tasks
-from lightning_mtl.monitors.gate_statistics import GateMeter, GateTable
+from lightning_mtl.architectures.stages import check_tasks
+from lightning_mtl.monitors.gates import GateMeter, GateTable
 
 # Keeps logarithm and inverse of a probability of 0, which the smooth step reaches, finite.
 EPSILON = 1e-6

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.architectures.experts import Experts, expert_group, mix_experts
-from lightning_mtl.architectures.gates import Gate, build_gate, gate_weights
-from lightning_mtl.architectures.shapes import check_tasks
-from lightning_mtl.monitors.gate_statistics import GateMeter, GateTable
+from lightning_mtl.architectures.experts import Experts, Gate, build_gate, expert_group, gate_weights, mix_experts
+from lightning_mtl.architectures.stages import check_tasks
+from lightning_mtl.monitors.gates import GateMeter, GateTable
 
 
 class MMoE(nn.Module):

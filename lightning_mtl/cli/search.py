@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lightning_mtl.configured import ConfigurationError
-from lightning_mtl.configured.problems import PROGRAM, debugging, leave
+from lightning_mtl.configured import PROGRAM, ConfigurationError, debugging, leave
 
 DESCRIPTION = """Search over weightings and hyperparameters with Optuna.
 

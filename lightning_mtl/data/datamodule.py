@@ -12,12 +12,10 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import Dataset
 
-from lightning_mtl.data.argument_checks import check_arguments, check_names, per_task
-from lightning_mtl.data.evaluation_loader import EvaluationLoader
-from lightning_mtl.data.mixed_loader import MixedLoader
+from lightning_mtl.data.loaders import EvaluationLoader, MixedLoader
 from lightning_mtl.data.mixing import Joint, Mixing
 from lightning_mtl.data.order import Shard
-from lightning_mtl.data.sources import read_source
+from lightning_mtl.data.sources import check_arguments, check_names, per_task, read_source
 from lightning_mtl.data.streams import Stream, open_stream
 from lightning_mtl.task.batches import as_pair
 from lightning_mtl.training.module import SteppedModule

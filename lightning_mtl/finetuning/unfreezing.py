@@ -15,8 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_mtl.finetuning.checks import check_groups, check_place
-from lightning_mtl.finetuning.plan import Stage, by_epoch, check_schedule, from_the_top
+from lightning_mtl.finetuning.plan import Stage, by_epoch, check_groups, check_place, check_schedule, from_the_top
 from lightning_mtl.learning_rates.parameter_groups import Depth
 from lightning_mtl.module import MultiTaskModule
 

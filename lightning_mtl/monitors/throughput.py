@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -12,6 +14,75 @@ from lightning_mtl.monitors.base import Monitor, guarding
 
 if TYPE_CHECKING:
     from lightning_mtl.training.module import SteppedModule
+
+_UNHEARD: AbstractContextManager[None] = nullcontext()
+
+
+class Phases:
+    """Splits a stretch of time into named phases; a phase within a phase is taken out of the outer one.
+
+    While nobody listens a phase costs a method call. While somebody does, a CUDA device is waited for at each change of
+    phase, since its work would otherwise count where the processor happens to wait for it.
+
+    Example:
+        >>> phases = Phases()
+        >>> phases.listen(torch.device("cpu"))
+        >>> with phases("outer"), phases("inner"):
+        ...     pass
+        >>> sorted(phases.stop())
+        ['inner', 'outer', 'rest']
+    """
+
+    def __init__(self) -> None:
+        self._device: torch.device | None = None
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @property
+    def listening(self) -> bool:
+        """Whether somebody asks."""
+        return self._device is not None
+
+    def __call__(self, name: str) -> AbstractContextManager[None]:
+        """Count the block that follows to this phase."""
+        return _UNHEARD if self._device is None else self._counted(name)
+
+    def listen(self, device: torch.device) -> None:
+        """Begin anew."""
+        self._device = device
+        self._seconds, self._open = {}, ["rest"]
+        self._since = self._now()
+
+    def stop(self) -> dict[str, float]:
+        """Fall silent; return the seconds of each phase, and of the rest, since :meth:`listen`."""
+        self._settle()
+        self._device = None
+        return self._seconds
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        self._settle()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            if self.listening:  # or it was stopped from within
+                self._settle()
+                self._open.pop()
+
+    def _settle(self) -> None:
+        """Give the time since the last change to the phase that is under way."""
+        now = self._now()
+        name = self._open[-1]
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    def _now(self) -> float:
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
 
 PHASES = ("data", "forward", "measuring", "solving", "waiting", "backward", "optimizer", "monitors", "rest")
 

@@ -17,7 +17,7 @@ from lightning_mtl.gradients.micro_batch import stack_losses
 from lightning_mtl.gradients.rows import Rows
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.torch_internals import keeping_buffers
-from lightning_mtl.monitors.phases import Phases
+from lightning_mtl.monitors.throughput import Phases
 from lightning_mtl.training.guards import (
     SkippedSteps,
     clipping,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_mtl.learning_rates.samples import aligned, of_all_ranks
+from lightning_mtl.learning_rates.relatedness import aligned, of_all_ranks
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import TaskOutput
 from lightning_mtl.task.batches import is_per_task

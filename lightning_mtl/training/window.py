@@ -18,7 +18,7 @@ from lightning_mtl.gradients.trunk import TrunkGradients
 from lightning_mtl.learning_rates.base import Collected
 from lightning_mtl.method.base import Aggregator, Weighting
 from lightning_mtl.method.signals import Decision, Signals
-from lightning_mtl.monitors.phases import Phases
+from lightning_mtl.monitors.throughput import Phases
 from lightning_mtl.training.losses import Agreement
 
 if TYPE_CHECKING:

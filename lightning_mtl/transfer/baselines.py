@@ -13,8 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task import Task
-from lightning_mtl.transfer.cache import ScoreCache
-from lightning_mtl.transfer.configuration import configuration
+from lightning_mtl.transfer.cache import ScoreCache, configuration
 from lightning_mtl.transfer.scores import Directions, Stage, TaskScores, chosen_scores, metric_directions
 from lightning_mtl.transfer.training import (
     Data,

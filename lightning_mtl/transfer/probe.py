@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_mtl.metrics import Interval, bootstrap_interval, paired_bootstrap_interval
 from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.monitors.figures import draw_curves
+from lightning_mtl.monitors.tables import Cell, Grid, marked, rich_table
 from lightning_mtl.task import Task
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
-from lightning_mtl.transfer.drawing import draw_curves
 from lightning_mtl.transfer.scores import chosen_scores, metric_directions
-from lightning_mtl.transfer.tables import Cell, Grid, marked, rich_table
 from lightning_mtl.transfer.training import TrainerFactory, fit_and_score, fresh, seeded
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from lightning_mtl.metrics import (
     paired_bootstrap_interval,
     transfer_gain,
 )
+from lightning_mtl.monitors.figures import draw_intervals
+from lightning_mtl.monitors.tables import Grid, marked, rich_table
 from lightning_mtl.transfer.baselines import SingleTaskBaselines
-from lightning_mtl.transfer.drawing import draw_intervals
 from lightning_mtl.transfer.scores import TaskScores, chosen_scores
-from lightning_mtl.transfer.tables import Grid, marked, rich_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
-from lightning_mtl.configured.problems import choices, in_one_line
+from lightning_mtl.configured import ConfigurationError, MultiTaskCLI, choices, in_one_line
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.task import Task
 from lightning_mtl.tuning.space import Space, unlabelled

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mtl.tuning.configuration import Base, trial_configuration
-from lightning_mtl.tuning.counting import ERROR, SURPLUS, counts
 from lightning_mtl.tuning.goals import Goal
 from lightning_mtl.tuning.space import Space
+from lightning_mtl.tuning.storage import ERROR, SURPLUS, counts
 from lightning_mtl.tuning.workers import SEED_VALUES
 
 ROWS = 10

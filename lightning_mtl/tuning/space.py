@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lightning_mtl.configured.problems import ConfigurationError, choices
-from lightning_mtl.configured.short_names import load_short_names
+from lightning_mtl.configured import ConfigurationError, choices, load_short_names
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Choice, Range
 from lightning_mtl.tuning.goals import Goal, read_goals

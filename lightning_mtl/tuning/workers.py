@@ -17,20 +17,21 @@ from optuna.trial import TrialState
 
 from lightning_mtl.configured import ConfigurationError
 from lightning_mtl.tuning.configuration import Base, trial_configuration
-from lightning_mtl.tuning.counting import (
+from lightning_mtl.tuning.goals import NotLoggedError
+from lightning_mtl.tuning.space import Space
+from lightning_mtl.tuning.storage import (
     ERROR,
     SURPLUS,
     WORKER,
     counting,
     fail_and_repeat,
+    fail_silent_trials,
+    has_heartbeat,
     is_surplus,
+    sign_of_life,
     without_sign,
 )
-from lightning_mtl.tuning.goals import NotLoggedError
-from lightning_mtl.tuning.ranks import Ranks
-from lightning_mtl.tuning.space import Space
-from lightning_mtl.tuning.storage import fail_silent_trials, has_heartbeat, sign_of_life
-from lightning_mtl.tuning.training import Job, train
+from lightning_mtl.tuning.trial import Job, Ranks, train
 
 POLL_SECONDS = 1.0
 SEED_VALUES = "values_by_seed"

@@ -18,7 +18,7 @@ from lightning_mtl import MultiTaskModule, Task, TaskOutput
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.learning_rates import GradientNorm, Importance, Relatedness, TaskLearningRate
 from lightning_mtl.learning_rates.importance import lag_factors
-from lightning_mtl.learning_rates.samples import aligned, of_all_ranks
+from lightning_mtl.learning_rates.relatedness import aligned, of_all_ranks
 from lightning_mtl.weighting import MGDA
 from tests.small import batch, binary, small, trunk
 from tests.training import Steps, fit, loader

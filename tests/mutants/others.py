@@ -118,14 +118,14 @@ OTHERS = (
     ),
     Mutation(
         "a rank compares its own samples alone",
-        "learning_rates/samples.py",
+        "learning_rates/relatedness.py",
         "torch.cat(gather_all_tensors(here, ranks.group), dim=1)",
         "here",
         f"{RATES}/test_ddp.py",
     ),
     Mutation(
         "a resumed loader begins anew",
-        "data/mixed_loader.py",
+        "data/loaders.py",
         "stream.load_state_dict(found[task])",
         "pass",
         f"{LOADERS}/test_resume.py",
@@ -140,7 +140,7 @@ OTHERS = (
     ),
     Mutation(
         "tasks come in the same order in every epoch",
-        "data/mixed_loader.py",
+        "data/loaders.py",
         'seeded(self.seed, "mixing", epoch)',
         'seeded(self.seed, "mixing", 0)',
         f"{LOADERS}/test_order.py",
@@ -148,7 +148,7 @@ OTHERS = (
     ),
     Mutation(
         "a loader's epoch is one off",
-        "data/mixed_loader.py",
+        "data/loaders.py",
         "self._epoch = epoch\n",
         "self._epoch = epoch + 1\n",
         f"{LOADERS}/test_training.py",
@@ -216,7 +216,7 @@ OTHERS = (
     ),
     Mutation(
         "gates share out over the samples instead of the experts",
-        "architectures/gates.py",
+        "architectures/experts.py",
         "return scores.softmax(1)",
         "return scores.softmax(0)",
         f"{ARCHITECTURES}/test_references.py",
@@ -224,7 +224,7 @@ OTHERS = (
     ),
     Mutation(
         "a penalty's gradient is half of it",
-        "architectures/parameter_penalties.py",
+        "architectures/soft_sharing.py",
         "[2 * root for root in roots]",
         "roots",
         f"{ARCHITECTURES}/test_soft_sharing.py",

@@ -15,8 +15,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lightning_mtl.metrics import bootstrap_interval
+from lightning_mtl.monitors.figures import draw_intervals
 from lightning_mtl.transfer import SingleTaskBaselines, TransferReport
-from lightning_mtl.transfer.drawing import draw_intervals
 from tests.training import Memory, quiet_trainer
 
 DIRECTIONS = {"a": {"accuracy": True, "error": False}, "b": {"loss": False}}
