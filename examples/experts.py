@@ -174,7 +174,7 @@ def draw(results: Mapping[str, Sequence[Result]], log_to: Path) -> list[Path]:
                 gates.columns,
                 title=f"{name}: {key.replace('gates_', 'level ')}",
                 limits=gates.limits,
-                colours="viridis",
+                colors="viridis",
                 row_label="task",
                 column_label="expert",
             )

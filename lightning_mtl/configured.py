@@ -152,7 +152,7 @@ def choices(name: str, known: list[str]) -> str:
     return f"{nearest}There are {', '.join(sorted(known))}."
 
 
-DESCRIPTION = """Multi-task learning with PyTorch Lightning, from YAML.
+PROGRAM_DESCRIPTION = """Multi-task learning with PyTorch Lightning, from YAML.
 
 Besides the commands below: "lightning-mtl methods" prints the table of weighting methods, "lightning-mtl tune --help"
 tells of searches over weightings and hyperparameters.
@@ -189,7 +189,7 @@ class MultiTaskCLI(LightningCLI):
             # A run that is resumed in its own folder writes the same file again.
             save_config_kwargs={"overwrite": True},
             parser_class=OneLineParser,
-            parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION, "exit_on_error": exit_on_error},
+            parser_kwargs={"prog": PROGRAM, "description": PROGRAM_DESCRIPTION, "exit_on_error": exit_on_error},
             # The module has these as arguments: `--model.optimizer`, `--model.lr_scheduler`.
             auto_configure_optimizers=False,
             args=args,

@@ -110,7 +110,7 @@ class Branching(Callback):
                     [str(node) for node in range(trunk.sizes[depth])],
                     title="hardened" if trunk.hardened else "branching probability",
                     limits=(0, 1),
-                    colours="Blues",
+                    colors="Blues",
                     row_label="task" if last else f"node of stage {depth + 1}",
                     column_label=f"reads node of stage {depth}",
                 )

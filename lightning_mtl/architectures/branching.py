@@ -38,7 +38,7 @@ class LTB(nn.Module):
     Args:
         stages: The nodes of each stage, in the order the stages run. Nodes of the first stage take the trunk's inputs,
             the others one tensor. All nodes of a stage return the same shape. Nodes that start alike stay alike for
-            long: initialise each anew.
+            long: initialize each anew.
         tasks: The tasks' names.
         seed: Of the noise.
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from lightning_mtl.architectures.stages import (
     Backbone,
     Chain,
+    backbone_per_task,
     check_alike,
     mix,
     mix_channels,
-    per_task,
     stages_of,
     wanted_tasks,
 )
@@ -79,7 +79,7 @@ class CrossStitch(nn.Module):
         super().__init__()
         given = {
             task: stages_of("CrossStitch", task, backbone)
-            for task, backbone in per_task("CrossStitch", backbones, tasks).items()
+            for task, backbone in backbone_per_task("CrossStitch", backbones, tasks).items()
         }
         self.tasks = tuple(given)
         lengths = {task: len(stages) for task, stages in given.items()}

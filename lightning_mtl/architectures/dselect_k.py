@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_mtl.architectures.experts import Experts, expert_group, flattened, mix_experts
 from lightning_mtl.architectures.mmoe import usage_of
-from lightning_mtl.architectures.stages import check_tasks
+from lightning_mtl.architectures.stages import checked_tasks
 from lightning_mtl.monitors.gates import GateMeter, GateTable
 
 # Keeps logarithm and inverse of a probability of 0, which the smooth step reaches, finite.
@@ -140,7 +140,7 @@ class DSelectK(nn.Module):
         entropy: float = 1e-3,
     ) -> None:
         super().__init__()
-        self.tasks = check_tasks(tasks, "DSelectK")
+        self.tasks = checked_tasks(tasks, "DSelectK")
         self.experts = expert_group(experts, num_experts, "DSelectK")
         self.num_experts, self.entropy, self.gate_meter = self.experts.num_experts, entropy, GateMeter()
         if self.num_experts < 2:

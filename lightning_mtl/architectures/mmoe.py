@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl.architectures.experts import Experts, Gate, build_gate, expert_group, gate_weights, mix_experts
-from lightning_mtl.architectures.stages import check_tasks
+from lightning_mtl.architectures.stages import checked_tasks
 from lightning_mtl.monitors.gates import GateMeter, GateTable
 
 
@@ -48,7 +48,7 @@ class MMoE(nn.Module):
 
     def __init__(self, experts: Experts, tasks: Sequence[str], gate: Gate, *, num_experts: int | None = None) -> None:
         super().__init__()
-        self.tasks = check_tasks(tasks, "MMoE")
+        self.tasks = checked_tasks(tasks, "MMoE")
         self.experts = expert_group(experts, num_experts, "MMoE")
         self.num_experts = self.experts.num_experts
         self.gates = nn.ModuleDict(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d, interpolate
 
-from lightning_mtl.architectures.stages import call, check_tasks
+from lightning_mtl.architectures.stages import call, checked_tasks
 from lightning_mtl.monitors.gates import GateMeter, GateTable
 
 Layout: TypeAlias = Literal["maps", "tokens"]
@@ -116,7 +116,7 @@ class MTAN(nn.Module):
         layout: Layout = "maps",
     ) -> None:
         super().__init__()
-        self.tasks, self.layout = check_tasks(tasks, "MTAN"), check_layout(layout)
+        self.tasks, self.layout = checked_tasks(tasks, "MTAN"), check_layout(layout)
         self.stages = nn.ModuleList(_as_module(stage, number) for number, stage in enumerate(stages))
         self.channels = [_as_pair(entry, number) for number, entry in enumerate(channels)]
         if not self.stages or len(self.stages) != len(self.channels):

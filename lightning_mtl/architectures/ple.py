@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl.architectures.experts import Gate, build_gate, expert_group, gate_weights, mix_experts
-from lightning_mtl.architectures.stages import check_tasks
+from lightning_mtl.architectures.stages import checked_tasks
 from lightning_mtl.monitors.gates import GateMeter, GateTable
 
 SHARED = "shared"
@@ -169,7 +169,7 @@ class PLE(nn.Module):
     ) -> None:
         super().__init__()
         who = type(self).__name__
-        self.tasks = check_tasks(tasks, who)
+        self.tasks = checked_tasks(tasks, who)
         if SHARED in self.tasks:
             raise ValueError(f"{who}(tasks=...) has a task {SHARED!r}, the name of the shared stream; rename the task.")
         if not experts or len(experts) != len(gates):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mtl.architectures.stages import per_task, wanted_tasks
+from lightning_mtl.architectures.stages import backbone_per_task, wanted_tasks
 from lightning_mtl.gradients.surrogate import surrogate
 
 # Below this ratio to the largest eigenvalue of W W^T, in float64, a singular value of W is rounding.
@@ -126,7 +126,7 @@ class SoftSharing(nn.Module):
 
     Raises:
         TypeError: If the backbones are no modules.
-        ValueError: If backbones differ in the name or shape of a parameter that is penalised, a prefix fits none, or an
+        ValueError: If backbones differ in the name or shape of a parameter that is penalized, a prefix fits none, or an
             argument is out of its range.
 
     Source: Duong et al., Low Resource Dependency Parsing: Cross-lingual Parameter Sharing in a Neural Network Parser,
@@ -158,7 +158,7 @@ class SoftSharing(nn.Module):
         super().__init__()
         if penalty not in PENALTIES:
             raise ValueError(f"SoftSharing(penalty={penalty!r}) must be one of {list(PENALTIES)}.")
-        given = per_task("SoftSharing", backbones, tasks)
+        given = backbone_per_task("SoftSharing", backbones, tasks)
         for task, backbone in given.items():
             if not isinstance(backbone, nn.Module):
                 raise TypeError(
@@ -242,7 +242,7 @@ def _fits(prefix: str, name: str) -> bool:
 
 
 def _check_alike(backbones: Mapping[str, nn.Module], strengths: Mapping[str, float]) -> None:
-    """Refuse backbones whose penalised parameters do not lie side by side."""
+    """Refuse backbones whose penalized parameters do not lie side by side."""
     shapes = {task: {name: p.shape for name, p in backbone.named_parameters()} for task, backbone in backbones.items()}
     for name in strengths:
         first = next(task for task in backbones if name in shapes[task])
@@ -250,7 +250,7 @@ def _check_alike(backbones: Mapping[str, nn.Module], strengths: Mapping[str, flo
             if name not in shapes[task]:
                 raise ValueError(
                     f"SoftSharing: parameter {name!r} of task {first!r} has no counterpart in the backbone of task "
-                    f"{task!r}, which has {list(shapes[task])}; penalise common layers alone with strength={{prefix: "
+                    f"{task!r}, which has {list(shapes[task])}; penalize common layers alone with strength={{prefix: "
                     "number}}."
                 )
             if shapes[task][name] != shapes[first][name]:

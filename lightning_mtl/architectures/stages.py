@@ -37,7 +37,7 @@ class Chain(nn.Module):
         return value
 
 
-def per_task(owner: str, backbones: Any, tasks: Sequence[str] | None) -> dict[str, Any]:  # noqa: ANN401
+def backbone_per_task(owner: str, backbones: Any, tasks: Sequence[str] | None) -> dict[str, Any]:  # noqa: ANN401
     """Give each task a backbone of its own.
 
     Args:
@@ -54,7 +54,7 @@ def per_task(owner: str, backbones: Any, tasks: Sequence[str] | None) -> dict[st
             raise ValueError(f"{owner}(tasks={list(tasks)}) is not what backbones names, {list(backbones)}; omit it.")
         found = dict(backbones.items())
     else:
-        found = _named(owner, backbones, tasks)
+        found = _named_backbones(owner, backbones, tasks)
     if not found:
         raise ValueError(f"{owner}(backbones=...) is empty; give it one backbone a task.")
     for task in found:
@@ -72,7 +72,7 @@ def per_task(owner: str, backbones: Any, tasks: Sequence[str] | None) -> dict[st
     return found
 
 
-def _named(owner: str, backbones: Any, tasks: Sequence[str] | None) -> dict[str, Any]:  # noqa: ANN401
+def _named_backbones(owner: str, backbones: Any, tasks: Sequence[str] | None) -> dict[str, Any]:  # noqa: ANN401
     if not isinstance(backbones, nn.Module | Sequence) or isinstance(backbones, str):
         raise TypeError(
             f"{owner}(backbones=...) must be {{task: backbone}}, a list of them or one module to copy, found "
@@ -182,7 +182,7 @@ def mix_channels(weights: Tensor, values: Sequence[Tensor], channel_dim: int) ->
     return mixed
 
 
-def check_tasks(tasks: Sequence[str], who: str) -> tuple[str, ...]:
+def checked_tasks(tasks: Sequence[str], who: str) -> tuple[str, ...]:
     """Check the tasks that a trunk has parts for.
 
     Raises:

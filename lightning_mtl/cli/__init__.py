@@ -38,7 +38,7 @@ def main() -> None:
 
         print_methods(given[1:])
     elif command == "tune":
-        from lightning_mtl.cli.search import search
+        from lightning_mtl.cli.tune_command import search
 
         search(given[1:])
     else:

@@ -15,16 +15,16 @@ from torch.utils.data import Dataset
 from lightning_mtl.data.loaders import EvaluationLoader, MixedLoader
 from lightning_mtl.data.mixing import Joint, Mixing
 from lightning_mtl.data.order import Shard
-from lightning_mtl.data.sources import check_arguments, check_names, per_task, read_source
+from lightning_mtl.data.sources import check_data_arguments, check_names, number_for_task, read_source
 from lightning_mtl.data.streams import Stream, open_stream
 from lightning_mtl.task.batches import as_pair
 from lightning_mtl.training.module import SteppedModule
 
-Stage = Literal["train", "val", "test", "predict"]
-Data = Mapping[str, Dataset[Any] | Iterable[Any]]
+DataStage = Literal["train", "val", "test", "predict"]
+TaskData = Mapping[str, Dataset[Any] | Iterable[Any]]
 
 # The loaders that each of the Trainer's functions asks for.
-STAGES: dict[str, tuple[Stage, ...]] = {
+LOADED_STAGES: dict[str, tuple[DataStage, ...]] = {
     "fit": ("train", "val"),
     "validate": ("val",),
     "test": ("test",),
@@ -88,10 +88,10 @@ class MultiTaskDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: Data | None = None,
-        val: Data | None = None,
-        test: Data | None = None,
-        predict: Data | None = None,
+        train: TaskData | None = None,
+        val: TaskData | None = None,
+        test: TaskData | None = None,
+        predict: TaskData | None = None,
         *,
         mixing: Mixing | None = None,
         batch_size: int | Mapping[str, int] = 32,
@@ -113,15 +113,15 @@ class MultiTaskDataModule(pl.LightningDataModule):
         self.persistent_workers = persistent_workers
         self.shard_iterables = shard_iterables
         self.seed = seed
-        self._given: dict[str, Data | None] = {"train": train, "val": val, "test": test, "predict": predict}
-        check_arguments(self._given, self.mixing, batch_size, num_workers, steps_per_epoch, seed)
+        self._given: dict[str, TaskData | None] = {"train": train, "val": val, "test": test, "predict": predict}
+        check_data_arguments(self._given, self.mixing, batch_size, num_workers, steps_per_epoch, seed)
         for stage, data in self._given.items():
             for task, own in (data or {}).items():
-                read_source(task, stage, own, per_task(batch_size, task), {})
+                read_source(task, stage, own, number_for_task(batch_size, task), {})
         self._loader: MixedLoader | None = None
         self._restored: dict[str, Any] | None = None
 
-    def task_data(self, stage: Stage) -> Data | None:
+    def task_data(self, stage: DataStage) -> TaskData | None:
         """The datasets or loaders of a stage, ``{task: data}``, or None; override it to make them when they are needed.
 
         It is called on every rank, after :meth:`prepare_data`, and may be called again.
@@ -132,7 +132,7 @@ class MultiTaskDataModule(pl.LightningDataModule):
         """Refuse data whose names are not those of the module's tasks; begin the training data anew."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         if isinstance(module, SteppedModule):
-            for part in STAGES[stage]:
+            for part in LOADED_STAGES[stage]:
                 if (data := self.task_data(part)) is not None:
                     check_names(part, list(data), list(module.tasks), complete=part == "train")
         # Whether there is validation Lightning tells by this hook being overridden; as in LightningDataModule's own
@@ -171,12 +171,12 @@ class MultiTaskDataModule(pl.LightningDataModule):
         """The loader of all tasks' data to predict from."""
         return self._evaluation("predict", as_pair)
 
-    def _evaluation(self, stage: Stage, read: Callable[[Any], Any] | None = None) -> EvaluationLoader:
+    def _evaluation(self, stage: DataStage, read: Callable[[Any], Any] | None = None) -> EvaluationLoader:
         streams = self._streams(stage, self._seed(), shuffle=False)
         unknown = any(not stream.alike_on_ranks for stream in streams.values())
         return EvaluationLoader(streams, self._anyone if unknown and self._shard().ranks > 1 else None, read)
 
-    def _streams(self, stage: Stage, seed: int, *, shuffle: bool) -> dict[str, Stream]:
+    def _streams(self, stage: DataStage, seed: int, *, shuffle: bool) -> dict[str, Stream]:
         data = self.task_data(stage)
         if data is None:
             raise ValueError(
@@ -185,13 +185,13 @@ class MultiTaskDataModule(pl.LightningDataModule):
             )
         streams = {}
         for task, given in data.items():
-            workers = per_task(self.num_workers, task) or 0
+            workers = number_for_task(self.num_workers, task) or 0
             options = {
                 "num_workers": workers,
                 "pin_memory": self.pin_memory,
                 "persistent_workers": self.persistent_workers and workers > 0,
             }
-            source = read_source(task, stage, given, per_task(self.batch_size, task), options, self.drop_last)
+            source = read_source(task, stage, given, number_for_task(self.batch_size, task), options, self.drop_last)
             streams[task] = open_stream(
                 source, self._shard(), seed, shuffle=shuffle, shard_iterables=self.shard_iterables
             )

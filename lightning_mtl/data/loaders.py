@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning_mtl.data.mixing import Mixing
-from lightning_mtl.data.order import Shard, seeded
+from lightning_mtl.data.order import Shard, generator_for
 from lightning_mtl.data.streams import Stream
 
 
@@ -82,7 +82,7 @@ class MixedLoader:
         sizes = {task: stream.batches for task, stream in self.streams.items()}
         mode = self.mixing.in_epoch(epoch)
         mode.check(list(sizes))
-        return mode.order(sizes, self.steps, seeded(self.seed, "mixing", epoch))
+        return mode.order(sizes, self.steps, generator_for(self.seed, "mixing", epoch))
 
     def state_dict(self) -> dict[str, Any]:
         """What has been consumed; all ranks have to ask for it together."""

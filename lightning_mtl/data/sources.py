@@ -208,17 +208,17 @@ def tell_pass(data: object, number: int) -> None:
             set_epoch(number)
 
 
-def per_task(value: int | Mapping[str, int], task: str) -> int | None:
+def number_for_task(value: int | Mapping[str, int], task: str) -> int | None:
     """The number for a task, of one number for all or of ``{task: number}``.
 
     Example:
-        >>> per_task(32, "a"), per_task({"a": 16}, "a"), per_task({"a": 16}, "b")
+        >>> number_for_task(32, "a"), number_for_task({"a": 16}, "a"), number_for_task({"a": 16}, "b")
         (32, 16, None)
     """
     return value.get(task) if isinstance(value, Mapping) else value
 
 
-def check_arguments(
+def check_data_arguments(
     given: Mapping[str, Any],
     mixing: object,
     batch_size: int | Mapping[str, int],

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_mtl.data.order import Batches, PassOrder, Place, Shard, seeded
+from lightning_mtl.data.order import Batches, DataPosition, PassOrder, Shard, generator_for
 from lightning_mtl.data.sources import EveryNth, Source, check_shards, tell_pass
 
 State = dict[str, Any]
@@ -55,14 +55,14 @@ def open_stream(source: Source, shard: Shard, seed: int, *, shuffle: bool, shard
         return OrderedStream(source, shard, seed, shuffle=shuffle)
     if source.loader is not None:
         stateful = source.loader if _is_stateful(source.loader) else None
-        return PassingStream(source.name, source.loader, _length(source.loader), stateful)
+        return PassingStream(source.name, source.loader, _length_if_known(source.loader), stateful)
     return _iterable_stream(source, shard, seed, divided=shard_iterables is not True)
 
 
 class OrderedStream(Stream):
-    """The batches of a map-style dataset, in an order that is a function of seed, pass and place.
+    """The batches of a map-style dataset, in an order that is a function of seed, pass and position.
 
-    Workers may have loaded further than what has been consumed: the place counts what :meth:`next` has returned.
+    Workers may have loaded further than what has been consumed: the position counts what :meth:`next` has returned.
     """
 
     alike_on_ranks = True
@@ -82,20 +82,20 @@ class OrderedStream(Stream):
                 "batch_size."
             )
         self.batches = self.order.batches
-        self.place = Place()
+        self.position = DataPosition()
         # Torch's global generator, from which workers would get their seed, is left as it is.
-        self._generator = seeded(seed, "workers", source.task, shard.rank)
+        self._generator = generator_for(seed, "workers", source.task, shard.rank)
         self._iterator: Iterator[Any] | None = None
         self._one_pass_loader: DataLoader[Any] | None = None
 
     def next(self) -> Any:  # noqa: ANN401
         """The next batch of this rank."""
         batch = None
-        if self.order.share(self.place):
+        if self.order.share(self.position):
             if self._iterator is None:
-                self._iterator = iter(self._loader(Batches(self.order, self.place)))
+                self._iterator = iter(self._loader(Batches(self.order, self.position)))
             batch = next(self._iterator)
-        self.place = self.order.after(self.place)
+        self.position = self.order.after(self.position)
         return batch
 
     def _loader(self, batches: Batches) -> DataLoader[Any]:
@@ -107,11 +107,11 @@ class OrderedStream(Stream):
     def one_pass(self) -> Iterator[Any]:
         """The batches of a single pass; None where the others alone have some."""
         if self._one_pass_loader is None:  # kept, for workers that persist
-            self._one_pass_loader = self._loader(Batches(self.order, Place(), one_pass=True))
-        loaded, place = iter(self._one_pass_loader), Place()
-        while place.passes == 0:
-            yield next(loaded) if self.order.share(place) else None
-            place = self.order.after(place)
+            self._one_pass_loader = self._loader(Batches(self.order, DataPosition(), one_pass=True))
+        loaded, position = iter(self._one_pass_loader), DataPosition()
+        while position.passes == 0:
+            yield next(loaded) if self.order.share(position) else None
+            position = self.order.after(position)
 
     def rewind(self) -> None:
         """Begin anew with the first pass."""
@@ -119,11 +119,11 @@ class OrderedStream(Stream):
 
     def state_dict(self) -> State:
         """Passes, and the samples of all ranks in the one under way: whatever the batch size or number of ranks."""
-        return {"passes": self.place.passes, "samples": self.place.samples}
+        return {"passes": self.position.passes, "samples": self.position.samples}
 
     def load_state_dict(self, state: State) -> None:
         """Go on after what has been consumed."""
-        self.place = Place(state["passes"], state["samples"])
+        self.position = DataPosition(state["passes"], state["samples"])
         self._iterator = None
 
 
@@ -199,7 +199,7 @@ class PassingStream(Stream):
 
 
 class ResumableSamples(EveryNth):
-    """An iterable dataset with a state, and this rank's place in it."""
+    """An iterable dataset with a state, and this rank's position in it."""
 
     def state_dict(self) -> State:
         """The dataset's own state, and how many samples it has given."""
@@ -222,10 +222,10 @@ def _iterable_stream(source: Source, shard: Shard, seed: int, *, divided: bool) 
     share = (ResumableSamples if resumable else EveryNth)(samples, Shard() if divided else shard)
     read = samples if divided and not resumable else share
     # Nobody knows whether the length of a dataset that divides itself is the whole or a share.
-    size = None if divided and shard.ranks > 1 else _length(samples)
+    size = None if divided and shard.ranks > 1 else _length_if_known(samples)
     if size == 0:
         raise ValueError(f"{source.name} is empty: {type(samples).__name__} has no sample. Leave the task out.")
-    options = {**source.options, "generator": seeded(seed, "workers", source.task, shard.rank)}
+    options = {**source.options, "generator": generator_for(seed, "workers", source.task, shard.rank)}
     # A new pass reaches workers with a new copy of the dataset.
     options["persistent_workers"] = False
     loader: DataLoader[Any] = DataLoader(read, batch_size=batch_size, drop_last=source.drop_last, **options)
@@ -233,7 +233,7 @@ def _iterable_stream(source: Source, shard: Shard, seed: int, *, divided: bool) 
     return PassingStream(source.name, loader, batches, share if resumable else None)
 
 
-def _length(sized: object) -> int | None:
+def _length_if_known(sized: object) -> int | None:
     try:
         return len(sized)  # type: ignore[arg-type]  # asked here
     except (TypeError, NotImplementedError):  # a loader has __len__, whether or not its dataset has

@@ -114,7 +114,7 @@ def load_trunk(
         mismatched=mismatched,
         ignored=len(found) - len(below),
     )
-    _check(report, name, strict=strict)
+    _check_report(report, name, strict=strict)
     trunk.load_state_dict({own[key][0]: below[key] for key in report.loaded}, strict=False)
     return report
 
@@ -224,7 +224,7 @@ def _find_prefix(found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ..
     return named[0] if len(named) == 1 else best[0]
 
 
-def _check(report: LoadReport, name: str, *, strict: bool) -> None:
+def _check_report(report: LoadReport, name: str, *, strict: bool) -> None:
     shapes = [f"{key} {list(theirs)} for {list(own)}" for key, (theirs, own) in report.mismatched.items()]
     if report.loaded and (not strict or not (report.missing or report.unexpected or shapes)):
         return

@@ -96,7 +96,7 @@ def export(
     """
     wanted = list(module.tasks) if tasks is None else list(tasks)
     path = Path(path)
-    _check(module, wanted, path, format)
+    _check_predictions(module, wanted, path, format)
     predictor = Predictor(module, wanted)
     examples = [example_inputs]
     if dynamic_batch:
@@ -119,7 +119,7 @@ def export(
     return path
 
 
-def _check(module: MultiTaskModule, tasks: Sequence[str], path: Path, format: str) -> None:  # noqa: A002
+def _check_predictions(module: MultiTaskModule, tasks: Sequence[str], path: Path, format: str) -> None:  # noqa: A002
     if format not in SUFFIXES:
         raise ValueError(f"export(format={format!r}) must be one of {list(SUFFIXES)}.")
     if path.suffix != SUFFIXES[format]:

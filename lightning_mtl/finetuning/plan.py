@@ -14,7 +14,7 @@ from lightning_mtl.module import MultiTaskModule
 
 
 @dataclass(frozen=True)
-class Stage:
+class ThawingPart:
     """What thaws together.
 
     Attributes:
@@ -49,7 +49,7 @@ def check_schedule(schedule: Mapping[int, str | Sequence[str]]) -> dict[int, tup
     return {epoch: (names,) if isinstance(names, str) else tuple(names) for epoch, names in ordered}
 
 
-def by_epoch(module: MultiTaskModule, schedule: Mapping[int, Sequence[str]]) -> list[Stage]:
+def by_epoch(module: MultiTaskModule, schedule: Mapping[int, Sequence[str]]) -> list[ThawingPart]:
     """The stages of a schedule.
 
     Raises:
@@ -58,7 +58,7 @@ def by_epoch(module: MultiTaskModule, schedule: Mapping[int, Sequence[str]]) -> 
     return _stages(module, [(epoch, tuple(names)) for epoch, names in schedule.items()])
 
 
-def from_the_top(module: MultiTaskModule, layers: str, every_n_epochs: int) -> list[Stage]:
+def from_the_top(module: MultiTaskModule, layers: str, every_n_epochs: int) -> list[ThawingPart]:
     """A stage for each child of ``layers``, from the last one to the first, then what is left of the trunk.
 
     Raises:
@@ -80,7 +80,7 @@ def from_the_top(module: MultiTaskModule, layers: str, every_n_epochs: int) -> l
     return _stages(module, [(every_n_epochs * (i + 1), (name,)) for i, name in enumerate(ordered)])
 
 
-def _stages(module: MultiTaskModule, asked: Iterable[tuple[int, tuple[str, ...]]]) -> list[Stage]:
+def _stages(module: MultiTaskModule, asked: Iterable[tuple[int, tuple[str, ...]]]) -> list[ThawingPart]:
     modules = dict(module.named_modules())
     claimed: set[nn.Parameter] = set()
     found = []
@@ -95,7 +95,7 @@ def _stages(module: MultiTaskModule, asked: Iterable[tuple[int, tuple[str, ...]]
                 "could be trained before, or all of them thaw earlier. Leave the entry out."
             )
         claimed.update(parameters)
-        found.append(Stage(epoch, ",".join(name.removeprefix("trunk.") for name in names), parts, parameters))
+        found.append(ThawingPart(epoch, ",".join(name.removeprefix("trunk.") for name in names), parts, parameters))
     return found
 
 
@@ -108,7 +108,7 @@ def _unknown(names: Sequence[str], modules: Mapping[str, nn.Module]) -> ValueErr
     return ValueError(f"GradualUnfreezing names {list(names)}, which the module does not have; it has {choices}.")
 
 
-def check_place(stages: Sequence[Stage], module: MultiTaskModule) -> None:
+def check_place(stages: Sequence[ThawingPart], module: MultiTaskModule) -> None:
     """Refuse a weighting that measures at modules which are still frozen while others train.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_mtl.finetuning.plan import Stage, by_epoch, check_groups, check_place, check_schedule, from_the_top
+from lightning_mtl.finetuning.plan import ThawingPart, by_epoch, check_groups, check_place, check_schedule, from_the_top
 from lightning_mtl.learning_rates.parameter_groups import Depth
 from lightning_mtl.module import MultiTaskModule
 
@@ -97,7 +97,7 @@ class GradualUnfreezing(BaseFinetuning):
         self.lr_decay, self.lr_factors = lr_decay, None if lr_factors is None else tuple(lr_factors)
         self.train_bn = train_bn
         self.thawed = 0
-        self._stages: list[Stage] = []
+        self._stages: list[ThawingPart] = []
         self._frozen: set[nn.Parameter] = set()
         self._modes: dict[nn.Module, bool] = {}
 
@@ -224,7 +224,7 @@ class GradualUnfreezing(BaseFinetuning):
 
     # The plan
 
-    def _plan(self, module: MultiTaskModule) -> list[Stage]:
+    def _plan(self, module: MultiTaskModule) -> list[ThawingPart]:
         if self.schedule is not None:
             return by_epoch(module, self.schedule)
         return from_the_top(module, self.layers, self.every_n_epochs or 1)

@@ -1,4 +1,4 @@
-"""The base of whatever makes a task learn faster or slower than its neighbours."""
+"""The base of whatever makes a task learn faster or slower than its neighbors."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from lightning_mtl.learning_rates.factor import Factor, moved
 from lightning_mtl.method.base import weighting_of
 from lightning_mtl.method.signals import Signals
 
-SMALLEST = 1e-3
+SMALLEST_RATIO = 1e-3
 
 
 def inverse_norms(norms: Tensor, power: float) -> Tensor:
@@ -27,7 +27,7 @@ def inverse_norms(norms: Tensor, power: float) -> Tensor:
         tensor([2.0000, 0.6667, 1.0000])
     """
     ratios = norms / norms.nanmean()
-    factors = ratios.clamp(min=SMALLEST) ** -power
+    factors = ratios.clamp(min=SMALLEST_RATIO) ** -power
     return torch.where(ratios.isnan(), torch.ones_like(factors), factors)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_mtl.learning_rates.factor import Factor
 from lightning_mtl.task import Task
 
-SMALLEST = 1e-3
+SMALLEST_SCORE = 1e-3
 
 
 def lag_factors(lags: Tensor, power: float, largest: float) -> Tensor:
@@ -181,4 +181,4 @@ class Importance(Factor):
         if not task.higher_is_better(metric):
             return max(value / baseline, 0.0)
         # A score of 0, or below, is no part of the baseline: as far behind as any finite one could be.
-        return baseline / max(value, baseline * SMALLEST)
+        return baseline / max(value, baseline * SMALLEST_SCORE)

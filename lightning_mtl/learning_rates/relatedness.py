@@ -104,7 +104,7 @@ def correlation(x: Tensor, y: Tensor) -> float:
 
 
 def mutual_information(x: Tensor, y: Tensor) -> float:
-    """Compute the mutual information of two labellings over the mean of their entropies, in [0, 1].
+    """Compute the mutual information of two labelings over the mean of their entropies, in [0, 1].
 
     Example:
         >>> mutual_information(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([7.0, 7.0, 3.0, 3.0]))
@@ -143,7 +143,7 @@ class Relatedness(Factor):
       weighting that measures the Gramian, and moves in the steps in which that one does.
     - ``"target_correlation"``: the absolute value of Pearson's correlation of the targets. For regressions and two
       classes.
-    - ``"target_mutual_information"``: normalised mutual information of the targets, for classes, by torchmetrics.
+    - ``"target_mutual_information"``: normalized mutual information of the targets, for classes, by torchmetrics.
     - ``"prediction_mutual_information"``: the same of the predicted classes: the largest along dimension 1; of one
       number a sample, whether it is above a half where all are within [0, 1], and above 0 otherwise.
 
@@ -252,11 +252,11 @@ class Relatedness(Factor):
         if self.measure != "target_correlation":
             compare = mutual_information
             self._check_classes()
-        labelled = ~self.seen.isnan()
+        labeled = ~self.seen.isnan()
         similarity = self.similarity.cpu()
         for i in range(len(self.tasks)):
             for j in range(i):
-                both = labelled[i] & labelled[j]
+                both = labeled[i] & labeled[j]
                 if int(both.sum()) > 1:
                     similarity[i, j] = similarity[j, i] = compare(self.seen[i, both], self.seen[j, both])
         self.similarity = similarity.to(self.similarity)

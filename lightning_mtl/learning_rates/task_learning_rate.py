@@ -18,13 +18,13 @@ from lightning_mtl.method.task_state import Declared
 
 
 def multipliers(
-    factors: Sequence[Tensor], *, normalise: bool = False, bounds: tuple[float, float] | None = None
+    factors: Sequence[Tensor], *, normalize: bool = False, bounds: tuple[float, float] | None = None
 ) -> Tensor:
     r"""Compute :math:`m_k = \prod_j f_{jk}`, then rescale to a mean of 1, then clamp, the latter two if asked.
 
     Args:
         factors: Each ``[K]``.
-        normalise: Divide by the mean over the tasks, where it is above 0.
+        normalize: Divide by the mean over the tasks, where it is above 0.
         bounds: The smallest and the largest multiplier.
 
     Returns:
@@ -35,7 +35,7 @@ def multipliers(
         tensor([6.0000, 0.5000], dtype=torch.float64)
     """
     product = torch.stack([factor.detach().cpu().double() for factor in factors]).prod(0)
-    if normalise and product.mean() > 0:
+    if normalize and product.mean() > 0:
         product = product / product.mean()
     return product if bounds is None else product.clamp(*bounds)
 
@@ -60,7 +60,7 @@ class TaskLearningRate(TaskRates):
             weight w_k there, and there alone: the weighting decides as if it did not exist, and the head's gradient
             keeps w_k. A trunk has one learning rate; this is each task's part in it. Under Adam, which forgets the
             scale of a gradient, the tasks' parts relative to each other remain.
-        normalise: Rescale the multipliers to a mean of 1 over all tasks, so that they shift learning between tasks and
+        normalize: Rescale the multipliers to a mean of 1 over all tasks, so that they shift learning between tasks and
             leave its sum.
         bounds: The smallest and the largest multiplier, applied last; None for no bounds.
         every_n_steps: Compute the multipliers before one optimizer step of n and keep them in between.
@@ -83,7 +83,7 @@ class TaskLearningRate(TaskRates):
         factors: Factor | Sequence[Factor],
         *,
         shares_trunk: bool = False,
-        normalise: bool = False,
+        normalize: bool = False,
         bounds: tuple[float, float] | None = None,
         every_n_steps: int = 1,
     ) -> None:
@@ -100,7 +100,7 @@ class TaskLearningRate(TaskRates):
             raise ValueError(f"TaskLearningRate(bounds={bounds}) must be (smallest, largest), both at least 0.")
         if every_n_steps < 1:
             raise ValueError(f"TaskLearningRate(every_n_steps={every_n_steps}) must be at least 1.")
-        self.shares_trunk, self.normalise, self.every_n_steps = shares_trunk, normalise, every_n_steps
+        self.shares_trunk, self.normalize, self.every_n_steps = shares_trunk, normalize, every_n_steps
         self.bounds = None if bounds is None else (bounds[0], bounds[1])
         self._step: int | None = None
         self._declare("multipliers", Declared(torch.tensor(1.0, dtype=torch.float64), task_dims=1, on_cpu=True))
@@ -111,7 +111,7 @@ class TaskLearningRate(TaskRates):
         if step != self._step:
             if step % self.every_n_steps == 0:
                 values = [self._checked(factor) for factor in self.factors]
-                self.multipliers = multipliers(values, normalise=self.normalise, bounds=self.bounds)
+                self.multipliers = multipliers(values, normalize=self.normalize, bounds=self.bounds)
             self._step = step
         return self.multipliers
 

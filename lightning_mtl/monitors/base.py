@@ -93,7 +93,7 @@ class Monitor(Callback):
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise ValueError(
                 f"{name} measures gradients beside the update, and sharded parameters (FSDP2) have none outside of the "
-                "one synchronised backward pass; leave the monitor out, or train with strategy='ddp'."
+                "one synchronized backward pass; leave the monitor out, or train with strategy='ddp'."
             )
         if self.at not in PLACES:
             named = [self.at] if isinstance(self.at, str) else list(self.at)

@@ -51,22 +51,22 @@ def heatmap(
     *,
     title: str,
     limits: tuple[float, float] | None = None,
-    colours: str = "RdBu",
+    colors: str = "RdBu",
     row_label: str = "",
     column_label: str = "",
 ) -> Figure:
     """Draw a matrix with a name to each row and column; numbers in the cells while they can be read.
 
-    Numbers that two decimals would not tell apart, or that are long, are drawn in a power of ten that the colour scale
+    Numbers that two decimals would not tell apart, or that are long, are drawn in a power of ten that the color scale
     names.
 
     Args:
-        values: ``[R, C]``; what is not a number stays grey.
+        values: ``[R, C]``; what is not a number stays gray.
         rows: R names.
         columns: C names.
         title: What the matrix shows.
-        limits: The values at the ends of the colour scale; None takes the extremes found.
-        colours: One of matplotlib's colour maps.
+        limits: The values at the ends of the color scale; None takes the extremes found.
+        colors: One of matplotlib's color maps.
         row_label: What a row is.
         column_label: What a column is.
 
@@ -88,7 +88,7 @@ def heatmap(
     axes: Any = figure.add_subplot()
     axes.set_facecolor("0.8")  # where there is no number, unlike the middle of the scale
     low, high = (None, None) if limits is None else (limit / 10.0**exponent for limit in limits)
-    image = axes.imshow(table, cmap=colours, vmin=low, vmax=high, aspect="auto")
+    image = axes.imshow(table, cmap=colors, vmin=low, vmax=high, aspect="auto")
     upright = all(len(name) <= 4 for name in columns)
     axes.set_xticks(range(len(columns)), columns, rotation=0 if upright else 60, ha="center" if upright else "right")
     axes.set_yticks(range(len(rows)), rows)
@@ -184,7 +184,7 @@ def draw_intervals(values: Mapping[str, Sequence[Interval]], rows: Sequence[str]
     axes: Any = figure.add_subplot()
     for position, (name, own) in enumerate(values.items()):
         offset = ((position + 0.5) / len(values) - 0.5) * 0.7
-        ends = [[_length(i.mean - i.low) for i in own], [_length(i.high - i.mean) for i in own]]
+        ends = [[_whisker(i.mean - i.low) for i in own], [_whisker(i.high - i.mean) for i in own]]
         places = [row + offset for row in range(len(rows))]
         axes.errorbar(
             [i.mean for i in own], places, xerr=ends, fmt="o", markersize=4.5, capsize=2.5, linewidth=1.3, label=name
@@ -217,7 +217,7 @@ def draw_curves(curves: Mapping[str, Sequence[Interval]], at: Sequence[int], *, 
     figure = blank_figure(5.2, 3.6)
     axes: Any = figure.add_subplot()
     for name, own in curves.items():
-        ends = [[_length(i.mean - i.low) for i in own], [_length(i.high - i.mean) for i in own]]
+        ends = [[_whisker(i.mean - i.low) for i in own], [_whisker(i.high - i.mean) for i in own]]
         axes.errorbar(at, [i.mean for i in own], yerr=ends, marker="o", markersize=4.5, capsize=2.5, label=name)
     axes.set_xscale("log")
     axes.set_xticks(at, [str(size) for size in at])
@@ -229,6 +229,6 @@ def draw_curves(curves: Mapping[str, Sequence[Interval]], at: Sequence[int], *, 
     return figure
 
 
-def _length(value: float) -> float:
+def _whisker(value: float) -> float:
     """No whisker where there is no interval, and none of rounding's negative ones."""
     return 0.0 if math.isnan(value) else max(value, 0.0)

@@ -22,7 +22,7 @@ class GateTable:
         values: ``[R, C]``; NaN where there is nothing to say.
         rows: R names, those of tasks as a rule.
         columns: C names, those of experts as a rule.
-        limits: The ends of the colour scale; None takes the extremes found.
+        limits: The ends of the color scale; None takes the extremes found.
     """
 
     values: Tensor
@@ -161,19 +161,17 @@ class GateUsage(Monitor):
             values = {f"{name}/{task}" if task else name: value.detach().float() for task, value in entries}
             pl_module.log_dict(values, on_epoch=True, sync_dist=True)
             return
-        table = found if isinstance(found, GateTable) else _named(found, tasks)
+        table = found if isinstance(found, GateTable) else _as_table(found, tasks)
         # NaN is blank on all ranks alike.
         values_on_all = trainer.strategy.reduce(table.values.detach().float().to(pl_module.device), reduce_op="mean")
         table = GateTable(torch.as_tensor(values_on_all).cpu(), table.rows, table.columns, table.limits)
         self.latest[name] = table
         if trainer.is_global_zero and has_tensorboard(trainer):
-            figure = heatmap(
-                table.values, table.rows, table.columns, title=name, limits=table.limits, colours="viridis"
-            )
+            figure = heatmap(table.values, table.rows, table.columns, title=name, limits=table.limits, colors="viridis")
             log_figure(trainer, name, figure)
 
 
-def _named(values: Tensor, tasks: tuple[str, ...]) -> GateTable:
+def _as_table(values: Tensor, tasks: tuple[str, ...]) -> GateTable:
     rows = tasks if len(tasks) == len(values) else tuple(str(row) for row in range(len(values)))
     return GateTable(values, rows, tuple(str(column) for column in range(values.shape[1])), None)
 

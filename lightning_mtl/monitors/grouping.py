@@ -51,7 +51,7 @@ def best_grouping(affinity: Tensor, num_groups: int, *, alone: float = 0.0) -> l
         [[0, 1], [2]]
     """
     matrix = affinity.detach().cpu().double().numpy().copy()
-    _check(matrix, num_groups)
+    _check_matrix(matrix, num_groups)
     np.fill_diagonal(matrix, 0.0)
     alone = max(alone, -1 - 4 * float(np.abs(matrix).sum()))  # as good as -inf, and differences of it are numbers
     groups = _exact(matrix, num_groups, alone) if len(matrix) <= MOST_EXACT else _searched(matrix, num_groups, alone)
@@ -59,7 +59,7 @@ def best_grouping(affinity: Tensor, num_groups: int, *, alone: float = 0.0) -> l
 
 
 def grouping_score(affinity: Tensor, groups: Sequence[Sequence[int]], *, alone: float = 0.0) -> float:
-    """Compute the sum that :func:`best_grouping` maximises.
+    """Compute the sum that :func:`best_grouping` maximizes.
 
     Args:
         affinity: ``[K, K]``, Z.
@@ -76,7 +76,7 @@ def grouping_score(affinity: Tensor, groups: Sequence[Sequence[int]], *, alone: 
     return sum(_value(matrix, list(group), alone) for group in groups)
 
 
-def _check(matrix: _Matrix, num_groups: int) -> None:
+def _check_matrix(matrix: _Matrix, num_groups: int) -> None:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         raise ValueError(f"best_grouping needs a [K, K] matrix of affinities, found shape {list(matrix.shape)}.")
     beside = ~np.eye(len(matrix), dtype=bool)

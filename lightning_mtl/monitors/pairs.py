@@ -145,7 +145,7 @@ class PairMonitor(Monitor):
 
 
 def _symmetric(values: Tensor) -> tuple[float, float]:
-    """Limits around 0, so that the middle colour means neither help nor harm; the diagonal has no say in them."""
+    """Limits around 0, so that the middle color means neither help nor harm; the diagonal has no say in them."""
     beside = values[~torch.eye(len(values), dtype=torch.bool)]
     found = beside[beside.isfinite()].abs()
     largest = float(found.max()) if len(found) else 1.0

@@ -84,13 +84,13 @@ def rich_table(grid: Grid, *, title: str, caption: str) -> Table:
             "The table is one of rich's, which is not installed; run pip install 'lightning-mtl[tables]'. A "
             "TransferReport has markdown(), too."
         ) from error
-    colours = {"better": "green", "worse": "red", "": ""}
+    colors = {"better": "green", "worse": "red", "": ""}
     table = Table(title=title, caption=caption, caption_justify="left")
     for position, name in enumerate(grid.header):
         table.add_column(Text(name), justify="right" if position else "left", no_wrap=position == 0, overflow="fold")
     for position, row in enumerate(grid.rows):
         # An interval below its mean leaves room for more columns.
-        cells = [Text(cell.text.replace(" [", "\n["), style=colours[cell.verdict]) for cell in row]
+        cells = [Text(cell.text.replace(" [", "\n["), style=colors[cell.verdict]) for cell in row]
         table.add_row(*cells, end_section=position in grid.sections)
     return table
 

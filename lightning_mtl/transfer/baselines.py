@@ -14,10 +14,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task import Task
 from lightning_mtl.transfer.cache import ScoreCache, configuration
-from lightning_mtl.transfer.scores import Directions, Stage, TaskScores, chosen_scores, metric_directions
-from lightning_mtl.transfer.training import (
-    Data,
-    Module,
+from lightning_mtl.transfer.runs import (
+    DataOrFactory,
+    ModuleOrFactory,
     TrainerFactory,
     fit_and_score,
     fresh,
@@ -25,6 +24,7 @@ from lightning_mtl.transfer.training import (
     only_tasks,
     seeded,
 )
+from lightning_mtl.transfer.scores import Directions, EvaluationStage, TaskScores, chosen_scores, metric_directions
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ class SingleTaskBaselines:
 
 
 def single_task_baselines(
-    module: Module,
-    datamodule: Data,
+    module: ModuleOrFactory,
+    datamodule: DataOrFactory,
     trainer_factory: TrainerFactory,
     *,
     seeds: Sequence[int] = (0,),
     tasks: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
-    stage: Stage = "val",
+    stage: EvaluationStage = "val",
     ckpt_path: str | None = None,
     cache_dir: str | Path | None = None,
     key: str | None = None,

@@ -43,7 +43,7 @@ def configuration(module: MultiTaskModule, trainer: pl.Trainer) -> dict[str, Any
         "architecture": _printed(module),
         "weights": _digest_of_weights(module),
         "hyperparameters": _plain(dict(module.hparams)),
-        "tasks": {name: [_named(task.loss), _printed(task.metrics)] for name, task in module.tasks.items()},
+        "tasks": {name: [_function_name(task.loss), _printed(task.metrics)] for name, task in module.tasks.items()},
         "optimizer": _optimizer(module),
         "step": [
             module.accumulate_grad_batches,
@@ -135,7 +135,7 @@ def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _named(function: Any) -> str:  # noqa: ANN401 - any callable
+def _function_name(function: Any) -> str:  # noqa: ANN401 - any callable
     if inspect.isfunction(function):
         return f"{function.__module__}.{function.__qualname__}"
     return _printed(function)

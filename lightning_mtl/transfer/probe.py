@@ -20,8 +20,8 @@ from lightning_mtl.monitors.figures import draw_curves
 from lightning_mtl.monitors.tables import Cell, Grid, marked, rich_table
 from lightning_mtl.task import Task
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
+from lightning_mtl.transfer.runs import TrainerFactory, fit_and_score, fresh, seeded
 from lightning_mtl.transfer.scores import chosen_scores, metric_directions
-from lightning_mtl.transfer.training import TrainerFactory, fit_and_score, fresh, seeded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -191,7 +191,7 @@ def probe_transfer(
         for own in scores.values():
             own.append([])
         for seed in seeds:
-            order = torch.randperm(_length(samples), generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(_number_of_samples(samples), generator=torch.Generator().manual_seed(seed))
             subset = Subset(samples, order[:number].tolist())
             for kind in scores:
                 with seeded(seed):
@@ -244,7 +244,7 @@ def _checked(
     return next(iter(task)), metric_directions(task, None if metric is None else [metric])
 
 
-def _length(samples: Any) -> int:  # noqa: ANN401 - torch's Dataset has no __len__ of its own
+def _number_of_samples(samples: Any) -> int:  # noqa: ANN401 - torch's Dataset has no __len__ of its own
     return len(samples)
 
 

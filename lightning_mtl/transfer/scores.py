@@ -12,12 +12,12 @@ from lightning_mtl.task import Task
 
 TaskScores = dict[str, dict[str, float]]
 """``{task: {metric: value}}``, ``"loss"`` standing for the task's loss."""
-Stage = Literal["val", "test"]
+EvaluationStage = Literal["val", "test"]
 Directions = dict[str, dict[str, bool]]
 """``{task: {metric: whether higher is better}}``."""
 
 
-def task_scores(trainer: pl.Trainer, stage: Stage = "val") -> TaskScores:
+def task_scores(trainer: pl.Trainer, stage: EvaluationStage = "val") -> TaskScores:
     """Read what each task scored in a Trainer's last validation or test: its mean loss and its metrics, unrounded.
 
     Args:
@@ -99,7 +99,7 @@ def chosen_scores(scores: TaskScores, directions: Directions) -> TaskScores:
     if missing:
         found = {task: sorted(values) for task, values in scores.items()}
         raise ValueError(
-            f"There is no score for {', '.join(missing)}, only {found}. A task needs labelled samples in the "
+            f"There is no score for {', '.join(missing)}, only {found}. A task needs labeled samples in the "
             "evaluation data; a metric that computes several values is left out with metrics=[...]."
         )
     return {task: {metric: scores[task][metric] for metric in metrics} for task, metrics in directions.items()}

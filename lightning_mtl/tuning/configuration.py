@@ -15,11 +15,11 @@ import yaml
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI, choices, in_one_line
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.task import Task
-from lightning_mtl.tuning.space import Space, unlabelled
+from lightning_mtl.tuning.space import Space, value_of_label
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseConfig:
     """The configuration that every trial begins with.
 
     Args:
@@ -38,16 +38,16 @@ class Base:
         found = self.values.get("seed_everything")
         return 0 if found is None or isinstance(found, bool) else int(found)
 
-    def with_baselines(self, means: Mapping[str, Mapping[str, float]]) -> Base:
+    def with_baselines(self, means: Mapping[str, Mapping[str, float]]) -> BaseConfig:
         """The same with what single-task models scored, from which ``val/delta_m`` follows."""
         values = deepcopy(dict(self.values))
         for task, scores in means.items():
             # 0 and what is not finite make no relative change.
             values["model"]["init_args"]["tasks"][task]["baseline"] = dict(scores)
-        return Base(values, self.tasks, self.world_size)
+        return BaseConfig(values, self.tasks, self.world_size)
 
 
-def read_base(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Base:
+def read_base(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> BaseConfig:
     """Read a configuration and make its objects once, so that mistakes show at once.
 
     Args:
@@ -61,10 +61,10 @@ def read_base(config: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     cli = MultiTaskCLI(given, run=False, exit_on_error=False)
     values = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, format="yaml"))
     # YAML's aliases are one object in several places, of which a trial may change one: JSON has no such thing.
-    return Base(json.loads(json.dumps(values)), cli.model.tasks, cli.trainer.world_size)
+    return BaseConfig(json.loads(json.dumps(values)), cli.model.tasks, cli.trainer.world_size)
 
 
-def trial_configuration(base: Base, space: Space, drawn: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
+def trial_configuration(base: BaseConfig, space: Space, drawn: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
     """The configuration with a trial's values.
 
     Raises:
@@ -74,7 +74,7 @@ def trial_configuration(base: Base, space: Space, drawn: Mapping[str, Any], *, s
     values["seed_everything"] = seed
     for path, allowed in space.parameters.items():
         holder, key = locate(values, path)
-        holder[key] = deepcopy(unlabelled(allowed, drawn[path]))
+        holder[key] = deepcopy(value_of_label(allowed, drawn[path]))
     if space.weightings:
         chosen = space.candidate(drawn).method
         arguments = space.weighting_arguments(drawn, list(base.tasks))
@@ -87,10 +87,10 @@ def other_callbacks(values: Mapping[str, Any], *left_out: type) -> list[dict[str
     """The Trainer's callbacks but for those of some classes."""
     callbacks = values["trainer"].get("callbacks") or []
     listed = callbacks if isinstance(callbacks, list) else [callbacks]
-    return [callback for callback in listed if not issubclass(_class(callback["class_path"]), left_out)]
+    return [callback for callback in listed if not issubclass(_imported_class(callback["class_path"]), left_out)]
 
 
-def _class(class_path: str) -> type:
+def _imported_class(class_path: str) -> type:
     module, _, name = class_path.rpartition(".")
     found: type = getattr(importlib.import_module(module), name)
     return found
@@ -135,7 +135,7 @@ def _nowhere(path: str, before: str, step: str, holder: Any) -> str:  # noqa: AN
     return f"{said}is {holder!r}; give it as class_path and init_args in the configuration."
 
 
-def check_space(base: Base, space: Space) -> None:
+def check_space(base: BaseConfig, space: Space) -> None:
     """Refuse, before any trial, a path that leads nowhere and a value that its parameter does not take.
 
     Every choice and both ends of every range are parsed, and every weighting: several at a time, since what is wrong

@@ -1,4 +1,4 @@
-"""What a search minimises or maximises."""
+"""What a search minimizes or maximizes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Goal:
 
 
 def _direction(metric: str, tasks: Mapping[str, Task]) -> Direction | None:
-    """Losses and delta_m are minimised; of a task's metric the task knows."""
+    """Losses and delta_m are minimized; of a task's metric the task knows."""
     parts = metric.split("/")
     if parts[0] in ("loss", "loss_epoch") or (len(parts) > 1 and parts[1] in ("loss", "delta_m")):
         return "minimize"

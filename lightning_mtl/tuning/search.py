@@ -18,12 +18,12 @@ from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.transfer import single_task_baselines
 from lightning_mtl.transfer.cache import digest
-from lightning_mtl.tuning.configuration import Base, check_space, other_callbacks, read_base
+from lightning_mtl.tuning.configuration import BaseConfig, check_space, other_callbacks, read_base
 from lightning_mtl.tuning.goals import Direction
-from lightning_mtl.tuning.report import Result, write_report
+from lightning_mtl.tuning.result import Result, write_report
 from lightning_mtl.tuning.space import Space, read_space
 from lightning_mtl.tuning.storage import fail_and_repeat, open_storage
-from lightning_mtl.tuning.trial import Ranks, quiet
+from lightning_mtl.tuning.trial import TrialProcesses, quiet
 from lightning_mtl.tuning.workers import Worker
 
 QUESTION = "question"
@@ -83,7 +83,7 @@ def tune(
         base, wanted = read_base(config, overrides), read_space(space)
         directions = [goal.towards(base.tasks) for goal in wanted.goals]
         check_space(base, wanted)
-        ranks = Ranks(base.world_size)
+        ranks = TrialProcesses(base.world_size)
         _check_pruning(wanted, prune, storage, ranks)
         if ranks.size > 1 and storage is None:
             raise ConfigurationError("several ranks need a storage that all of them reach, such as sqlite:///study.db.")
@@ -101,7 +101,7 @@ def tune(
     return Result(study, wanted, list(base.tasks), {}, (), leads=False)
 
 
-def _check_pruning(space: Space, prune: bool, storage: str | Path | None, ranks: Ranks) -> None:
+def _check_pruning(space: Space, prune: bool, storage: str | Path | None, ranks: TrialProcesses) -> None:
     if not prune:
         return
     if len(space.goals) > 1:
@@ -119,7 +119,7 @@ def _study(
     prune: bool,
     sampler: optuna.samplers.BaseSampler | None,
     question: str,
-    ranks: Ranks,
+    ranks: TrialProcesses,
 ) -> optuna.Study:
     """Create the study or load it; of several workers one creates it."""
     # In Optuna 5, running trials count as bad ones by default, so that workers do not all try the same.
@@ -147,7 +147,9 @@ def _study(
 BASELINES = "baselines"
 
 
-def with_baselines(base: Base, space: Space, study: optuna.Study, folder: Path, ranks: Ranks) -> Base:
+def with_baselines(
+    base: BaseConfig, space: Space, study: optuna.Study, folder: Path, ranks: TrialProcesses
+) -> BaseConfig:
     """Put single-task scores into the configuration, where the objective is delta_m and it holds none.
 
     The first worker trains every task alone, with the configuration's own architecture and budget; its scores are kept
@@ -176,7 +178,7 @@ def with_baselines(base: Base, space: Space, study: optuna.Study, folder: Path, 
     return base.with_baselines(means)
 
 
-def _trained(base: Base, folder: Path) -> dict[str, dict[str, float]]:
+def _trained(base: BaseConfig, folder: Path) -> dict[str, dict[str, float]]:
     values = deepcopy(dict(base.values))
     values["seed_everything"] = base.seed
     # A weighting has nothing to weigh in a task alone, and scores are what is kept of it.

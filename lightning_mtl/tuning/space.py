@@ -58,7 +58,7 @@ class Space:
     """What a search varies, and what it looks for.
 
     Args:
-        goals: What is minimised or maximised; several make a Pareto front.
+        goals: What is minimized or maximized; several make a Pareto front.
         weightings: The candidates; none leaves the configuration's weighting.
         simplex: Whether the tasks' importances, which sum to their number, are searched, too.
         parameters: Other parameters of the configuration, by path.
@@ -105,7 +105,7 @@ class Space:
         chosen = self.candidate(drawn)
         arguments = {**chosen.fixed}
         for argument, allowed in chosen.space.items():
-            arguments[argument] = unlabelled(allowed, drawn[f"{chosen.name}.{argument}"])
+            arguments[argument] = value_of_label(allowed, drawn[f"{chosen.name}.{argument}"])
         if self.simplex:
             arguments[chosen.importance_argument] = self.importances(drawn, tasks)
         return arguments
@@ -116,7 +116,7 @@ def label(value: Any) -> Any:  # noqa: ANN401 - whatever a YAML file holds
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def unlabelled(allowed: Range | Choice, drawn: Any) -> Any:  # noqa: ANN401
+def value_of_label(allowed: Range | Choice, drawn: Any) -> Any:  # noqa: ANN401
     """The value that was drawn."""
     if isinstance(allowed, Range):
         return drawn
@@ -196,7 +196,7 @@ def _candidate(entry: Any, parameters: Mapping[str, Range | Choice]) -> Candidat
         path, fixed = entry.get("class_path"), entry.get("init_args") or {}
         if surplus := entry.keys() - {"class_path", "init_args"}:
             raise ConfigurationError(f"weighting: an entry has class_path and init_args, found {sorted(surplus)}.")
-    method = _class(path)
+    method = _weighting_class(path)
     accepted = inspect.signature(method).parameters
     own = {key.partition(".")[2]: spec for key, spec in parameters.items() if key.partition(".")[0] == method.__name__}
     for argument in (*fixed, *own):
@@ -214,7 +214,7 @@ def _candidate(entry: Any, parameters: Mapping[str, Range | Choice]) -> Candidat
     return Candidate(method, fixed, space)
 
 
-def _class(path: Any) -> type[Weighting]:  # noqa: ANN401
+def _weighting_class(path: Any) -> type[Weighting]:  # noqa: ANN401
     names = load_short_names()
     module, _, name = names.get(str(path), str(path)).rpartition(".")
     try:

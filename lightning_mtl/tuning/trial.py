@@ -20,7 +20,7 @@ from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.tuning.goals import Goal
 
 
-class Ranks:
+class TrialProcesses:
     """The processes that train a trial together; outside of torchrun, this one alone.
 
     Raises:

@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from lightning_mtl.configured import ConfigurationError
-from lightning_mtl.tuning.configuration import Base, trial_configuration
+from lightning_mtl.tuning.configuration import BaseConfig, trial_configuration
 from lightning_mtl.tuning.goals import NotLoggedError
 from lightning_mtl.tuning.space import Space
 from lightning_mtl.tuning.storage import (
@@ -31,7 +31,7 @@ from lightning_mtl.tuning.storage import (
     sign_of_life,
     without_sign,
 )
-from lightning_mtl.tuning.trial import Job, Ranks, train
+from lightning_mtl.tuning.trial import Job, TrialProcesses, train
 
 POLL_SECONDS = 1.0
 SEED_VALUES = "values_by_seed"
@@ -56,9 +56,9 @@ class Worker:
 
     study: optuna.Study
     storage: BaseStorage
-    base: Base
+    base: BaseConfig
     space: Space
-    ranks: Ranks
+    ranks: TrialProcesses
     total: int
     seeds: int
     folder: Path

@@ -82,8 +82,8 @@ OTHERS = (
     Mutation(
         "long gradients get a larger learning rate",
         "learning_rates/gradient_norm.py",
-        ".clamp(min=SMALLEST) ** -power",
-        ".clamp(min=SMALLEST) ** power",
+        ".clamp(min=SMALLEST_RATIO) ** -power",
+        ".clamp(min=SMALLEST_RATIO) ** power",
         f"{RATES}/test_factors.py",
     ),
     Mutation(
@@ -134,15 +134,15 @@ OTHERS = (
     Mutation(
         "every pass over the samples has the same order",
         "data/order.py",
-        'seeded(self.seed, "order", self.name, place.passes)',
-        'seeded(self.seed, "order", self.name)',
+        'generator_for(self.seed, "order", self.name, position.passes)',
+        'generator_for(self.seed, "order", self.name)',
         f"{LOADERS}/test_order.py",
     ),
     Mutation(
         "tasks come in the same order in every epoch",
         "data/loaders.py",
-        'seeded(self.seed, "mixing", epoch)',
-        'seeded(self.seed, "mixing", 0)',
+        'generator_for(self.seed, "mixing", epoch)',
+        'generator_for(self.seed, "mixing", 0)',
         f"{LOADERS}/test_order.py",
         "another_order",
     ),
@@ -157,8 +157,8 @@ OTHERS = (
     Mutation(
         "both ranks see the same samples",
         "data/order.py",
-        "range(min(place.samples + self.shard.rank, end)",
-        "range(min(place.samples, end)",
+        "range(min(position.samples + self.shard.rank, end)",
+        "range(min(position.samples, end)",
         f"{LOADERS}/test_order.py",
     ),
     Mutation(
@@ -208,7 +208,7 @@ OTHERS = (
     ),
     Mutation(
         "helped is what was hurt",
-        "transfer/report.py",
+        "transfer/comparison.py",
         "self.gain(run, task).high < 0",
         "self.gain(run, task).low > 0",
         "tests/transfer/test_report.py",

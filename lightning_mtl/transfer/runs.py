@@ -15,11 +15,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.step import Optimization
-from lightning_mtl.transfer.scores import Stage, TaskScores, task_scores
+from lightning_mtl.transfer.scores import EvaluationStage, TaskScores, task_scores
 
-Module = MultiTaskModule | Callable[[int], MultiTaskModule]
+ModuleOrFactory = MultiTaskModule | Callable[[int], MultiTaskModule]
 """A module, whose present weights every run begins with, or a function of the seed that makes one."""
-Data = pl.LightningDataModule | tuple[Any, Any] | Callable[[int], "pl.LightningDataModule | tuple[Any, Any]"]
+DataOrFactory = pl.LightningDataModule | tuple[Any, Any] | Callable[[int], "pl.LightningDataModule | tuple[Any, Any]"]
 """A datamodule, a pair of loaders (to train with, to evaluate with), or a function of the seed that makes either."""
 TrainerFactory = Callable[[], pl.Trainer]
 
@@ -71,13 +71,13 @@ def only_tasks(module: MultiTaskModule, tasks: Collection[str]) -> MultiTaskModu
 
 
 def train_and_score(
-    module: Module,
-    datamodule: Data,
+    module: ModuleOrFactory,
+    datamodule: DataOrFactory,
     trainer_factory: TrainerFactory,
     *,
     tasks: Collection[str] | None = None,
     seed: int = 0,
-    stage: Stage = "val",
+    stage: EvaluationStage = "val",
     ckpt_path: str | None = None,
 ) -> TaskScores:
     """Train a copy of a module with a fresh Trainer, evaluate it, and return each task's scores.
@@ -116,7 +116,7 @@ def fit_and_score(
     trainer: pl.Trainer,
     *,
     seed: int,
-    stage: Stage,
+    stage: EvaluationStage,
     ckpt_path: str | None = None,
     watched: bool = True,
 ) -> TaskScores:
@@ -134,7 +134,7 @@ def fit_and_score(
     return task_scores(trainer, stage)
 
 
-def made_data(datamodule: Data, seed: int) -> pl.LightningDataModule | tuple[Any, Any]:
+def made_data(datamodule: DataOrFactory, seed: int) -> pl.LightningDataModule | tuple[Any, Any]:
     """The data of a seed: a datamodule or a pair of loaders.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from lightning_mtl.configured import PROGRAM, ConfigurationError, debugging, leave
 
-DESCRIPTION = """Search over weightings and hyperparameters with Optuna.
+TUNE_DESCRIPTION = """Search over weightings and hyperparameters with Optuna.
 
 Start the same command as often as you like, on one machine or several: the workers share the study in the storage, and
 stop when it has the trials asked for. A study that was interrupted goes on with the same command. What is not listed
@@ -30,7 +30,7 @@ def parser() -> OneLineArguments:
     """The command's arguments."""
     made = OneLineArguments(
         prog=f"{PROGRAM} tune",
-        description=DESCRIPTION,
+        description=TUNE_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

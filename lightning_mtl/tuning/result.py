@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mtl.tuning.configuration import Base, trial_configuration
+from lightning_mtl.tuning.configuration import BaseConfig, trial_configuration
 from lightning_mtl.tuning.goals import Goal
 from lightning_mtl.tuning.space import Space
 from lightning_mtl.tuning.storage import ERROR, SURPLUS, counts
@@ -125,7 +125,7 @@ def _in_words(params: Mapping[str, Any]) -> str:
     )
 
 
-def write_report(study: optuna.Study, base: Base, space: Space, folder: Path) -> Result:
+def write_report(study: optuna.Study, base: BaseConfig, space: Space, folder: Path) -> Result:
     """Write the best configurations and the pictures into a folder."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     best: dict[int, Path] = {}
