@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.learning_rates.base import Collected
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.method.task_state import TaskState
+
+Collected = Literal["targets", "predictions"]
+"""What a factor may ask to see of the training batches."""
 
 
 class Factor(TaskState, ABC):

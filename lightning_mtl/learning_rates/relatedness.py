@@ -12,8 +12,7 @@ from torchmetrics.functional.clustering import normalized_mutual_info_score
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_mtl.distributed import Ranks
-from lightning_mtl.learning_rates.base import Collected
-from lightning_mtl.learning_rates.factor import Factor, moved
+from lightning_mtl.learning_rates.factor import Collected, Factor, moved
 from lightning_mtl.method.base import weighting_of
 from lightning_mtl.method.signals import Signals, cosines
 from lightning_mtl.method.task_state import Declared

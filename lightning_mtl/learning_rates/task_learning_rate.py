@@ -10,11 +10,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.learning_rates.base import Collected, TaskRates
-from lightning_mtl.learning_rates.factor import Factor
+from lightning_mtl.learning_rates.factor import Collected, Factor
 from lightning_mtl.method.base import Aggregator
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.method.task_state import Declared
+from lightning_mtl.method.task_state import Declared, TaskState
 
 
 def multipliers(
@@ -40,7 +39,7 @@ def multipliers(
     return product if bounds is None else product.clamp(*bounds)
 
 
-class TaskLearningRate(TaskRates):
+class TaskLearningRate(TaskState):
     r"""Scale the learning rate of each task's head, and if asked the task's share of the trunk's update.
 
     .. math:: \eta_k = \eta \, m_k, \qquad m_k = \prod_j f_{jk}, \qquad
@@ -65,8 +64,11 @@ class TaskLearningRate(TaskRates):
         bounds: The smallest and the largest multiplier, applied last; None for no bounds.
         every_n_steps: Compute the multipliers before one optimizer step of n and keep them in between.
 
+    The module calls it, in this order, once an optimizer step: :meth:`current` before the step, then, with what the
+    step has shown, the ``observe`` methods. Steps that are skipped are not observed.
+
     Raises:
-        TypeError: If a factor is no :class:`Factor`.
+        TypeError: If a factor is no :class:`Factor`, or at setup if the module has no tasks.
         ValueError: If an argument is out of its range; at setup if a head shares its group in the optimizer, if the
             Trainer holds several of these, or if ``shares_trunk`` meets an :class:`~lightning_mtl.Aggregator`, whose
             direction has no weights to multiply.
@@ -124,9 +126,27 @@ class TaskLearningRate(TaskRates):
             )
         return values
 
-    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a trunk without weights, and what a factor refuses."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Meet the module's tasks; refuse what cannot work.
+
+        Raises:
+            TypeError: If the module has no tasks.
+            ValueError: If the Trainer holds several, or an aggregator, or a factor refuses.
+        """
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        others = [callback for callback in callbacks if isinstance(callback, TaskLearningRate)]
+        if len(others) > 1:
+            raise ValueError(
+                f"The Trainer holds {len(others)} callbacks for tasks' learning rates; give one of them all factors."
+            )
+        tasks = getattr(pl_module, "tasks", None)
+        if not isinstance(tasks, Mapping):
+            raise TypeError(
+                f"{type(self).__name__} scales the learning rates of the tasks of a lightning_mtl.MultiTaskModule, "
+                f"found {type(pl_module).__name__}; subclass MultiTaskModule."
+            )
+        if stage != "fit":
+            return
         aggregators = [callback for callback in callbacks if isinstance(callback, Aggregator)]
         if self.shares_trunk and aggregators:
             raise ValueError(
@@ -135,6 +155,8 @@ class TaskLearningRate(TaskRates):
             )
         for factor in self.factors:
             factor.check(trainer, pl_module)
+        if trainer.global_step == 0 or self.tasks != tuple(tasks):
+            self.reset(list(tasks))
 
     # What happens, told to the factors.
 
@@ -195,6 +217,16 @@ class TaskLearningRate(TaskRates):
             factor.on_train_epoch_end(trainer, pl_module)
 
     # Checkpoints
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint; not that of a weighting's."""
+        return f"lightning_mtl.TaskRates:{type(self).__name__}"
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take any checkpoint: one without learning rates of the tasks' own begins them anew."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the multipliers and each factor's state."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torchmetrics import MetricCollection
 
-from lightning_mtl.learning_rates.base import TaskRates
 from lightning_mtl.learning_rates.parameter_groups import Depth
+from lightning_mtl.learning_rates.task_learning_rate import TaskLearningRate
 from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.task import Task, TaskOutput
 from lightning_mtl.task.batches import present_outputs, without_others
@@ -68,10 +68,10 @@ class SteppedModule(pl.LightningModule):
         """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""
         return weighting_of(self.trainer)
 
-    def task_rates(self) -> TaskRates | None:
+    def task_rates(self) -> TaskLearningRate | None:
         """The Trainer's callback for learning rates of the tasks' own, if there is one."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        return next((callback for callback in callbacks if isinstance(callback, TaskRates)), None)
+        return next((callback for callback in callbacks if isinstance(callback, TaskLearningRate)), None)
 
     @property
     def gradient_scale(self) -> Tensor | None:

@@ -15,7 +15,7 @@ from lightning_mtl.gradients.layers import last_layer, named_parameters_at
 from lightning_mtl.gradients.micro_batch import Measured, Wanted
 from lightning_mtl.gradients.sharded import ShardedTrunkGradients
 from lightning_mtl.gradients.trunk import TrunkGradients
-from lightning_mtl.learning_rates.base import Collected
+from lightning_mtl.learning_rates.factor import Collected
 from lightning_mtl.method.base import Aggregator, Weighting
 from lightning_mtl.method.signals import Decision, Signals
 from lightning_mtl.monitors.throughput import Phases
