@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import Dataset
 
@@ -173,8 +175,12 @@ class MultiTaskDataModule(pl.LightningDataModule):
 
     def _evaluation(self, stage: DataStage, read: Callable[[Any], Any] | None = None) -> EvaluationLoader:
         streams = self._streams(stage, self._seed(), shuffle=False)
-        unknown = any(not stream.alike_on_ranks for stream in streams.values())
-        return EvaluationLoader(streams, self._anyone if unknown and self._shard().ranks > 1 else None, read)
+        anyone = None
+        if self.trainer is not None and self._shard().ranks > 1:
+            # Where a stream's length is unknown, the ranks ask each other in each step whether any has a batch left.
+            unknown = any(not stream.alike_on_ranks for stream in streams.values())
+            anyone = functools.partial(_anyone, self.trainer.strategy) if unknown else None
+        return EvaluationLoader(streams, anyone, read)
 
     def _streams(self, stage: DataStage, seed: int, *, shuffle: bool) -> dict[str, Stream]:
         data = self.task_data(stage)
@@ -210,12 +216,6 @@ class MultiTaskDataModule(pl.LightningDataModule):
     def _seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
 
-    def _anyone(self, more: bool) -> bool:
-        assert self.trainer is not None  # noqa: S101 - for mypy: several ranks come from a Trainer
-        strategy = self.trainer.strategy
-        answers: torch.Tensor = strategy.reduce(torch.tensor(float(more), device=strategy.root_device), reduce_op="sum")
-        return bool(answers)
-
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
@@ -225,6 +225,12 @@ class MultiTaskDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Have the next training loader go on after what has been consumed."""
         self._loader, self._restored = None, state_dict
+
+
+def _anyone(strategy: Strategy, more: bool) -> bool:
+    """Whether any rank has a batch left."""
+    answers: torch.Tensor = strategy.reduce(torch.tensor(float(more), device=strategy.root_device), reduce_op="sum")
+    return bool(answers)
 
 
 def _gather(own: Any) -> list[Any]:  # noqa: ANN401 - the states of some streams

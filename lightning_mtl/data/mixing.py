@@ -224,15 +224,6 @@ class Ratios(Drawn):
 _TURNS_UNTIL: dict[Until, Callable[[list[int]], int]] = {"longest": max, "shortest": min}
 
 
-def check_mixing(mixing: object) -> None:
-    """Refuse what is no mode."""
-    if not isinstance(mixing, Mixing):
-        raise TypeError(
-            f"mixing must be Joint(), RoundRobin(), Proportional(), Ratios({{task: number}}) or Schedule({{epoch: "
-            f"mode}}) from lightning_mtl.data, found {mixing!r}."
-        )
-
-
 def _check_until(mode: Joint | RoundRobin) -> None:
     if mode.until not in _TURNS_UNTIL:
         raise ValueError(f"{type(mode).__name__}(until={mode.until!r}) must be 'longest' or 'shortest'.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import (
@@ -17,7 +17,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from lightning_mtl.data.mixing import check_mixing
+from lightning_mtl.data.mixing import Mixing
 from lightning_mtl.data.order import Shard
 
 # What a DataLoader does with the batches that it is told to load; all of them are attributes of it, too.
@@ -35,32 +35,49 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Source:
-    """One task's data in one stage.
-
-    Exactly one of the three is there: a map-style ``dataset`` whose order is ours, an iterable dataset as ``samples``,
-    or a ``loader`` of ready-made batches that is used as it is.
-    """
+    """One task's data in one stage; the base of the three forms that data may have."""
 
     task: str
     stage: str
-    dataset: Any = None
-    samples: IterableDataset[Any] | None = None
-    loader: Iterable[Any] | None = None
-    batch_size: int | None = None
-    shuffle: bool = True
-    drop_last: bool = False
-    whole_batches: bool = False  # the dataset is asked for a list of indices at once
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """How errors call it."""
         return f"{self.stage}[{self.task!r}]"
 
+
+@dataclass(frozen=True)
+class DatasetSource(Source):
+    """A map-style dataset, whose order is ours."""
+
+    dataset: Any
+    batch_size: int
+    options: Mapping[str, Any]
+    drop_last: bool = False
+    shuffle: bool = True
+    whole_batches: bool = False  # the dataset is asked for a list of indices at once
+
+
+@dataclass(frozen=True)
+class IterableSource(Source):
+    """An iterable dataset."""
+
+    samples: IterableDataset[Any]
+    batch_size: int
+    options: Mapping[str, Any]
+    drop_last: bool = False
+
     @property
     def num_workers(self) -> int:
         """The worker processes that load it."""
         return int(self.options.get("num_workers", 0))
+
+
+@dataclass(frozen=True)
+class LoaderSource(Source):
+    """A loader of ready-made batches, used as it is."""
+
+    loader: Iterable[Any]
 
 
 def read_source(
@@ -70,7 +87,7 @@ def read_source(
     batch_size: int | None,
     options: Mapping[str, Any],
     drop_last: bool = False,
-) -> Source:
+) -> DatasetSource | IterableSource | LoaderSource:
     """Tell a dataset from a loader, and a loader that is a dataset and settings from one to be used as it is.
 
     Args:
@@ -88,16 +105,12 @@ def read_source(
     if isinstance(given, DataLoader):
         return _of_loader(task, stage, given)
     if isinstance(given, IterableDataset):
-        return Source(
-            task, stage, samples=given, batch_size=_needed(batch_size, task), drop_last=drop_last, options=options
-        )
+        return IterableSource(task, stage, given, _needed(batch_size, task), options, drop_last)
     if isinstance(given, Dataset) or (hasattr(given, "__getitem__") and hasattr(given, "__len__")):
-        _refuse_empty(given, f"{stage}[{task!r}]")
-        return Source(
-            task, stage, dataset=given, batch_size=_needed(batch_size, task), drop_last=drop_last, options=options
-        )
+        _size(given, f"{stage}[{task!r}]")
+        return DatasetSource(task, stage, given, _needed(batch_size, task), options, drop_last)
     if isinstance(given, Iterable) and not isinstance(given, Iterator):
-        return Source(task, stage, loader=given)
+        return LoaderSource(task, stage, given)
     wanted = "a dataset, or a loader that can be read again and again"
     raise TypeError(f"{stage}[{task!r}] must be {wanted}; found {type(given).__name__}.")
 
@@ -108,7 +121,8 @@ def _needed(batch_size: int | None, task: str) -> int:
     return batch_size
 
 
-def _refuse_empty(sized: Any, name: str) -> None:  # noqa: ANN401 - any dataset
+def _size(sized: Any, name: str) -> int:  # noqa: ANN401 - any dataset
+    """The number of samples, which must be known and above 0."""
     try:
         size = len(sized)
     except TypeError as error:
@@ -117,36 +131,29 @@ def _refuse_empty(sized: Any, name: str) -> None:  # noqa: ANN401 - any dataset
         ) from error
     if size == 0:
         raise ValueError(f"{name} is empty: {type(sized).__name__} has no sample. Leave the task out, or fill it.")
+    return size
 
 
-def _of_loader(task: str, stage: str, loader: DataLoader[Any]) -> Source:
+def _of_loader(task: str, stage: str, loader: DataLoader[Any]) -> DatasetSource | IterableSource | LoaderSource:
     """Take a plain loader apart, so that ranks and resuming are served as for a dataset; leave others as they are."""
-    name = f"{stage}[{task!r}]"
     options = {option: getattr(loader, option) for option in OPTIONS}
+    as_it_is = LoaderSource(task, stage, loader)
     plain = type(loader) is DataLoader
     if isinstance(loader.dataset, IterableDataset):
         if not plain or loader.batch_size is None:
-            return Source(task, stage, loader=loader)
-        batch_size, drop_last = loader.batch_size, loader.drop_last
-        return Source(task, stage, samples=loader.dataset, batch_size=batch_size, drop_last=drop_last, options=options)
-    _refuse_empty(loader.dataset, name)
+            return as_it_is
+        return IterableSource(task, stage, loader.dataset, loader.batch_size, options, loader.drop_last)
+    size = _size(loader.dataset, as_it_is.name)
     whole_batches = loader.batch_size is None and type(loader.sampler) is BatchSampler
     batches = loader.sampler if whole_batches else loader.batch_sampler
     if not plain or type(batches) is not BatchSampler:
-        return Source(task, stage, loader=loader)
+        return as_it_is
     sampler = batches.sampler
-    drawn = type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]  # sized: seen above
+    drawn = type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == size
     if not drawn and type(sampler) is not SequentialSampler:
-        return Source(task, stage, loader=loader)
-    return Source(
-        task,
-        stage,
-        dataset=loader.dataset,
-        batch_size=batches.batch_size,
-        shuffle=drawn,
-        drop_last=batches.drop_last,
-        whole_batches=whole_batches,
-        options=options,
+        return as_it_is
+    return DatasetSource(
+        task, stage, loader.dataset, batches.batch_size, options, batches.drop_last, drawn, whole_batches
     )
 
 
@@ -156,16 +163,15 @@ def check_shards(source: Source, shard: Shard, shard_iterables: bool | None) -> 
     Raises:
         ValueError: If nobody said how to divide an iterable dataset, or a loader's own sampler does not divide it.
     """
-    readers = shard.ranks * max(1, source.num_workers)
-    if source.samples is not None and readers > 1 and shard_iterables is None:
+    if isinstance(source, IterableSource) and shard_iterables is None and shard.ranks * max(1, source.num_workers) > 1:
         raise ValueError(
             f"{source.name} is an iterable dataset, read by {shard.ranks} ranks with {source.num_workers} workers "
             "each. Set shard_iterables=True to give each of them every n-th sample, or shard_iterables=False if the "
             "dataset itself tells ranks and workers (get_worker_info) apart."
         )
-    if source.loader is None or shard.ranks == 1:
-        return
-    if not isinstance(getattr(source.loader, "sampler", None), DistributedSampler):
+    if isinstance(source, LoaderSource) and shard.ranks > 1:
+        if isinstance(getattr(source.loader, "sampler", None), DistributedSampler):
+            return
         raise ValueError(
             f"{source.name} is a loader with an order of its own, which {shard.ranks} ranks would all read alike. Give "
             "the dataset itself, a DataLoader without a sampler of your own, or one with a DistributedSampler."
@@ -175,7 +181,7 @@ def check_shards(source: Source, shard: Shard, shard_iterables: bool | None) -> 
 class EveryNth(IterableDataset[Any]):
     """The share of a rank's worker in an iterable dataset: it reads all, and keeps every n-th sample."""
 
-    def __init__(self, samples: IterableDataset[Any], shard: Shard) -> None:
+    def __init__(self, samples: Iterable[Any], shard: Shard) -> None:
         self.samples = samples
         self.shard = shard
         self.seen = 0  # samples of the pass under way, of all readers
@@ -249,9 +255,13 @@ def check_data_arguments(
         _check_number("steps_per_epoch", steps_per_epoch, 1)
     if seed is not None:
         _check_number("seed", seed, 0)
-    check_mixing(mixing)
+    if not isinstance(mixing, Mixing):
+        raise TypeError(
+            f"mixing must be Joint(), RoundRobin(), Proportional(), Ratios({{task: number}}) or Schedule({{epoch: "
+            f"mode}}) from lightning_mtl.data, found {mixing!r}."
+        )
     if train is not None:
-        mixing.check(list(train))  # type: ignore[attr-defined]  # a mode: just checked
+        mixing.check(list(train))
 
 
 def _check_numbers(name: str, value: int | Mapping[str, int], tasks: Mapping[str, None], least: int) -> None:

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, Protocol, TypeGuard
 
 from torch.utils.data import DataLoader
 
 from lightning_mtl.data.order import Batches, DataPosition, PassOrder, Shard, generator_for
-from lightning_mtl.data.sources import EveryNth, Source, check_shards, tell_pass
+from lightning_mtl.data.sources import (
+    DatasetSource,
+    EveryNth,
+    IterableSource,
+    LoaderSource,
+    check_shards,
+    tell_pass,
+)
 
 State = dict[str, Any]
+
+
+class StatefulIterable(Protocol):
+    """A loader or an iterable dataset that can be asked for its state, and be sent back to it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin a pass, or go on with the one that was restored."""
+
+    def state_dict(self) -> State:
+        """What has been read, in plain numbers and tensors."""
+
+    def load_state_dict(self, state: State) -> object:
+        """Go on after what had been read."""
 
 
 class Stream(ABC):
@@ -44,16 +64,23 @@ class Stream(ABC):
         """Go on after what has been consumed."""
 
 
-def open_stream(source: Source, shard: Shard, seed: int, *, shuffle: bool, shard_iterables: bool | None) -> Stream:
+def open_stream(
+    source: DatasetSource | IterableSource | LoaderSource,
+    shard: Shard,
+    seed: int,
+    *,
+    shuffle: bool,
+    shard_iterables: bool | None,
+) -> Stream:
     """The stream of a source for a rank.
 
     Raises:
         ValueError: If the ranks cannot divide the source, or it has no batch.
     """
     check_shards(source, shard, shard_iterables)
-    if source.dataset is not None:
+    if isinstance(source, DatasetSource):
         return OrderedStream(source, shard, seed, shuffle=shuffle)
-    if source.loader is not None:
+    if isinstance(source, LoaderSource):
         stateful = source.loader if _is_stateful(source.loader) else None
         return PassingStream(source.name, source.loader, _length_if_known(source.loader), stateful)
     return _iterable_stream(source, shard, seed, divided=shard_iterables is not True)
@@ -67,8 +94,7 @@ class OrderedStream(Stream):
 
     alike_on_ranks = True
 
-    def __init__(self, source: Source, shard: Shard, seed: int, *, shuffle: bool) -> None:
-        assert source.batch_size is not None  # noqa: S101 - for mypy: read_source saw to it
+    def __init__(self, source: DatasetSource, shard: Shard, seed: int, *, shuffle: bool) -> None:
         self.source = source
         shuffle = shuffle and source.shuffle
         drop_last = source.drop_last and source.stage == "train"
@@ -139,7 +165,9 @@ class PassingStream(Stream):
 
     alike_on_ranks = False
 
-    def __init__(self, name: str, batches_of_a_pass: Iterable[Any], batches: int | None, stateful: Any) -> None:  # noqa: ANN401 - has state_dict, load_state_dict
+    def __init__(
+        self, name: str, batches_of_a_pass: Iterable[Any], batches: int | None, stateful: StatefulIterable | None
+    ) -> None:
         if batches == 0:
             raise ValueError(f"{name} is empty: it has no batch. Leave the task out, or fill it.")
         self.name = name
@@ -193,34 +221,37 @@ class PassingStream(Stream):
     def load_state_dict(self, state: State) -> None:
         """Go on after what has been consumed."""
         self._passes, self._consumed, self._iterator = state["passes"], state["batches"], None
-        self._restored = state["data"] is not None and self._stateful is not None
-        if self._restored:
+        self._restored = False
+        if state["data"] is not None and self._stateful is not None:
+            self._restored = True
             self._stateful.load_state_dict(state["data"])
 
 
 class ResumableSamples(EveryNth):
     """An iterable dataset with a state, and this rank's position in it."""
 
+    def __init__(self, samples: StatefulIterable, shard: Shard) -> None:
+        super().__init__(samples, shard)
+        self._state = samples
+
     def state_dict(self) -> State:
         """The dataset's own state, and how many samples it has given."""
-        own: State = self.samples.state_dict()  # type: ignore[attr-defined]  # seen to where it is made
-        return {"seen": self.seen, "samples": own}
+        return {"seen": self.seen, "samples": self._state.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         """Go on from there."""
         self.go_on_after(state["seen"])
-        self.samples.load_state_dict(state["samples"])  # type: ignore[attr-defined]
+        self._state.load_state_dict(state["samples"])
 
 
-def _iterable_stream(source: Source, shard: Shard, seed: int, *, divided: bool) -> PassingStream:
+def _iterable_stream(source: IterableSource, shard: Shard, seed: int, *, divided: bool) -> PassingStream:
     """A stream of an iterable dataset; ``divided`` where the dataset tells ranks and workers apart itself."""
     samples, batch_size = source.samples, source.batch_size
-    assert samples is not None  # noqa: S101 - for mypy
-    assert batch_size is not None  # noqa: S101 - for mypy
+    own = Shard() if divided else shard
     # A dataset's state is at hand in this process alone, not in workers'.
-    resumable = _is_stateful(samples) and source.num_workers == 0
-    share = (ResumableSamples if resumable else EveryNth)(samples, Shard() if divided else shard)
-    read = samples if divided and not resumable else share
+    resumable = ResumableSamples(samples, own) if _is_stateful(samples) and source.num_workers == 0 else None
+    read = samples if divided else EveryNth(samples, own)
+    read = read if resumable is None else resumable
     # Nobody knows whether the length of a dataset that divides itself is the whole or a share.
     size = None if divided and shard.ranks > 1 else _length_if_known(samples)
     if size == 0:
@@ -230,15 +261,17 @@ def _iterable_stream(source: Source, shard: Shard, seed: int, *, divided: bool) 
     options["persistent_workers"] = False
     loader: DataLoader[Any] = DataLoader(read, batch_size=batch_size, drop_last=source.drop_last, **options)
     batches = None if size is None else -(-size // (batch_size * shard.ranks))
-    return PassingStream(source.name, loader, batches, share if resumable else None)
+    return PassingStream(source.name, loader, batches, resumable)
 
 
-def _length_if_known(sized: object) -> int | None:
+def _length_if_known(data: object) -> int | None:
+    if not isinstance(data, Sized):
+        return None
     try:
-        return len(sized)  # type: ignore[arg-type]  # asked here
+        return len(data)
     except (TypeError, NotImplementedError):  # a loader has __len__, whether or not its dataset has
         return None
 
 
-def _is_stateful(data: object) -> bool:
+def _is_stateful(data: Iterable[Any]) -> TypeGuard[StatefulIterable]:
     return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
