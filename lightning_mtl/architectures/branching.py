@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import is_available, is_initialized
 
-from lightning_mtl.architectures.stages import Chain, check_alike, mix, wanted_tasks
+from lightning_mtl.architectures.stages import Chain, check_alike, checked_tasks, mix, wanted_tasks
 from lightning_mtl.task.task import check_task_name
 
 
@@ -82,11 +82,9 @@ class LTB(nn.Module):
             raise ValueError(f"LTB(stages=...) has {[len(stage) for stage in stages]} nodes a stage; each needs one.")
         if len({id(node) for node in nodes}) < len(nodes):
             raise ValueError("LTB(stages=...) holds the same module object twice; give each node its own.")
-        if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
-            raise ValueError(f"LTB(tasks={tasks!r}) must name each task once.")
-        for task in tasks:
+        self.tasks, self.seed = checked_tasks(tasks, "LTB"), seed
+        for task in self.tasks:
             check_task_name(task)
-        self.tasks, self.seed = tuple(tasks), seed
         self.stages = nn.ModuleList(nn.ModuleList(stage) for stage in stages)
         self.sizes = [len(stage) for stage in stages]
         children = [*self.sizes[1:], len(self.tasks)]
@@ -173,10 +171,8 @@ class LTB(nn.Module):
         """Take the tree of a checkpoint over."""
         self.tree = state["tree"]
 
-    def _nodes(self, depth: int) -> nn.ModuleList:
-        nodes = self.stages[depth]
-        assert isinstance(nodes, nn.ModuleList)  # noqa: S101 - for mypy: what __init__ made it
-        return nodes
+    def _nodes(self, depth: int) -> list[nn.Module]:
+        return list(self.stages[depth].children())
 
     def _read(self, depth: int, values: Sequence[Any]) -> list[Tensor]:
         """What each child reads of a stage's outputs."""

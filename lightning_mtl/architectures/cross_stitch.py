@@ -142,9 +142,7 @@ class CrossStitch(nn.Module):
         return Chain([self._stage(task, stage) for stage in range(self.num_stages)])
 
     def _stage(self, task: str, stage: int) -> nn.Module:
-        stages = self.backbones[task]
-        assert isinstance(stages, nn.ModuleList)  # noqa: S101 - for mypy: what __init__ made it
-        return stages[stage]
+        return self.backbones[task].get_submodule(str(stage))
 
     def _stitch(self, stage: int, unit: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
         check_alike("CrossStitch", stage, values, [f"task {task!r}" for task in self.tasks])

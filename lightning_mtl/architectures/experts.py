@@ -176,7 +176,7 @@ def _batch(modules: Sequence[nn.Module]) -> nn.Module | None:
         parameters = [parameter for module in modules for parameter in module.parameters()]
         kinds = {(p.requires_grad, p.dtype, p.device) for p in parameters}
         same = len(kinds) == 1 and len(set(parameters)) == len(parameters)
-        return BatchedLinear(modules) if same else None  # type: ignore[arg-type]  # all have the type of the first
+        return BatchedLinear([module for module in modules if isinstance(module, nn.Linear)]) if same else None
     return first if type(first) in ELEMENTWISE else None
 
 

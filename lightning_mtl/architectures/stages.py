@@ -80,8 +80,7 @@ def _named_backbones(owner: str, backbones: Any, tasks: Sequence[str] | None) ->
         )
     if tasks is None or isinstance(tasks, str):
         raise ValueError(f"{owner}(tasks={tasks!r}) must name the tasks, as backbones does not: tasks=['a', 'b'].")
-    if len(set(tasks)) < len(tasks):
-        raise ValueError(f"{owner}(tasks={list(tasks)}) names a task twice.")
+    checked_tasks(tasks, owner)
     if isinstance(backbones, nn.Module) and not isinstance(backbones, nn.ModuleList):
         return {task: copy.deepcopy(backbones) for task in tasks}
     if len(backbones) != len(tasks):
@@ -201,11 +200,14 @@ def call(module: nn.Module, x: Tensor, who: str) -> Tensor:
     Raises:
         ValueError: If the module raises one of torch's errors.
     """
+    output: Tensor
     if torch.compiler.is_compiling():
-        return module(x)  # type: ignore[no-any-return]  # modules return anything
+        output = module(x)
+        return output
     try:
-        return module(x)  # type: ignore[no-any-return]
+        output = module(x)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise ValueError(f"{who} failed on an input of shape {list(x.shape)}: {error}") from error
+    return output

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
@@ -155,19 +154,19 @@ class Worker:
             self._end_if_pruned(pruning)
         return by_seed
 
-    def _pruning(self, trial: optuna.Trial) -> list[pl.Callback]:
+    def _pruning(self, trial: optuna.Trial) -> list[Any]:
         from optuna_integration import PyTorchLightningPruningCallback
 
         return [PyTorchLightningPruningCallback(trial, monitor=self.space.goals[0].metrics[0])]
 
-    def _end_if_pruned(self, pruning: list[pl.Callback]) -> None:
+    def _end_if_pruned(self, pruning: Sequence[Any]) -> None:
         """On several ranks the callback ends the training and leaves it to the caller to end the trial."""
         if self.ranks.size == 1 or not pruning:
             return
         message: str | None = None
         if self.ranks.leads:
             try:
-                pruning[0].check_pruned()  # type: ignore[attr-defined]
+                pruning[0].check_pruned()
             except optuna.TrialPruned as pruned:
                 message = str(pruned)
         if (message := self.ranks.broadcast(message)) is not None:
