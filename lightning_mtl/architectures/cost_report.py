@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_mtl.architectures.costs import as_trained, latency_ms, multiply_adds, parameters_behind
+from lightning_mtl.monitors.tables import Grid
 from lightning_mtl.trunk import call_trunk_with
 
 if TYPE_CHECKING:
@@ -110,18 +111,16 @@ class ParameterReport:
         return [*(cost.cells() for cost in costs), ("multi-task / single-task", *last)]
 
     def __str__(self) -> str:
-        lines = [COLUMNS, *self.rows()]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-        text = [
-            "  ".join(
-                [
-                    line[0].ljust(widths[0]),
-                    *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-                ]
-            )
-            for line in lines
-        ]
-        return "\n".join([*text, self._caption()])
+        return f"{self._grid().text()}\n{self._caption()}"
+
+    def _grid(self) -> Grid:
+        grid = Grid(COLUMNS)
+        rows = self.rows()
+        for position, row in enumerate(rows):
+            grid.add(*row)
+            if position in (len(rows) - 4, len(rows) - 2):  # below the last task, and above the ratios
+                grid.end_section()
+        return grid
 
     def _caption(self) -> str:
         idle = f" {self.idle:,} parameters take part in no prediction." if self.idle else ""
@@ -133,20 +132,7 @@ class ParameterReport:
         Raises:
             ModuleNotFoundError: If rich is not installed.
         """
-        try:
-            from rich.table import Table
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "ParameterReport.table() needs rich, which is not installed; run pip install 'lightning-mtl[tables]', "
-                "or print the report as it is."
-            ) from error
-        table = Table(title="Cost of a forward pass", caption=self._caption(), caption_justify="left")
-        for column in COLUMNS:
-            table.add_column(column, justify="right" if column else "left")
-        rows = self.rows()
-        for position, row in enumerate(rows):
-            table.add_row(*row, end_section=position in (len(rows) - 4, len(rows) - 2))
-        return table
+        return self._grid().rich(title="Cost of a forward pass", caption=self._caption())
 
     def __rich__(self) -> Table:
         return self.table()

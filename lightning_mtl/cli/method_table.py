@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from lightning_mtl import weighting
 from lightning_mtl.method.base import Weighting
+from lightning_mtl.monitors.tables import console_for_lines
 
-PIPED_WIDTH = 180  # so that a line stays a line for grep
 LEAST_WIDTH_FOR_SUMMARIES = 110
 
 
@@ -65,9 +64,7 @@ def print_methods(arguments: Sequence[str]) -> None:
     table = Table(title="Weightings: --trainer.callbacks+=NAME", title_justify="left", box=box.SIMPLE, padding=0)
     for header in ("name", "measures", "at", "heads", "paper"):
         table.add_column(header, no_wrap=True)
-    console = Console()
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
+    console = console_for_lines()
     has_room = console.width >= LEAST_WIDTH_FOR_SUMMARIES
     if has_room:
         table.add_column("in one line")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_mtl.monitors.tables import Grid
+
 # Shares of the progress from the first loss to the last, or from the first validation to the best. What they decide is
 # a word in a table, not a step of the training.
 STILL_FALLING = 0.05
@@ -184,30 +186,14 @@ def table_of(courses: Sequence[Course], fraction: float) -> str:
         | ---- | ------------- | --------- | -------- | ---------- | -------- | --- | --------- |
         | a    | 40            | 0.5       | 0.01     | 0.5        | -        | -   | converged |
     """
-    head = [
-        "task",
-        f"steps to {100 * fraction:g} %",
-        "late loss",
-        "late std",
-        "train loss",
-        "val loss",
-        "gap",
-        "course",
-    ]
-    lines = [
-        [
-            course.task,
-            "-" if course.steps_to_fraction is None else str(course.steps_to_fraction),
-            *(_short(x) for x in (course.late_loss, course.late_std, course.train_loss, course.val_loss, course.gap)),
-            ", ".join(course.words),
-        ]
-        for course in courses
-    ]
-    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
-    rows = [head, ["-" * width for width in widths], *lines]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    )
+    numbers = ["late loss", "late std", "train loss", "val loss", "gap"]
+    header = ["task", f"steps to {100 * fraction:g} %", *numbers, "course"]
+    grid = Grid(header, left=range(len(header)))
+    for course in courses:
+        values = (course.late_loss, course.late_std, course.train_loss, course.val_loss, course.gap)
+        steps = "-" if course.steps_to_fraction is None else str(course.steps_to_fraction)
+        grid.add(course.task, steps, *map(_short, values), ", ".join(course.words))
+    return grid.markdown()
 
 
 def _short(value: float | None) -> str:

@@ -1,15 +1,18 @@
-"""Tables for the console and for TensorBoard."""
+"""Tables for the console, for TensorBoard and as plain text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lightning_mtl.metrics import Interval
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
+
+PIPED_WIDTH = 180
 
 
 class Cell(NamedTuple):
@@ -20,19 +23,23 @@ class Cell(NamedTuple):
 
 
 class Grid:
-    """A table's header and rows; the first column holds names, the others numbers.
+    """A table's header and rows, for the console, for Markdown and as plain text.
+
+    Args:
+        header: The columns' names.
+        left: The columns that are aligned to the left; the others hold numbers.
 
     Example:
         >>> grid = Grid(["task", "gain"])
         >>> grid.add("age", Cell("+3", "better"))
         >>> print(grid.markdown())
-        | task | gain |
-        | --- | ---: |
-        | age | **+3** |
+        | task |   gain |
+        | ---- | -----: |
+        | age  | **+3** |
     """
 
-    def __init__(self, header: Sequence[str]) -> None:
-        self.header = list(header)
+    def __init__(self, header: Sequence[str], left: Container[int] = (0,)) -> None:
+        self.header, self.left = list(header), left
         self.rows: list[list[Cell]] = []
         self.sections: set[int] = set()
 
@@ -44,11 +51,57 @@ class Grid:
         """Draw a line under the last row, where the table has lines."""
         self.sections.add(len(self.rows) - 1)
 
+    def text(self) -> str:
+        """The table as plain text, its columns aligned."""
+        lines = [self.header, *([cell.text for cell in row] for row in self.rows)]
+        return "\n".join("  ".join(line) for line in self._aligned(lines))
+
     def markdown(self) -> str:
-        """The table in Markdown; what is beyond noise is bold."""
-        lines = [[_escaped(name) for name in self.header], ["---", *["---:"] * (len(self.header) - 1)]]
-        lines.extend([_in_markdown(cell) for cell in row] for row in self.rows)
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        """The table in Markdown, its columns aligned, to be read on a console, too; what is beyond noise is bold."""
+        lines = [[_escaped(name) for name in self.header], *([_in_markdown(cell) for cell in row] for row in self.rows)]
+        head, *rows = self._aligned(lines)
+        rule = ["-" * len(name) if i in self.left else "-" * (len(name) - 1) + ":" for i, name in enumerate(head)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
+
+    def _aligned(self, lines: Sequence[Sequence[str]]) -> list[list[str]]:
+        widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]  # Markdown's rules need 2 or more
+        return [
+            [cell.ljust(width) if i in self.left else cell.rjust(width) for i, (cell, width) in enumerate(pairs)]
+            for pairs in (zip(line, widths, strict=True) for line in lines)
+        ]
+
+    def rich(self, *, title: str, caption: str) -> Table:
+        """The table for the console: green is better, red is worse, beyond noise.
+
+        Raises:
+            ModuleNotFoundError: If rich is not installed.
+        """
+        try:
+            from rich.table import Table
+            from rich.text import Text
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "The table is one of rich's, which is not installed; run pip install 'lightning-mtl[tables]', or take "
+                "markdown() of a TransferReport, and print() of a ParameterReport."
+            ) from error
+        colors = {"better": "green", "worse": "red", "": ""}
+        table = Table(title=title, caption=caption, caption_justify="left")
+        for i, name in enumerate(self.header):
+            justify: Literal["left", "right"] = "left" if i in self.left else "right"
+            table.add_column(Text(name), justify=justify, no_wrap=i == 0, overflow="fold")
+        for position, row in enumerate(self.rows):
+            # An interval below its mean leaves room for more columns.
+            cells = [Text(cell.text.replace(" [", "\n["), style=colors[cell.verdict]) for cell in row]
+            table.add_row(*cells, end_section=position in self.sections)
+        return table
+
+
+def _in_markdown(cell: Cell) -> str:
+    return f"**{_escaped(cell.text)}**" if cell.verdict else _escaped(cell.text)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def marked(
@@ -70,34 +123,11 @@ def marked(
     return Cell(text, "better" if (interval.mean < 0) == lower_is_better else "worse")
 
 
-def rich_table(grid: Grid, *, title: str, caption: str) -> Table:
-    """The table for the console: green is better, red is worse, beyond noise.
+def console_for_lines(console: Console | None = None) -> Console:
+    """A console, the given one or the process's own, whose lines stay whole for grep where they are piped."""
+    from rich.console import Console
 
-    Raises:
-        ModuleNotFoundError: If rich is not installed.
-    """
-    try:
-        from rich.table import Table
-        from rich.text import Text
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "The table is one of rich's, which is not installed; run pip install 'lightning-mtl[tables]'. A "
-            "TransferReport has markdown(), too."
-        ) from error
-    colors = {"better": "green", "worse": "red", "": ""}
-    table = Table(title=title, caption=caption, caption_justify="left")
-    for position, name in enumerate(grid.header):
-        table.add_column(Text(name), justify="right" if position else "left", no_wrap=position == 0, overflow="fold")
-    for position, row in enumerate(grid.rows):
-        # An interval below its mean leaves room for more columns.
-        cells = [Text(cell.text.replace(" [", "\n["), style=colors[cell.verdict]) for cell in row]
-        table.add_row(*cells, end_section=position in grid.sections)
-    return table
-
-
-def _in_markdown(cell: Cell) -> str:
-    return f"**{_escaped(cell.text)}**" if cell.verdict else _escaped(cell.text)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    return console

@@ -20,7 +20,7 @@ from lightning_mtl.metrics import (
     transfer_gain,
 )
 from lightning_mtl.monitors.figures import draw_intervals
-from lightning_mtl.monitors.tables import Grid, marked, rich_table
+from lightning_mtl.monitors.tables import Grid, marked
 from lightning_mtl.transfer.baselines import SingleTaskBaselines
 from lightning_mtl.transfer.scores import TaskScores, chosen_scores
 
@@ -132,7 +132,7 @@ class TransferReport:
         Raises:
             ModuleNotFoundError: If rich is not installed.
         """
-        return rich_table(self._grid(), title="Gain of each task over training it alone, %", caption=self._caption())
+        return self._grid().rich(title="Gain of each task over training it alone, %", caption=self._caption())
 
     def markdown(self) -> str:
         """The same in Markdown; bold is beyond noise."""

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from lightning_mtl.metrics import Interval, bootstrap_interval, paired_bootstrap_interval
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.monitors.figures import draw_curves
-from lightning_mtl.monitors.tables import Cell, Grid, marked, rich_table
+from lightning_mtl.monitors.tables import Cell, Grid, marked
 from lightning_mtl.task import Task
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
 from lightning_mtl.transfer.runs import TrainerFactory, fit_and_score, fresh, seeded
@@ -104,7 +104,7 @@ class ProbeResult:
             cell = marked(self.advantage(number), digits=3)
             grid.add(str(number), *(Cell(f"{score:.3f}") for score in scores), cell)
         way = "higher" if self.higher_is_better else "lower"
-        return rich_table(grid, title=f"{self.task}: {self.metric}, {way} is better", caption="positive is better")
+        return grid.rich(title=f"{self.task}: {self.metric}, {way} is better", caption="positive is better")
 
     def to_csv(self, path: str | Path) -> None:
         """Write every score, a row each: samples, trunk, place of the seed, and the score under the metric's name."""

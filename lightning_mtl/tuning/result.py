@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lightning_mtl.monitors.tables import console_for_lines
 from lightning_mtl.tuning.configuration import BaseConfig, trial_configuration
 from lightning_mtl.tuning.goals import Goal
 from lightning_mtl.tuning.space import Space
@@ -24,7 +25,6 @@ from lightning_mtl.tuning.storage import ERROR, SURPLUS, counts
 from lightning_mtl.tuning.workers import SEED_VALUES
 
 ROWS = 10
-PIPED_WIDTH = 180  # so that a line stays a line for grep
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,7 @@ class Result:
 
     def print_table(self, console: Console | None = None) -> None:
         """Print the best trials, what became of the others, and where the files are."""
-        console = console or Console()
-        if not console.is_terminal:
-            console.width = PIPED_WIDTH
+        console = console_for_lines(console)
         table = Table(title=f"Study {self.study.study_name}", title_justify="left", box=box.SIMPLE)
         table.add_column("trial", justify="right")
         for goal in self.goals:

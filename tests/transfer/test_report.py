@@ -138,7 +138,7 @@ def test_tensorboard_gets_table_picture_and_numbers(report: TransferReport, tmp_
     events.Reload()
     assert events.Scalars("transfer/gain/MGDA/a")[0].value == pytest.approx(report.gain("MGDA", "a").mean, rel=1e-6)
     assert events.Scalars("transfer/delta_m/MGDA")[0].step == 7
-    assert "| Δm, % |" in events.Tensors("transfer/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| Δm, % " in events.Tensors("transfer/text_summary")[0].tensor_proto.string_val[0].decode()
     assert events.Images("transfer")
     assert memory.lines[0][1]["transfer/delta_m/equal"] == report.delta_m("equal").mean
     report.log(CSVLogger(tmp_path / "csv"), figure=False)
