@@ -1,4 +1,4 @@
-"""Figures of tables and intervals, and the way into TensorBoard for them."""
+"""Draws tables and intervals as figures, and logs figures to TensorBoard."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def require_matplotlib(who: str) -> None:
 
 
 def blank_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches that no global state of pyplot's knows of, so that nothing has to close it."""
+    """Make a figure of this size in inches outside of pyplot's global state, so that nothing has to close it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -55,7 +55,7 @@ def heatmap(
     row_label: str = "",
     column_label: str = "",
 ) -> Figure:
-    """Draw a matrix with a name to each row and column; numbers in the cells while they can be read.
+    """Draw a matrix with names for its rows and columns, and numbers in the cells where they are readable.
 
     Numbers that two decimals would not tell apart, or that are long, are drawn in a power of ten that the color scale
     names.
@@ -138,12 +138,12 @@ def _cells(table: Any) -> list[tuple[tuple[int, int], float]]:  # noqa: ANN401
 
 
 def has_tensorboard(trainer: pl.Trainer) -> bool:
-    """Whether a figure would be seen."""
+    """Return whether a figure would reach TensorBoard."""
     return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
 
 
 def log_figure(trainer: pl.Trainer, name: str, figure: Figure) -> None:
-    """Show a figure in every TensorBoard logger, at the step where Lightning logs an epoch's end; rank 0 alone."""
+    """Log a figure to every TensorBoard logger, at the step where Lightning logs an epoch's end; on rank 0 only."""
     if not trainer.is_global_zero:
         return
     # The axis that Lightning's loggers use: batches that stepped, which is no other than global_step here but for
@@ -184,10 +184,16 @@ def draw_intervals(values: Mapping[str, Sequence[Interval]], rows: Sequence[str]
     axes: Any = figure.add_subplot()
     for position, (name, own) in enumerate(values.items()):
         offset = ((position + 0.5) / len(values) - 0.5) * 0.7
-        ends = [[_whisker(i.mean - i.low) for i in own], [_whisker(i.high - i.mean) for i in own]]
         places = [row + offset for row in range(len(rows))]
         axes.errorbar(
-            [i.mean for i in own], places, xerr=ends, fmt="o", markersize=4.5, capsize=2.5, linewidth=1.3, label=name
+            [i.mean for i in own],
+            places,
+            xerr=_whiskers(own),
+            fmt="o",
+            markersize=4.5,
+            capsize=2.5,
+            linewidth=1.3,
+            label=name,
         )
     axes.axvline(0, color="0.4", linewidth=1, zorder=0)
     for row in range(1, len(rows)):
@@ -217,8 +223,9 @@ def draw_curves(curves: Mapping[str, Sequence[Interval]], at: Sequence[int], *, 
     figure = blank_figure(5.2, 3.6)
     axes: Any = figure.add_subplot()
     for name, own in curves.items():
-        ends = [[_whisker(i.mean - i.low) for i in own], [_whisker(i.high - i.mean) for i in own]]
-        axes.errorbar(at, [i.mean for i in own], yerr=ends, marker="o", markersize=4.5, capsize=2.5, label=name)
+        axes.errorbar(
+            at, [i.mean for i in own], yerr=_whiskers(own), marker="o", markersize=4.5, capsize=2.5, label=name
+        )
     axes.set_xscale("log")
     axes.set_xticks(at, [str(size) for size in at])
     axes.minorticks_off()
@@ -229,6 +236,7 @@ def draw_curves(curves: Mapping[str, Sequence[Interval]], at: Sequence[int], *, 
     return figure
 
 
-def _whisker(value: float) -> float:
-    """No whisker where there is no interval, and none of rounding's negative ones."""
-    return 0.0 if math.isnan(value) else max(value, 0.0)
+def _whiskers(intervals: Sequence[Interval]) -> list[list[float]]:
+    """Lengths below and above the means: 0 where there is no interval, or where rounding would make it negative."""
+    ends = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
+    return [[0.0 if math.isnan(length) else max(length, 0.0) for length in side] for side in ends]

@@ -3,8 +3,7 @@
 from lightning_mtl.transfer.baselines import SingleTaskBaselines, single_task_baselines
 from lightning_mtl.transfer.comparison import TransferReport
 from lightning_mtl.transfer.probe import ProbeResult, probe_transfer
-from lightning_mtl.transfer.runs import only_tasks, train_and_score
-from lightning_mtl.transfer.scores import TaskScores, task_scores
+from lightning_mtl.transfer.runs import TaskScores, only_tasks, task_scores, train_and_score
 
 __all__ = [
     "ProbeResult",

@@ -16,15 +16,19 @@ from lightning_mtl.task import Task
 from lightning_mtl.transfer.cache import ScoreCache, configuration
 from lightning_mtl.transfer.runs import (
     DataOrFactory,
+    Directions,
+    EvaluationStage,
     ModuleOrFactory,
+    TaskScores,
     TrainerFactory,
+    chosen_scores,
     fit_and_score,
     fresh,
     made_data,
+    metric_directions,
     only_tasks,
     seeded,
 )
-from lightning_mtl.transfer.scores import Directions, EvaluationStage, TaskScores, chosen_scores, metric_directions
 
 
 @dataclass(frozen=True)

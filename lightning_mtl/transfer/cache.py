@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import re
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -204,14 +204,19 @@ class ScoreCache:
 
     def write(self, described: Mapping[str, Any], scores: Mapping[str, float]) -> None:
         """Keep a run's scores, with what it depended on beside them for people to read."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"configuration": dict(described), "scores": dict(scores)}, indent=1, sort_keys=True)
-        handle, temporary = tempfile.mkstemp(dir=self.folder, prefix="unfinished-", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(self.path(described))
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        write_whole(self.path(described), content)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, whoever interrupts it, and whoever writes the same file meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"unfinished-{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from lightning_mtl.metrics import (
 from lightning_mtl.monitors.figures import draw_intervals
 from lightning_mtl.monitors.tables import Grid, marked
 from lightning_mtl.transfer.baselines import SingleTaskBaselines
-from lightning_mtl.transfer.scores import TaskScores, chosen_scores
+from lightning_mtl.transfer.runs import TaskScores, chosen_scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

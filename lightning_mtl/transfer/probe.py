@@ -20,8 +20,7 @@ from lightning_mtl.monitors.figures import draw_curves
 from lightning_mtl.monitors.tables import Cell, Grid, marked
 from lightning_mtl.task import Task
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
-from lightning_mtl.transfer.runs import TrainerFactory, fit_and_score, fresh, seeded
-from lightning_mtl.transfer.scores import chosen_scores, metric_directions
+from lightning_mtl.transfer.runs import TrainerFactory, chosen_scores, fit_and_score, fresh, metric_directions, seeded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -73,14 +73,20 @@ def trial_configuration(base: BaseConfig, space: Space, drawn: Mapping[str, Any]
     values = deepcopy(dict(base.values))
     values["seed_everything"] = seed
     for path, allowed in space.parameters.items():
-        holder, key = locate(values, path)
-        holder[key] = deepcopy(value_of_label(allowed, drawn[path]))
+        _put(values, path, value_of_label(allowed, drawn[path]))
     if space.weightings:
-        chosen = space.candidate(drawn).method
-        arguments = space.weighting_arguments(drawn, list(base.tasks))
-        entry = {"class_path": f"{chosen.__module__}.{chosen.__qualname__}", "init_args": arguments}
-        values["trainer"]["callbacks"] = [*other_callbacks(values, Weighting), entry]
+        _put_weighting(values, space.candidate(drawn).method, space.weighting_arguments(drawn, list(base.tasks)))
     return values
+
+
+def _put(values: dict[str, Any], path: str, value: Any) -> None:  # noqa: ANN401 - whatever YAML holds
+    holder, key = locate(values, path)
+    holder[key] = deepcopy(value)
+
+
+def _put_weighting(values: dict[str, Any], method: type[Weighting], arguments: Mapping[str, Any]) -> None:
+    entry = {"class_path": f"{method.__module__}.{method.__qualname__}", "init_args": arguments}
+    values["trainer"]["callbacks"] = [*other_callbacks(values, Weighting), entry]
 
 
 def other_callbacks(values: Mapping[str, Any], *left_out: type) -> list[dict[str, Any]]:
@@ -151,13 +157,10 @@ def check_space(base: BaseConfig, space: Space) -> None:
     for number in range(max([len(space.weightings), *map(len, listed)])):
         values = deepcopy(dict(base.values))
         for options in listed:
-            path, value = options[number % len(options)]
-            holder, key = locate(values, path)
-            holder[key] = deepcopy(value)
+            _put(values, *options[number % len(options)])
         if space.weightings:
             chosen = space.weightings[number % len(space.weightings)]
             arguments = {**chosen.fixed, **{name: allowed.examples()[0] for name, allowed in chosen.space.items()}}
-            entry = {"class_path": f"{chosen.method.__module__}.{chosen.name}", "init_args": arguments}
-            values["trainer"]["callbacks"] = [*other_callbacks(values, Weighting), entry]
+            _put_weighting(values, chosen.method, arguments)
         with in_one_line():
             parser.parse_object(values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mtl.monitors.tables import console_for_lines
+from lightning_mtl.transfer.cache import write_whole
 from lightning_mtl.tuning.configuration import BaseConfig, trial_configuration
 from lightning_mtl.tuning.goals import Goal
 from lightning_mtl.tuning.space import Space
@@ -137,17 +137,9 @@ def write_report(study: optuna.Study, base: BaseConfig, space: Space, folder: Pa
         values = trial_configuration(base, space, trial.params, seed=base.seed)
         found = ", ".join(f"{goal.name} = {value!r}" for goal, value in zip(space.goals, trial.values, strict=True))
         header = f"# Trial {number} of study {study.study_name}: {found}\n# lightning-mtl fit --config {path.name}\n"
-        _write(path, header + yaml.safe_dump(values, sort_keys=False))
+        write_whole(path, header + yaml.safe_dump(values, sort_keys=False))
     pictures = _draw(study, space.goals, folder) if len(complete) > 1 else ()
     return Result(study, space, list(base.tasks), best, pictures)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: several workers may write the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _draw(study: optuna.Study, goals: Sequence[Goal], folder: Path) -> tuple[Path, ...]:
