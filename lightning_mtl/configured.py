@@ -1,4 +1,4 @@
-"""Modules, data and Trainers made from configurations, and one clear line for what cannot be read."""
+"""Makes modules, data and Trainers from configurations, and reports what cannot be read in one clear line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOMS = ("weighting", "architectures", "monitors", "learning_rates", "data", "fi
 
 
 def load_short_names() -> dict[str, str]:
-    """Import everything the package exports, which is what lets jsonargparse find a class by its name alone.
+    """Import everything that the package exports, so that jsonargparse finds a class by its name alone.
 
     Returns:
         Each name and its class path, sorted.
@@ -44,7 +44,7 @@ PROGRAM = "lightning-mtl"
 MODULES = {"optimizer": "torch.optim", "lr_scheduler": "torch.optim.lr_scheduler"}
 KEY = re.compile(r'Parser key "([^"]+)"')
 CLASS_PATH = re.compile(r"Problem with given class_path '([^']+)'")
-# Lines that say that something is wrong, or repeat what was given, and not what is wrong.
+# Lines of jsonargparse's messages that do not name the mistake: they announce it, or repeat what was given.
 NOISE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Expected a path but|"
     r"Type .* expects a function or a callable class:|"
@@ -58,7 +58,7 @@ UNKNOWN_NAME = re.compile(
 
 
 class ConfigurationError(ValueError):
-    """What a configuration, a space or a storage has wrong, in one line.
+    """Is raised for a mistake in a configuration, a space or a storage, with a message of one line.
 
     Example:
         >>> raise ConfigurationError("objective is missing; name a metric to improve.")
@@ -68,10 +68,10 @@ class ConfigurationError(ValueError):
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser that ends with one line and exit code 2, or raises where ``exit_on_error`` is False."""
+    """Parses arguments; a mistake ends with one line and exit code 2, or raises where ``exit_on_error`` is False."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the condensed message, and leave."""
+        """Print the condensed message, and end the process."""
         if ex is not None and debugging():
             raise ex
         if not self.exit_on_error:
@@ -95,7 +95,7 @@ def leave(line: str) -> NoReturn:
 
 
 def debugging() -> bool:
-    """Whether the user wants tracebacks, by the variable that jsonargparse reads."""
+    """Return whether the user wants tracebacks, by the variable that jsonargparse reads."""
     return os.environ.get("JSONARGPARSE_DEBUG", "").lower() not in ("", "0", "false", "no")
 
 
@@ -141,7 +141,7 @@ def _public(module_name: str) -> list[str]:
 
 
 def choices(name: str, known: list[str]) -> str:
-    """Say what a name may have been meant for, and which names there are.
+    """List the names there are, the ones most like a wrong name first.
 
     Example:
         >>> choices("losss", ["loss", "error"])
@@ -160,7 +160,7 @@ tells of searches over weightings and hyperparameters.
 
 
 class MultiTaskCLI(LightningCLI):
-    """LightningCLI for a :class:`~lightning_mtl.MultiTaskModule`, or a subclass of it, and any data module.
+    """Runs LightningCLI for a :class:`~lightning_mtl.MultiTaskModule`, or a subclass of it, and any data module.
 
     Everything in the package goes by its short name (``--trainer.callbacks+=MGDA``), all else by its class path. What
     cannot be read, or is refused by a constructor, ends with one line and exit code 2; with the environment variable
@@ -197,7 +197,7 @@ class MultiTaskCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401 - LightningCLI's
-        """Read what was given; a dict is complete, whatever the process was started with."""
+        """Read the given arguments; a dict is complete, so that those of the process do not count."""
         if args is None:
             super().parse_arguments(parser, args)
             return
@@ -205,7 +205,7 @@ class MultiTaskCLI(LightningCLI):
             self.config = parser.parse_object(args) if isinstance(args, Mapping) else parser.parse_args(args)
 
     def instantiate_classes(self) -> None:
-        """Make the objects; what a constructor refuses is the user's to mend, in a line."""
+        """Make the objects; report in one line what a constructor refuses."""
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Trunks for several tasks; each returns one tensor for all heads, or a dict with an entry a task."""
+"""Trunks for several tasks. Each returns one tensor for all heads, or a dict with an entry for each task."""
 
 from lightning_mtl.architectures.branch_schedule import Branching
 from lightning_mtl.architectures.branching import LTB

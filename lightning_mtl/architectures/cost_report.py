@@ -1,4 +1,4 @@
-"""What a multi-task model costs beside a model for each task: parameters, multiply-adds, time."""
+"""Compares the cost of a multi-task model with that of a model for each task: parameters, multiply-adds, time."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ COLUMNS = ("", "parameters", "shared", "own", "multiply-adds", "ms")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model costs; for all tasks at once, or for one.
+    """Holds the cost of one model, for all tasks at once or for one.
 
     Attributes:
-        name: The task, or what the row sums up.
+        name: The task, or the name of the row.
         parameters: All that take part in its predictions.
         shared: Those of them that several tasks of the multi-task model use.
         own: Those that one task alone uses.
@@ -48,14 +48,14 @@ class Cost:
     milliseconds: float
 
     def cells(self) -> tuple[str, ...]:
-        """The row of a table."""
+        """Return the cost as a row of the table."""
         counts = (self.parameters, self.shared, self.own, self.multiply_adds)
         return (self.name, *(f"{count:,}" for count in counts), f"{self.milliseconds:.3f}")
 
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """The multi-task model, the model of each task alone, and their sum; ``print`` it, or ``rich.print`` it.
+    """Compares the multi-task model with the models of single tasks and their sum; ``print`` it, or ``rich.print`` it.
 
     Attributes:
         multi_task: All tasks by one model.
@@ -77,7 +77,7 @@ class ParameterReport:
 
     @property
     def single_task_total(self) -> Cost:
-        """All tasks by a model each, one after the other."""
+        """Return the sum over the single-task models."""
         costs = list(self.single_task.values())
         return Cost(
             f"{len(costs)} single-task models",
@@ -90,7 +90,7 @@ class ParameterReport:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Multi-task over the sum of the single-task models; below 1 the multi-task model is cheaper."""
+        """Divide the multi-task model by the sum of the single-task models; below 1 the multi-task model is cheaper."""
         one, many = self.multi_task, self.single_task_total
         return {
             name: getattr(one, name) / getattr(many, name) if getattr(many, name) else float("nan")
@@ -98,7 +98,7 @@ class ParameterReport:
         }
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table's lines as text, in the order of :data:`COLUMNS`."""
+        """Return the table's rows as text, in the order of :data:`COLUMNS`."""
         ratios = self.ratios
         last = (
             f"{ratios['parameters']:.2f}",
@@ -127,7 +127,7 @@ class ParameterReport:
         return f"{self.assumption}{idle}"
 
     def table(self) -> Table:
-        """The same as a table of rich's.
+        """Make the same table for the package rich.
 
         Raises:
             ModuleNotFoundError: If rich is not installed.

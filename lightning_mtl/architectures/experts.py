@@ -1,4 +1,4 @@
-"""Groups of experts that read the same input, and the gates that mix them."""
+"""Groups of experts that read the same input, and the gates that mix their outputs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def expert_group(experts: Experts, number: int | None, who: str) -> ExpertList |
     Args:
         experts: Modules, or a function that makes one.
         number: How many to make; for modules their number or None.
-        who: Whom errors are to name.
+        who: The name of the group in errors.
 
     Raises:
         ValueError: If there is no expert, or the number contradicts the modules.
@@ -68,7 +68,7 @@ def _check_modules(modules: Sequence[object], who: str) -> None:
 
 
 class ExpertList(nn.ModuleList):
-    """Experts of any kind, run one after another; ``forward`` returns ``[E, B, ...]``."""
+    """Runs experts of any kind one after another; ``forward`` returns ``[E, B, ...]``."""
 
     def __init__(self, experts: Sequence[nn.Module], who: str) -> None:
         super().__init__(experts)
@@ -76,7 +76,7 @@ class ExpertList(nn.ModuleList):
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Return E, the number of experts."""
         return len(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class ExpertList(nn.ModuleList):
 
 
 class BatchedLinear(nn.Module):
-    r"""E linear layers at once: :math:`y_e = x_e W_e + b_e` for ``x`` of shape ``[E, N, in]``.
+    r"""Computes E linear layers at once: :math:`y_e = x_e W_e + b_e` for ``x`` of shape ``[E, N, in]``.
 
     The weights lie as ``[E, in, out]``, so that neither the product nor its gradient has to be transposed: for small
     batches that is a quarter of a step's time.
@@ -130,7 +130,7 @@ class BatchedLinear(nn.Module):
 
 
 class BatchedMLP(nn.Sequential):
-    """Equal MLPs with stacked parameters, named as in one of them; ``forward`` returns ``[E, B, ..., out]``."""
+    """Computes equal MLPs with stacked parameters, named as in one of them; returns ``[E, B, ..., out]``."""
 
     @classmethod
     def from_experts(cls, experts: Sequence[nn.Module]) -> BatchedMLP | None:
@@ -210,7 +210,7 @@ Gate: TypeAlias = int | Callable[[int], nn.Module]
 
 
 def flattened(x: Tensor, in_features: int, who: str) -> Tensor:
-    """Flatten all dimensions but the first, for a gate that is linear in what there is of a sample.
+    """Flatten all dimensions but the first, for a gate that is linear in all numbers of a sample.
 
     Raises:
         ValueError: If ``x`` has another number of features.
@@ -225,7 +225,7 @@ def flattened(x: Tensor, in_features: int, who: str) -> Tensor:
 
 
 class LinearGate(nn.Linear):
-    """Scores linear in the input, all dimensions but the first flattened; without a bias, as in the papers."""
+    """Scores experts linearly in the flattened input, without a bias, as in the papers."""
 
     def __init__(self, in_features: int, num_experts: int, who: str) -> None:
         super().__init__(in_features, num_experts, bias=False)

@@ -1,4 +1,4 @@
-"""A shared backbone whose features each task masks by attention, stage by stage."""
+"""MTAN: a shared backbone whose features each task masks by attention, stage by stage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_layout(layout: Layout) -> Layout:
 
 
 def projection(layout: Layout, inputs: int, outputs: int, kernel: int = 1) -> list[nn.Module]:
-    """A linear map of the channels and a norm that suits the layout; tokens are mapped one by one."""
+    """Make a linear map of the channels and a norm that suits the layout; tokens are mapped one by one."""
     if layout == "maps":
         # The norm takes out any bias.
         return [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs)]
@@ -36,7 +36,7 @@ def projection(layout: Layout, inputs: int, outputs: int, kernel: int = 1) -> li
 
 
 class AttentionMask(nn.Sequential):
-    """g and h: two maps of the channels, with a ReLU between them and a sigmoid at the end."""
+    """Computes a mask by g and h: two maps of the channels, a ReLU between them and a sigmoid at the end."""
 
     def __init__(self, layout: Layout, inputs: int, outputs: int) -> None:
         super().__init__(
@@ -45,14 +45,14 @@ class AttentionMask(nn.Sequential):
 
 
 class Passing(nn.Sequential):
-    """f: brings masked features to the channels of the next stage; for maps with a 3x3 convolution."""
+    """Maps masked features to the channels of the next stage, the paper's f; for maps with a 3x3 convolution."""
 
     def __init__(self, layout: Layout, inputs: int, outputs: int) -> None:
         super().__init__(*projection(layout, inputs, outputs, kernel=3), nn.ReLU())
 
 
 def resize_maps(maps: Tensor, like: Tensor) -> Tensor:
-    """Bring maps to another's height and width: by max pooling where they shrink, bilinearly where they grow."""
+    """Resize maps to the height and width of others: by max pooling where they shrink, bilinearly where they grow."""
     size = list(like.shape[-2:])
     if list(maps.shape[-2:]) == size:
         return maps
@@ -66,7 +66,7 @@ CLOSED = 0.1
 
 
 class MTAN(nn.Module):
-    r"""Multi-task attention network: soft masks, one a task and stage, on the features of a shared backbone.
+    r"""Masks the features of a shared backbone softly, for each task and stage (multi-task attention network).
 
     .. math:: \hat a_k^1 = h_k^1(g_k^1(u^1)) \odot p^1, \qquad
         \hat a_k^j = h_k^j(g_k^j([u^j; f^j(\hat a_k^{j-1})])) \odot p^j
@@ -192,11 +192,11 @@ class MTAN(nn.Module):
             )
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the backbone and of what passes masked features on."""
+        """Return the parameters of the backbone and of f, which passes masked features on."""
         return [*self.stages.parameters(), *self.passing.parameters()]
 
     def gate_statistics(self) -> dict[str, Tensor | GateTable]:
-        """Each mask's mean, a table of tasks and stages; and for each task the share of its masks that is closed."""
+        """Return each mask's mean by task and stage, and for each task the share of its masks below 0.1."""
         table = torch.full((2, len(self.tasks), len(self.stages)), torch.nan)
         for row, task in enumerate(self.tasks):
             for column in range(len(self.stages)):

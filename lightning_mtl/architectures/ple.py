@@ -1,4 +1,4 @@
-"""Experts of each task and shared experts, in one level (CGC) or several (PLE)."""
+"""PLE and CGC: experts of each task and shared experts, in several levels or in one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LevelExperts: TypeAlias = Callable[[], nn.Module] | Mapping[str, Sequence[nn.Mod
 
 
 class Extraction(nn.Module):
-    r"""One level: each stream is a gated sum of its own experts and the shared ones; the shared stream of all.
+    r"""Computes one level: each stream mixes its own experts and the shared ones, the shared stream all experts.
 
     .. math:: z_k = g_k(x_k) \cdot [F_k(x_k); F_s(x_s)], \qquad
         z_s = g_s(x_s) \cdot [F_1(x_1); \dots; F_K(x_K); F_s(x_s)]
@@ -29,9 +29,9 @@ class Extraction(nn.Module):
         gate: As in :class:`~lightning_mtl.architectures.MMoE`.
         task_experts: How many experts a task to make, with a function.
         shared_experts: How many shared experts to make, with a function.
-        last: Whether no level follows, and the shared stream ends here.
-        who: Whom errors are to name.
-        meter: What gathers the gates of all levels.
+        last: Whether this is the last level, where the shared stream ends.
+        who: The name of the level in errors.
+        meter: Collects the gates of all levels.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class Extraction(nn.Module):
         self.gate_meter = meter
 
     def choices(self, stream: str) -> int:
-        """How many experts a stream's gate chooses among."""
+        """Return the number of experts that a stream's gate mixes."""
         return sum(self.numbers.values()) if stream == SHARED else self.numbers[stream] + self.numbers[SHARED]
 
     def _gate_name(self, stream: str) -> str:
         return f"The gate for {stream!r} in {self.who}"
 
     def forward(self, streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Turn the streams of all tasks and the shared one into those of the next level."""
+        """Compute the streams of all tasks and the shared stream for the next level."""
         weights = {
             stream: gate_weights(gate, streams[stream], self.choices(stream), self._gate_name(stream))
             for stream, gate in self.gates.items()
@@ -100,7 +100,7 @@ class Extraction(nn.Module):
                 )
 
     def usage(self) -> GateTable:
-        """How much each stream takes of each expert, the mean over the samples gathered."""
+        """Return each stream's mean weights of the experts over the collected samples."""
         columns = [f"{stream} {i}" for stream, number in self.numbers.items() for i in range(number)]
         table = torch.full((len(self.gates), len(columns)), torch.nan)
         starts = {k: columns.index(f"{k} 0") for k in self.numbers}
@@ -118,7 +118,7 @@ class Extraction(nn.Module):
 
 
 class PLE(nn.Module):
-    r"""Progressive layered extraction: task and shared experts in levels, with a stream for each task and a shared one.
+    r"""Mixes task and shared experts level by level, with a stream for each task and a shared one (PLE).
 
     .. math:: z_k^{j} = g_k^{j}(z_k^{j-1}) \cdot [F_k^{j}(z_k^{j-1}); F_s^{j}(z_s^{j-1})], \qquad
         z_s^{j} = g_s^{j}(z_s^{j-1}) \cdot [F_1^{j}(z_1^{j-1}); \dots; F_K^{j}(z_K^{j-1}); F_s^{j}(z_s^{j-1})]
@@ -197,7 +197,7 @@ class PLE(nn.Module):
         return streams
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """All parameters that more than one task reaches."""
+        """Return all parameters that more than one task reaches."""
         own = [self.levels[-1].get_submodule(f"{part}.{k}") for part in ("experts", "gates") for k in self.tasks]
         if len(self.levels) > 1:
             own += [self.levels[-2].get_submodule(f"gates.{k}") for k in self.tasks]
@@ -205,14 +205,14 @@ class PLE(nn.Module):
         return [parameter for parameter in self.parameters() if parameter not in theirs]
 
     def gate_statistics(self) -> dict[str, GateTable]:
-        """How much each stream takes of each expert, a table a level: the mean over the samples gathered."""
+        """Return each stream's mean weights of the experts over the collected samples, a table for each level."""
         levels = [level for level in self.levels if isinstance(level, Extraction)]
         single = len(levels) == 1
         return {"gates" if single else f"gates_{i}": level.usage() for i, level in enumerate(levels, 1)}
 
 
 class CGC(PLE):
-    r"""Customized gate control: each task mixes experts of its own with experts that all tasks share.
+    r"""Mixes, for each task, experts of its own with experts that all tasks share (customized gate control).
 
     .. math:: z_k = g_k(x) \cdot [F_k(x); F_s(x)], \qquad g_k(x) = \mathrm{softmax}(W_k x)
 

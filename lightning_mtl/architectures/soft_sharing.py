@@ -1,4 +1,4 @@
-"""A backbone of its own for each task, and a penalty that keeps their parameters close."""
+"""Soft sharing: a backbone for each task, and a penalty that keeps their parameters close."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ PENALTIES: Mapping[str, Callable[[Sequence[Sequence[Tensor]], Sequence[float]], 
 
 
 class SoftSharing(nn.Module):
-    r"""One backbone a task; what the tasks share is that a penalty keeps the backbones' parameters close.
+    r"""Runs one backbone for each task, and keeps the backbones' parameters close by a penalty.
 
     .. math:: \sum_k L_k + \sum_l s_l\, \Omega(\theta_{1l}, \dots, \theta_{Kl})
 
@@ -180,7 +180,7 @@ class SoftSharing(nn.Module):
         return {task: self.backbones[task](*inputs, **named) for task in wanted}
 
     def penalties(self) -> dict[str, Tensor]:
-        """``{"soft_sharing": penalty}``; empty where nothing has a strength, or there is one task.
+        """Compute ``{"soft_sharing": penalty}``; empty where nothing has a strength, or there is one task.
 
         Raises:
             TypeError: If parameters are sharded.
@@ -201,7 +201,7 @@ class SoftSharing(nn.Module):
         return {"soft_sharing": surrogate(value, moved, lambda outer: torch._foreach_mul(known, outer))}
 
     def single_task(self, task: str) -> nn.Module:
-        """The backbone of one task.
+        """Return the backbone of one task.
 
         Raises:
             ValueError: If there is no such task.

@@ -1,4 +1,4 @@
-"""What trunks for several tasks check, and how their stages are given, run and mixed."""
+"""Backbones in stages: checks of what trunks are given, and functions that run and mix stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Backbone = nn.Module | Sequence[nn.Module]
 
 
 class Chain(nn.Module):
-    """Modules one after the other, of which the first takes whatever it is called with.
+    """Runs modules one after the other; the first takes any arguments.
 
     Example:
         >>> import torch
@@ -38,7 +38,7 @@ class Chain(nn.Module):
 
 
 def backbone_per_task(owner: str, backbones: Any, tasks: Sequence[str] | None) -> dict[str, Any]:  # noqa: ANN401
-    """Give each task a backbone of its own.
+    """Arrange backbones by task; a single one is copied for each.
 
     Args:
         owner: The architecture's name, for errors.
@@ -89,7 +89,7 @@ def _named_backbones(owner: str, backbones: Any, tasks: Sequence[str] | None) ->
 
 
 def stages_of(owner: str, task: str, backbone: Any) -> list[nn.Module]:  # noqa: ANN401 - what is checked here
-    """The stages of one task's backbone.
+    """Return the stages of one task's backbone.
 
     Raises:
         TypeError: If it is no sequence of modules.
@@ -105,7 +105,7 @@ def stages_of(owner: str, task: str, backbone: Any) -> list[nn.Module]:  # noqa:
 
 
 def wanted_tasks(owner: str, own: Sequence[str], tasks: Sequence[str] | None) -> Sequence[str]:
-    """The tasks to compute features for, all of ``own`` where None.
+    """Return the tasks to compute features for, all of ``own`` where None.
 
     Raises:
         ValueError: If one of them is unknown.
@@ -182,7 +182,7 @@ def mix_channels(weights: Tensor, values: Sequence[Tensor], channel_dim: int) ->
 
 
 def checked_tasks(tasks: Sequence[str], who: str) -> tuple[str, ...]:
-    """Check the tasks that a trunk has parts for.
+    """Check the names of the tasks that a trunk has parts for.
 
     Raises:
         ValueError: If there is none, or one comes twice.
@@ -195,7 +195,7 @@ def checked_tasks(tasks: Sequence[str], who: str) -> tuple[str, ...]:
 
 
 def call(module: nn.Module, x: Tensor, who: str) -> Tensor:
-    """Call a module, and say which one it was if it cannot take its input.
+    """Call a module; an error names the module if it cannot take its input.
 
     Raises:
         ValueError: If the module raises one of torch's errors.

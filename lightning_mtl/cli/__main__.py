@@ -1,4 +1,4 @@
-"""``python -m lightning_mtl.cli``, for torchrun."""
+"""Runs the command line as ``python -m lightning_mtl.cli``, for torchrun."""
 
 from lightning_mtl.cli import main
 

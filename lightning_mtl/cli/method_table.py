@@ -1,4 +1,4 @@
-"""The table of methods, read from the methods themselves."""
+"""Prints the table of methods, which is read from their classes and docstrings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEAST_WIDTH_FOR_SUMMARIES = 110
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the table."""
+    """Holds one line of the table."""
 
     name: str
     measures: str
@@ -31,7 +31,7 @@ class Method:
 
 
 def methods() -> list[Method]:
-    """Every exported method: name, what it measures and where, whether it weighs heads, paper, and its first sentence.
+    """Describe every exported method: name, what it measures and where, whether it weighs heads, paper, summary.
 
     Example:
         >>> next(method for method in methods() if method.name == "MGDA").paper

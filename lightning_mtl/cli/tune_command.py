@@ -1,4 +1,4 @@
-"""``lightning-mtl tune``: a search from the command line."""
+"""Runs ``lightning-mtl tune``, a search from the command line."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ below changes the configuration, as with "fit": --trainer.max_epochs 3.
 
 
 class OneLineArguments(argparse.ArgumentParser):
-    """argparse with one line for a mistake."""
+    """Parses arguments, and prints one line for a mistake."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the line, and leave."""
+        """Print the line, and end the process."""
         leave(message)
 
 
 def parser() -> OneLineArguments:
-    """The command's arguments."""
+    """Make the parser of the command's arguments."""
     made = OneLineArguments(
         prog=f"{PROGRAM} tune",
         description=TUNE_DESCRIPTION,

@@ -35,7 +35,7 @@ LOADED_STAGES: dict[str, tuple[DataStage, ...]] = {
 
 
 class MultiTaskDataModule(pl.LightningDataModule):
-    """A LightningDataModule with a dataset, or a loader, for each task.
+    """Loads a dataset, or a loader, for each task: a LightningDataModule.
 
     A training batch is ``{task: (inputs, target)}`` with the tasks that the mixing mode takes in that step. Validation,
     test and prediction take a batch of every task a step, until all are at their end, so that figures and predictions
@@ -56,7 +56,7 @@ class MultiTaskDataModule(pl.LightningDataModule):
         mixing: Which tasks a training step takes: ``Joint()``, ``RoundRobin()``, ``Proportional()``, ``Ratios(...)`` or
             ``Schedule(...)`` of :mod:`lightning_mtl.data`.
         batch_size: Samples a batch of each rank, one number or ``{task: number}``; loaders bring their own.
-        steps_per_epoch: Training steps an epoch; by default what the mode says. A task's next epoch goes on where the
+        steps_per_epoch: Training steps an epoch; by default the mode's number. A task's next epoch goes on where the
             last one stopped.
         drop_last: Leave the incomplete batch at the end of a training pass out.
         num_workers: Processes that load each task's data. Those of training live as long as the training.
@@ -124,21 +124,21 @@ class MultiTaskDataModule(pl.LightningDataModule):
         self._restored: dict[str, Any] | None = None
 
     def task_data(self, stage: DataStage) -> TaskData | None:
-        """The datasets or loaders of a stage, ``{task: data}``, or None; override it to make them when they are needed.
+        """Return the datasets or loaders of a stage, ``{task: data}``, or None; override it to make them late.
 
         It is called on every rank, after :meth:`prepare_data`, and may be called again.
         """
         return self._given[stage]
 
     def setup(self, stage: str) -> None:
-        """Refuse data whose names are not those of the module's tasks; begin the training data anew."""
+        """Refuse data whose names are not those of the module's tasks; start the training data from the beginning."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         if isinstance(module, SteppedModule):
             for part in LOADED_STAGES[stage]:
                 if (data := self.task_data(part)) is not None:
                     check_names(part, list(data), list(module.tasks), complete=part == "train")
-        # Whether there is validation Lightning tells by this hook being overridden; as in LightningDataModule's own
-        # from_datasets, the instance says.
+        # Lightning validates where the hook val_dataloader is overridden. Whether there are validation data is known
+        # here only, so that the instance takes the override back, as LightningDataModule.from_datasets does.
         vars(self).pop("val_dataloader", None)
         if stage == "fit":
             self._loader = self._restored = None
@@ -148,7 +148,7 @@ class MultiTaskDataModule(pl.LightningDataModule):
     # The loaders
 
     def train_dataloader(self) -> MixedLoader:
-        """The loader that mixes the tasks."""
+        """Make the loader that mixes the tasks."""
         # By hand every loader begins anew; a Trainer may ask again in the midst of training.
         state = self.state_dict() if self._fitting else self._restored or {}
         seed = state.get("seed", self._seed())
@@ -162,15 +162,15 @@ class MultiTaskDataModule(pl.LightningDataModule):
         return self._loader
 
     def val_dataloader(self) -> EvaluationLoader:
-        """The loader of all tasks' validation data."""
+        """Make the loader of all tasks' validation data."""
         return self._evaluation("val")
 
     def test_dataloader(self) -> EvaluationLoader:
-        """The loader of all tasks' test data."""
+        """Make the loader of all tasks' test data."""
         return self._evaluation("test")
 
     def predict_dataloader(self) -> EvaluationLoader:
-        """The loader of all tasks' data to predict from."""
+        """Make the loader of all tasks' data to predict from."""
         return self._evaluation("predict", as_pair)
 
     def _evaluation(self, stage: DataStage, read: Callable[[Any], Any] | None = None) -> EvaluationLoader:
@@ -219,11 +219,11 @@ class MultiTaskDataModule(pl.LightningDataModule):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What training has consumed; all ranks have to ask for it together, as Lightning does."""
+        """Return what training has consumed; all ranks must call this together, as Lightning does."""
         return self._loader.state_dict() if self._loader is not None else self._restored or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Have the next training loader go on after what has been consumed."""
+        """Let the next training loader continue after what was consumed."""
         self._loader, self._restored = None, state_dict
 
 

@@ -52,11 +52,11 @@ class MixedLoader:
 
     @property
     def sampler(self) -> MixedLoader:
-        """Itself: Lightning tells the sampler of each loader which epoch begins."""
+        """Return the loader itself, because Lightning calls ``sampler.set_epoch`` of each loader."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is."""
+        """Set the epoch of the next iteration."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class MixedLoader:
         return mode.order(sizes, self.steps, generator_for(self.seed, "mixing", epoch))
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been consumed; all ranks have to ask for it together."""
+        """Return what has been consumed; all ranks must call this together."""
         states = {task: stream.state_dict() for task, stream in self.streams.items()}
         alike = {task: states[task] for task, stream in self.streams.items() if stream.alike_on_ranks}
         own = {task: states[task] for task in self.streams if task not in alike}
@@ -94,7 +94,7 @@ class MixedLoader:
         return {"seed": self.seed, "epoch": epoch, "step": step, "tasks": alike, "ranks": ranks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after what has been consumed.
+        """Continue after what has been consumed.
 
         Raises:
             ValueError: If the state is that of other tasks, or of another number of ranks where that matters.

@@ -1,4 +1,4 @@
-"""Which samples of a dataset a rank reads, in which order: a function of seed, pass and position, of nothing else."""
+"""The order in which a rank reads a dataset's samples: a function of seed, pass and position only."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.utils.data import Sampler
 
 
 def generator_for(seed: int, *words: int | str) -> torch.Generator:
-    """A generator for one purpose: the same on every rank and machine, unlike that of any other words."""
+    """Make a generator for one purpose: the same on every rank and machine, different from that of other words."""
     entropy = [seed, *(zlib.crc32(word.encode()) if isinstance(word, str) else word for word in words)]
     low, high = np.random.SeedSequence(entropy).generate_state(2).tolist()
     return torch.Generator().manual_seed(low + (high << 32))
 
 
 class DataPosition(NamedTuple):
-    """How much of a dataset all ranks together have seen: whole passes, and samples of the one under way."""
+    """Counts what all ranks together have seen of a dataset: whole passes, and samples of the current one."""
 
     passes: int = 0
     samples: int = 0
@@ -28,7 +28,7 @@ class DataPosition(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of how many ranks with data of their own this process is."""
+    """Holds this process's rank, and the number of ranks with data of their own."""
 
     rank: int = 0
     ranks: int = 1
@@ -36,7 +36,7 @@ class Shard:
 
 @dataclass
 class PassOrder:
-    """Passes over a dataset of n samples, each in a new order, cut into global batches of B x R samples.
+    """Orders each pass over a dataset of n samples anew, and divides it into global batches of B x R samples.
 
     Rank r of R takes every R-th sample of a global batch, from the r-th on: together they see what one process with
     batch size B x R would, no sample twice, and all take the same number of batches. A pass's last global batch may be
@@ -67,16 +67,16 @@ class PassOrder:
         self.batches = -(-self.used // self.global_batch)
 
     def after(self, position: DataPosition) -> DataPosition:
-        """Where the next global batch begins."""
+        """Return where the next global batch begins."""
         samples = position.samples + self.global_batch
         return DataPosition(position.passes, samples) if samples < self.used else DataPosition(position.passes + 1)
 
     def share(self, position: DataPosition) -> int:
-        """How many samples of the global batch there are this rank's."""
+        """Return how many samples of the global batch at this position belong to this rank."""
         return len(self._share(position))
 
     def indices(self, position: DataPosition) -> list[int]:
-        """This rank's samples of the global batch there."""
+        """Return this rank's samples of the global batch at this position."""
         share = self._share(position)
         if not self.shuffle:
             return list(share)
@@ -93,7 +93,7 @@ class PassOrder:
 
 
 class Batches(Sampler[list[int]]):
-    """This rank's batches from a position on: without end, or to the end of the pass; empty ones are left out."""
+    """Yields this rank's batches from a position on, endlessly or to the end of the pass; empty ones are left out."""
 
     def __init__(self, order: PassOrder, start: DataPosition, *, one_pass: bool = False) -> None:
         self.order = order

@@ -1,4 +1,4 @@
-"""What a user gives for the tasks: datasets, or loaders that are taken apart; what is refused of it."""
+"""Reads what a user gives for each task, a dataset or a loader, and refuses wrong names and numbers."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Source:
-    """One task's data in one stage; the base of the three forms that data may have."""
+    """Holds one task's data in one stage; the base class of the three forms that data may have."""
 
     task: str
     stage: str
 
     @property
     def name(self) -> str:
-        """How errors call it."""
+        """Return the name of the data in errors."""
         return f"{self.stage}[{self.task!r}]"
 
 
 @dataclass(frozen=True)
 class DatasetSource(Source):
-    """A map-style dataset, whose order is ours."""
+    """Holds a map-style dataset, whose order this package decides."""
 
     dataset: Any
     batch_size: int
@@ -60,7 +60,7 @@ class DatasetSource(Source):
 
 @dataclass(frozen=True)
 class IterableSource(Source):
-    """An iterable dataset."""
+    """Holds an iterable dataset."""
 
     samples: IterableDataset[Any]
     batch_size: int
@@ -69,13 +69,13 @@ class IterableSource(Source):
 
     @property
     def num_workers(self) -> int:
-        """The worker processes that load it."""
+        """Return the number of worker processes that load it."""
         return int(self.options.get("num_workers", 0))
 
 
 @dataclass(frozen=True)
 class LoaderSource(Source):
-    """A loader of ready-made batches, used as it is."""
+    """Holds a loader of ready-made batches, used as it is."""
 
     loader: Iterable[Any]
 
@@ -179,7 +179,7 @@ def check_shards(source: Source, shard: Shard, shard_iterables: bool | None) -> 
 
 
 class EveryNth(IterableDataset[Any]):
-    """The share of a rank's worker in an iterable dataset: it reads all, and keeps every n-th sample."""
+    """Reads all of an iterable dataset and keeps every n-th sample: the share of one worker of one rank."""
 
     def __init__(self, samples: Iterable[Any], shard: Shard) -> None:
         self.samples = samples
@@ -198,16 +198,16 @@ class EveryNth(IterableDataset[Any]):
                 yield sample
 
     def go_on_after(self, seen: int) -> None:
-        """Begin the next pass as one of which so many samples have been seen."""
+        """Start the next pass after this many samples."""
         self.seen = self._start = seen
 
     def set_epoch(self, epoch: int) -> None:
-        """Pass the number of the pass on, where the dataset asks for it."""
+        """Pass the number of the pass on to the dataset, where it has ``set_epoch``."""
         tell_pass(self.samples, epoch)
 
 
 def tell_pass(data: object, number: int) -> None:
-    """Call ``set_epoch`` of data, or of its sampler, which shuffle by it."""
+    """Call ``set_epoch`` of the data and of their sampler, which may shuffle by it."""
     for part in (data, getattr(data, "sampler", None)):
         set_epoch: Callable[[int], object] | None = getattr(part, "set_epoch", None)
         if callable(set_epoch):
@@ -215,7 +215,7 @@ def tell_pass(data: object, number: int) -> None:
 
 
 def number_for_task(value: int | Mapping[str, int], task: str) -> int | None:
-    """The number for a task, of one number for all or of ``{task: number}``.
+    """Return a task's number from one number for all tasks or from ``{task: number}``.
 
     Example:
         >>> number_for_task(32, "a"), number_for_task({"a": 16}, "a"), number_for_task({"a": 16}, "b")

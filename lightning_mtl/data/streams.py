@@ -1,4 +1,4 @@
-"""Endless streams of one task's batches, which know what has been consumed and can go on from there."""
+"""Endless streams of one task's batches, which count what has been consumed and can continue from there."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ State = dict[str, Any]
 
 
 class StatefulIterable(Protocol):
-    """A loader or an iterable dataset that can be asked for its state, and be sent back to it."""
+    """Marks a loader or an iterable dataset whose state can be saved and restored."""
 
     def __iter__(self) -> Iterator[Any]:
-        """Begin a pass, or go on with the one that was restored."""
+        """Begin a pass, or continue the restored one."""
 
     def state_dict(self) -> State:
-        """What has been read, in plain numbers and tensors."""
+        """Return what has been read, in plain numbers and tensors."""
 
     def load_state_dict(self, state: State) -> object:
-        """Go on after what had been read."""
+        """Continue after what had been read."""
 
 
 class Stream(ABC):
-    """One task's batches, pass after pass."""
+    """Yields one task's batches, pass after pass; a base class."""
 
     batches: int | None
     """The batches of a pass over all ranks; None where unknown."""
@@ -45,23 +45,23 @@ class Stream(ABC):
 
     @abstractmethod
     def next(self) -> Any:  # noqa: ANN401 - whatever the dataset yields, collated
-        """The next batch of this rank; None where the last samples of a pass went to other ranks."""
+        """Return the next batch of this rank; None where the last samples of a pass went to other ranks."""
 
     @abstractmethod
     def one_pass(self) -> Iterator[Any]:
-        """The batches of a single pass, from its beginning."""
+        """Return the batches of a single pass, from its beginning."""
 
     @abstractmethod
     def rewind(self) -> None:
-        """Begin anew with the first pass."""
+        """Start again with the first pass."""
 
     @abstractmethod
     def state_dict(self) -> State:
-        """What has been consumed, in plain numbers."""
+        """Return what has been consumed, in plain numbers."""
 
     @abstractmethod
     def load_state_dict(self, state: State) -> None:
-        """Go on after what has been consumed."""
+        """Continue after what has been consumed."""
 
 
 def open_stream(
@@ -72,7 +72,7 @@ def open_stream(
     shuffle: bool,
     shard_iterables: bool | None,
 ) -> Stream:
-    """The stream of a source for a rank.
+    """Open the stream of a source for a rank.
 
     Raises:
         ValueError: If the ranks cannot divide the source, or it has no batch.
@@ -87,7 +87,7 @@ def open_stream(
 
 
 class OrderedStream(Stream):
-    """The batches of a map-style dataset, in an order that is a function of seed, pass and position.
+    """Yields the batches of a map-style dataset, in an order that is a function of seed, pass and position.
 
     Workers may have loaded further than what has been consumed: the position counts what :meth:`next` has returned.
     """
@@ -115,7 +115,8 @@ class OrderedStream(Stream):
         self._one_pass_loader: DataLoader[Any] | None = None
 
     def next(self) -> Any:  # noqa: ANN401
-        """The next batch of this rank."""
+        """Return the next batch of this rank."""
+        # A rank without a sample in the last batch of a pass returns None; its sampler skips that batch, too.
         batch = None
         if self.order.share(self.position):
             if self._iterator is None:
@@ -131,7 +132,7 @@ class OrderedStream(Stream):
         return DataLoader(self.source.dataset, batch_sampler=batches, **options)
 
     def one_pass(self) -> Iterator[Any]:
-        """The batches of a single pass; None where the others alone have some."""
+        """Return the batches of a single pass; None where only other ranks have samples left."""
         if self._one_pass_loader is None:  # kept, for workers that persist
             self._one_pass_loader = self._loader(Batches(self.order, DataPosition(), one_pass=True))
         loaded, position = iter(self._one_pass_loader), DataPosition()
@@ -140,21 +141,21 @@ class OrderedStream(Stream):
             position = self.order.after(position)
 
     def rewind(self) -> None:
-        """Begin anew with the first pass."""
+        """Start again with the first pass."""
         self.load_state_dict({"passes": 0, "samples": 0})
 
     def state_dict(self) -> State:
-        """Passes, and the samples of all ranks in the one under way: whatever the batch size or number of ranks."""
+        """Return the passes, and the current one's samples on all ranks, independent of batch size and rank count."""
         return {"passes": self.position.passes, "samples": self.position.samples}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on after what has been consumed."""
+        """Continue after what has been consumed."""
         self.position = DataPosition(state["passes"], state["samples"])
         self._iterator = None
 
 
 class PassingStream(Stream):
-    """The batches of something that is read from its beginning in each pass: an iterable dataset, a user's own loader.
+    """Yields the batches of an iterable dataset or a user's own loader, read from the beginning in each pass.
 
     Args:
         name: How errors call it.
@@ -179,8 +180,8 @@ class PassingStream(Stream):
         self._iterator: Iterator[Any] | None = None
 
     def next(self) -> Any:  # noqa: ANN401
-        """The next batch of this rank, from a new pass where this one has ended."""
-        for _ in range(2):
+        """Return the next batch of this rank, from a new pass where this one has ended."""
+        for _ in range(2):  # the pass under way, then a new one
             if self._iterator is None:
                 self._iterator = self._begin()
             for batch in self._iterator:
@@ -205,21 +206,21 @@ class PassingStream(Stream):
         return iterator
 
     def one_pass(self) -> Iterator[Any]:
-        """The batches of a single pass."""
+        """Return the batches of a single pass."""
         return iter(self._iterable)
 
     def rewind(self) -> None:
-        """Begin anew with the first pass."""
+        """Start again with the first pass."""
         self._passes, self._consumed, self._iterator = 0, 0, None
 
     def state_dict(self) -> State:
-        """Passes, batches of the one under way, and the data's own state where it has one."""
+        """Return the passes, the batches of the current one, and the data's own state where it has one."""
         begun = self._iterator is not None or self._restored
         own = self._stateful.state_dict() if begun and self._stateful is not None else None
         return {"passes": self._passes, "batches": self._consumed, "data": own}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on after what has been consumed."""
+        """Continue after what has been consumed."""
         self._passes, self._consumed, self._iterator = state["passes"], state["batches"], None
         self._restored = False
         if state["data"] is not None and self._stateful is not None:
@@ -228,18 +229,18 @@ class PassingStream(Stream):
 
 
 class ResumableSamples(EveryNth):
-    """An iterable dataset with a state, and this rank's position in it."""
+    """Reads a share of an iterable dataset that has a state, and remembers this rank's position in it."""
 
     def __init__(self, samples: StatefulIterable, shard: Shard) -> None:
         super().__init__(samples, shard)
         self._state = samples
 
     def state_dict(self) -> State:
-        """The dataset's own state, and how many samples it has given."""
+        """Return the dataset's own state, and how many samples it has given."""
         return {"seen": self.seen, "samples": self._state.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from there."""
+        """Restore the dataset's state and the position in it."""
         self.go_on_after(state["seen"])
         self._state.load_state_dict(state["samples"])
 

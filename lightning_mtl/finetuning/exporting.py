@@ -1,4 +1,4 @@
-"""A model's predictions as a file that needs neither this package nor Lightning."""
+"""Exports a model's predictions to a file that needs neither this package nor Lightning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Predictor(nn.Module):
-    """The trunk and some heads, without losses, metrics and Lightning.
+    """Predicts with a copy of the trunk and of some heads, without losses, metrics and Lightning.
 
     Args:
         module: The model; its parts are copied, compiled ones without their compilation.

@@ -1,4 +1,4 @@
-"""Which parts of a model thaw, and when; what a freezing schedule refuses."""
+"""The plan of a freezing schedule: which parts of a model thaw in which epoch, and what is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_mtl.module import MultiTaskModule
 
 @dataclass(frozen=True)
 class ThawingPart:
-    """What thaws together.
+    """Holds modules that thaw together.
 
     Attributes:
         epoch: The first epoch that trains it.
@@ -31,7 +31,7 @@ class ThawingPart:
 
 
 def check_schedule(schedule: Mapping[int, str | Sequence[str]]) -> dict[int, tuple[str, ...]]:
-    """Bring a schedule into the order of its epochs, all names in tuples.
+    """Sort a schedule by its epochs, and bring its names into tuples.
 
     Raises:
         ValueError: If it is empty, or an epoch is negative or no integer.
@@ -50,7 +50,7 @@ def check_schedule(schedule: Mapping[int, str | Sequence[str]]) -> dict[int, tup
 
 
 def by_epoch(module: MultiTaskModule, schedule: Mapping[int, Sequence[str]]) -> list[ThawingPart]:
-    """The stages of a schedule.
+    """Return the parts that a schedule thaws.
 
     Raises:
         ValueError: If a name is unknown, or nothing is left to thaw.
@@ -59,7 +59,7 @@ def by_epoch(module: MultiTaskModule, schedule: Mapping[int, Sequence[str]]) -> 
 
 
 def from_the_top(module: MultiTaskModule, layers: str, every_n_epochs: int) -> list[ThawingPart]:
-    """A stage for each child of ``layers``, from the last one to the first, then what is left of the trunk.
+    """Return one part for each child of ``layers``, from the last one to the first, then the rest of the trunk.
 
     Raises:
         ValueError: If ``layers`` is unknown or has nothing to thaw.
@@ -75,7 +75,7 @@ def from_the_top(module: MultiTaskModule, layers: str, every_n_epochs: int) -> l
     if not ordered:
         raise ValueError(
             f"GradualUnfreezing found no parameter to thaw in {layers!r}; all of them are frozen, or there are none. "
-            "Name the module whose children thaw one by one: layers='trunk.encoder.layer' say."
+            "Name the module whose children thaw one by one: such as layers='trunk.encoder.layer'."
         )
     return _stages(module, [(every_n_epochs * (i + 1), (name,)) for i, name in enumerate(ordered)])
 

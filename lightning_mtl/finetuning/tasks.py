@@ -68,7 +68,7 @@ def add_task(module: MultiTaskModule, name: str, head: nn.Module, task: Task) ->
 def drop_task(module: MultiTaskModule, name: str) -> tuple[nn.Module, Task]:
     """Take a task out of a model; the trunk and the other heads stay as they are.
 
-    The module is changed in place, between fits; :func:`add_task` says what that means for checkpoints.
+    The module is changed in place, between fits; see :func:`add_task` for what that means for checkpoints.
 
     Args:
         module: The model.

@@ -1,4 +1,4 @@
-"""The base of whatever makes a task learn faster or slower than its neighbors."""
+"""The base class of factors of a task's learning rate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Collected = Literal["targets", "predictions"]
 
 
 class Factor(TaskState, ABC):
-    """One reason for a task's learning rate; a :class:`TaskLearningRate` multiplies several.
+    """Computes one factor of each task's learning rate; a :class:`TaskLearningRate` multiplies several.
 
     A subclass implements :meth:`values`. What it remembers between steps it declares with :meth:`add_state` and changes
     in :meth:`update`, or in one of the other methods that are told what happens; all of them see the same numbers on
@@ -54,20 +54,20 @@ class Factor(TaskState, ABC):
 
     @property
     def collects(self) -> Mapping[Collected, int]:
-        """What :meth:`update_samples` wants, ``"targets"`` or ``"predictions"``, and of how many samples."""
+        """Return what :meth:`update_samples` needs, ``"targets"`` or ``"predictions"``, and of how many samples."""
         return {}
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse, at setup, what cannot work."""
+        """Refuse settings that cannot work, at setup."""
 
     def update(self, signals: Signals) -> None:
-        """Take in an optimizer step's measurements; the tasks' states are cut to the present tasks meanwhile."""
+        """Read an optimizer step's measurements; the states hold only the present tasks in the meantime."""
 
     def update_heads(self, norms: Tensor) -> None:
-        """Take in the norm of the gradient of each task's head, ``[K]``, nan for a task that is absent."""
+        """Read the norm of the gradient of each task's head, ``[K]``, nan for a task that is absent."""
 
     def update_samples(self, what: Collected, values: Tensor) -> None:
-        """Take in targets or predicted classes of the same samples, ``[K, n]``, nan where a task has none."""
+        """Read targets or predicted classes of the same samples, ``[K, n]``, nan where a task has none."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a factor that nothing multiplies."""
@@ -76,7 +76,7 @@ class Factor(TaskState, ABC):
 
 
 def moved(before: Tensor, newest: Tensor, decay: float) -> Tensor:
-    """Compute the running mean after a new value; what is nan in either counts for nothing.
+    """Compute the running mean after a new value; where one of the two is nan, the other counts alone.
 
     Example:
         >>> moved(torch.tensor([1.0, torch.nan, 1.0]), torch.tensor([2.0, 2.0, torch.nan]), decay=0.9)

@@ -1,4 +1,4 @@
-"""Learning rates against gradient norms of unlike size."""
+"""Learning rates that even out gradient norms of different size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALLEST_RATIO = 1e-3
 
 
 def inverse_norms(norms: Tensor, power: float) -> Tensor:
-    r"""Compute :math:`(\bar n / n_k)^p`; 1 where a norm is nan, that is not known yet.
+    r"""Compute :math:`(\bar n / n_k)^p`; 1 where a norm is nan because it is not known yet.
 
     Args:
         norms: ``[K]``. The mean is taken over those that are known; one below a thousandth of it counts as that.
@@ -88,14 +88,14 @@ class GradientNorm(Factor):
             )
 
     def values(self) -> Tensor:
-        """The inverse of each task's smoothed norm, relative to the mean."""
+        """Compute the inverse of each task's smoothed norm, relative to the mean."""
         return inverse_norms(self.norms, self.power)
 
     def update(self, signals: Signals) -> None:
-        """Take in the norms of the shared gradients, where the step measured them."""
+        """Read the norms of the shared gradients, where the step measured them."""
         if self.of == "shared" and signals.norms is not None:
             self.norms = moved(self.norms, signals.norms, self.decay)
 
     def update_heads(self, norms: Tensor) -> None:
-        """Take in the norms of the heads' gradients."""
+        """Read the norms of the heads' gradients."""
         self.norms = moved(self.norms, norms, self.decay)

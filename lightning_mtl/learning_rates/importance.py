@@ -1,4 +1,4 @@
-"""Learning rates by what the tasks are worth, or by how far they lag behind."""
+"""Learning rates by the tasks' importance, or by how far they lag behind."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def lag_factors(lags: Tensor, power: float, largest: float) -> Tensor:
 
 
 class Importance(Factor):
-    r"""Give tasks the learning rates that they deserve: by hand, or more to those that lag in validation.
+    r"""Give tasks larger or smaller learning rates: by hand, or larger ones where they lag in validation.
 
     By hand, :math:`f_k` is the given number. From a metric κ, once a validation:
 
@@ -44,7 +44,7 @@ class Importance(Factor):
 
     so that the lag :math:`l_k` of a task on a par with its ``Task.baseline`` b is 1, and of one twice as bad 2; where
     higher is better, a score at or below 0 counts as a thousandth of the baseline, a lag of 1,000. Where no task has a
-    baseline, κ must be a performance in [0, 1], accuracy say, and the lag is what is missing to 1. A task without a
+    baseline, κ must be a performance in [0, 1], such as accuracy, and the lag is what is missing to 1. A task without a
     value yet has the factor 1.
 
     Args:
@@ -98,11 +98,11 @@ class Importance(Factor):
         self.lags: Tensor
 
     def metric_of(self, task: str) -> str:
-        """The name of a task's metric."""
+        """Return the name of a task's metric."""
         return self.metric if isinstance(self.metric, str) else (self.metric or {})[task]
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse unknown tasks, and metrics that say nothing of a lag."""
+        """Refuse unknown tasks, and metrics that no lag follows from."""
         tasks: Mapping[str, Task] = pl_module.tasks  # type: ignore[assignment]  # setup has seen a mapping
         for argument, named in (("weights", self.weights), ("metric", self.metric)):
             if isinstance(named, Mapping) and (unknown := named.keys() - tasks.keys()):
@@ -158,13 +158,13 @@ class Importance(Factor):
             )
 
     def values(self) -> Tensor:
-        """The given factors, or those of the newest validation."""
+        """Return the given factors, or those of the newest validation."""
         if self.weights is not None:
             return torch.tensor([self.weights.get(task, 1.0) for task in self.tasks], dtype=torch.float64)
         return lag_factors(self.lags, self.power, self.largest)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take in the validation's metrics."""
+        """Read the validation's metrics."""
         if self.metric is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         tasks: Mapping[str, Task] = pl_module.tasks  # type: ignore[assignment]

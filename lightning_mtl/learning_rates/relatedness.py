@@ -1,4 +1,4 @@
-"""Learning rates by how much a task has to do with the others."""
+"""Learning rates by how related a task is to the others."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def aligned(
     limit: int,
     device: torch.device,
 ) -> Tensor:
-    """Lay one micro-batch's targets, or predicted classes, side by side.
+    """Stack one micro-batch's targets, or predicted classes, of all tasks.
 
     Args:
-        outputs: What the batch says about the tasks that it has.
+        outputs: The outputs of the tasks that the batch has.
         tasks: All tasks.
         what: ``"targets"`` or ``"predictions"``.
         limit: Take at most so many elements, evenly spread; dense targets have one for each pixel.
@@ -80,7 +80,7 @@ def _classes(prediction: Tensor) -> Tensor:
 
 
 def of_all_ranks(values: Sequence[Tensor], ranks: Ranks) -> Tensor:
-    """Join the micro-batches' ``[K, n]`` of all ranks, the same on each of them."""
+    """Concatenate the micro-batches' ``[K, n]`` of all ranks, to the same tensor on each of them."""
     here = torch.cat(list(values), dim=1)
     return here if ranks.size == 1 else torch.cat(gather_all_tensors(here, ranks.group), dim=1)
 
@@ -103,7 +103,7 @@ def correlation(x: Tensor, y: Tensor) -> float:
 
 
 def mutual_information(x: Tensor, y: Tensor) -> float:
-    """Compute the mutual information of two labelings over the mean of their entropies, in [0, 1].
+    """Compute the mutual information of two labelings divided by the mean of their entropies, in [0, 1].
 
     Example:
         >>> mutual_information(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([7.0, 7.0, 3.0, 3.0]))
@@ -119,7 +119,7 @@ def relatedness_factors(similarity: Tensor, power: float) -> Tensor:
     r"""Compute :math:`(1 + r_k)^p`, where r_k is the mean of a task's known similarities to the others; 1 for none.
 
     Args:
-        similarity: ``[K, K]``, in [-1, 1], nan where unknown; the diagonal counts for nothing.
+        similarity: ``[K, K]``, in [-1, 1], nan where unknown; the diagonal is ignored.
         power: p.
 
     Example:
@@ -136,7 +136,7 @@ class Relatedness(Factor):
     .. math:: f_k = (1 + r_k)^p, \qquad r_k = \frac{1}{K - 1} \sum_{j \ne k} s_{kj}
 
     A task that has nothing to do with the others keeps the factor 1; one that agrees with all has :math:`2^p`; one
-    whose gradients are opposed to all others has 0. What the similarity s is, ``measure`` says:
+    whose gradients are opposed to all others has 0. ``measure`` decides what the similarity s is:
 
     - ``"gradient_cosine"``: the cosine between the gradients of the shared parameters, as a running mean. It needs a
       weighting that measures the Gramian, and moves in the steps in which that one does.
@@ -217,22 +217,23 @@ class Relatedness(Factor):
 
     @property
     def collects(self) -> Mapping[Collected, int]:
-        """Targets until there are enough, or predictions."""
+        """Return ``"targets"`` until there are enough of them, or ``"predictions"``."""
         if self.measure == "gradient_cosine" or (self._what == "targets" and int(self.taken) >= self.samples):
             return {}
         return {self._what: self.samples}
 
     def values(self) -> Tensor:
-        """The factors by what is known of the tasks' similarity."""
+        """Compute the factors from the similarities known so far."""
         return relatedness_factors(self.similarity, self.power)
 
     def update(self, signals: Signals) -> None:
-        """Take in the cosines, where the step measured the Gramian."""
+        """Read the cosines, where the step measured the Gramian."""
         if self.measure == "gradient_cosine" and signals.gramian is not None:
             self.similarity = moved(self.similarity, cosines(signals.gramian), self.decay)
 
     def update_samples(self, what: Collected, values: Tensor) -> None:
         """Keep the samples: the first ones of the targets, the newest ones of the predictions."""
+        # A ring: predictions go on at its beginning when it is full, targets stop there.
         newest, taken = values.to(self.seen), int(self.taken)
         newest = newest[:, : self.samples - taken] if what == "targets" else newest[:, -self.samples :]
         places = (taken + torch.arange(newest.shape[1])) % self.samples
@@ -242,7 +243,7 @@ class Relatedness(Factor):
             self._compare()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compare what has been seen."""
+        """Compare the samples seen so far."""
         if self.collects:
             self._compare()
 

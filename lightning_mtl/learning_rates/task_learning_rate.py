@@ -92,7 +92,7 @@ class TaskLearningRate(TaskState):
         super().__init__()
         self.factors = [factors] if isinstance(factors, Factor) else list(factors)
         if not self.factors:
-            raise ValueError("TaskLearningRate(factors=[]) needs one factor or more, Importance({task: 2.0}) say.")
+            raise ValueError("TaskLearningRate(factors=[]) needs one factor or more, such as Importance({task: 2.0}).")
         for factor in self.factors:
             if not isinstance(factor, Factor):
                 raise TypeError(f"TaskLearningRate(factors=...) must hold factors, found {type(factor).__name__}.")
@@ -109,7 +109,7 @@ class TaskLearningRate(TaskState):
         self.multipliers: Tensor
 
     def current(self, step: int) -> Tensor:
-        """The multipliers of this step, computed where they are due."""
+        """Return the multipliers of this step; compute them where they are due."""
         if step != self._step:
             if step % self.every_n_steps == 0:
                 values = [self._checked(factor) for factor in self.factors]
@@ -127,7 +127,7 @@ class TaskLearningRate(TaskState):
         return values
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Meet the module's tasks; refuse what cannot work.
+        """Read the module's tasks; refuse settings that cannot work.
 
         Raises:
             TypeError: If the module has no tasks.
@@ -162,12 +162,12 @@ class TaskLearningRate(TaskState):
 
     @property
     def reads_heads(self) -> bool:
-        """Whether a factor reads the heads' gradient norms."""
+        """Return whether a factor reads the heads' gradient norms."""
         return any(factor.reads_heads for factor in self.factors)
 
     @property
     def collects(self) -> Mapping[Collected, int]:
-        """What the factors want of the batches, and the most that one of them wants."""
+        """Return what the factors need from the batches, and the largest number of samples that one of them needs."""
         wanted: dict[Collected, int] = {}
         for factor in self.factors:
             for what, number in factor.collects.items():
@@ -175,44 +175,44 @@ class TaskLearningRate(TaskState):
         return wanted
 
     def observe(self, signals: Signals, present: Sequence[int]) -> None:
-        """Let the factors take in a step's measurements of the present tasks."""
+        """Pass a step's measurements of the present tasks to the factors."""
         for factor in self.factors:
             with factor.only(present):
                 factor.update(signals)
 
     def observe_heads(self, norms: Tensor) -> None:
-        """Let the factors take in the norms of the heads' gradients."""
+        """Pass the norms of the heads' gradients, ``[K]``, nan for absent tasks, to the factors that read them."""
         for factor in self.factors:
             if factor.reads_heads:
                 factor.update_heads(norms)
 
     def observe_samples(self, what: Collected, values: Tensor) -> None:
-        """Let the factors that want them take in targets or predicted classes."""
+        """Pass targets or predicted classes of the same samples, ``[K, n]``, to the factors that need them."""
         for factor in self.factors:
             if what in factor.collects:
                 factor.update_samples(what, values)
 
     def reset(self, tasks: Sequence[str], device: torch.device | str = "cpu") -> None:
-        """Begin anew, for these tasks."""
+        """Reset the state for these tasks."""
         super().reset(tasks, device)
         self._step = None
         for factor in self.factors:
             factor.reset(tasks, device)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring the state to the module's device."""
+        """Move the state to the module's device."""
         super().on_fit_start(trainer, pl_module)
         self._step = None
         for factor in self.factors:
             factor.on_fit_start(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell the factors that a validation has ended."""
+        """Call the factors' ``on_validation_end``."""
         for factor in self.factors:
             factor.on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell the factors that an epoch has ended."""
+        """Call the factors' ``on_train_epoch_end``."""
         for factor in self.factors:
             factor.on_train_epoch_end(trainer, pl_module)
 
@@ -220,16 +220,16 @@ class TaskLearningRate(TaskState):
 
     @property
     def state_key(self) -> str:
-        """The key of the state in a checkpoint; not that of a weighting's."""
+        """Return the key of the state in a checkpoint, which differs from a weighting's."""
         return f"lightning_mtl.TaskRates:{type(self).__name__}"
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take any checkpoint: one without learning rates of the tasks' own begins them anew."""
+        """Accept any checkpoint; one without this callback leaves the state as a new fit has it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the multipliers and each factor's state."""
+        """Return what a checkpoint keeps: the multipliers and each factor's state."""
         return super().state_dict() | {"factors": [factor.state_dict() for factor in self.factors]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

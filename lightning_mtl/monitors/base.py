@@ -1,4 +1,4 @@
-"""The base of the callbacks that only look, and the guard that keeps them from stopping a training."""
+"""The base class of monitors, and the guard that keeps a failing monitor from stopping a training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SLOW_SECONDS = 30.0
 
 
 class Monitor(Callback):
-    """Looks at optimizer steps' measurements and changes nothing.
+    """Reads the measurements of optimizer steps and changes nothing in the training.
 
     The module calls :meth:`observe`. What goes wrong in there never stops the training: the monitor is turned off, with
     one warning. So is a monitor that has taken 30 seconds in all and more than :attr:`most_time` of the time since it
@@ -58,11 +58,11 @@ class Monitor(Callback):
     _spent: float = 0.0
 
     def measures_in(self, step: int) -> bool:
-        """Whether the monitor looks at optimizer step ``step``."""
+        """Return whether the monitor looks at optimizer step ``step``."""
         return step % self.every_n_steps == 0
 
     def lookahead_rate(self, pl_module: pl.LightningModule) -> float:
-        """The step size of the trial steps that lead to :attr:`Signals.losses_ahead`.
+        """Return the step size of the trial steps that lead to :attr:`Signals.losses_ahead`.
 
         Raises:
             TypeError: If a monitor that ``looks_ahead`` does not override it.
@@ -72,14 +72,14 @@ class Monitor(Callback):
     def observe(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, signals: Signals, weights: Tensor | None
     ) -> None:
-        """Called after an optimizer step with the window's measurements and the weights that were applied.
+        """Read one optimizer step: the measurements of its accumulation window, and the weights that were applied.
 
         Gradients that no weighting has measured are those of the window's first micro-batch, and so are the losses and
         tasks that come with them.
         """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before training begins; begin anew, if it was turned off in an earlier fit."""
+        """Refuse settings that cannot work before training begins; turn the monitor on again for a new fit."""
         name = type(self).__name__
         self.off = self._gone = False
         self._began, self._spent = None, 0.0
@@ -107,7 +107,7 @@ class Monitor(Callback):
 
 @contextmanager
 def guarding(monitors: Sequence[Monitor]) -> Iterator[None]:
-    """Run a block on behalf of monitors: if it fails, they are turned off with a warning; its time is theirs."""
+    """Run a block for some monitors: count its time as theirs, and turn them off with a warning if it fails."""
     began = time.perf_counter()
     try:
         yield
@@ -122,7 +122,7 @@ def guarding(monitors: Sequence[Monitor]) -> Iterator[None]:
 
 
 def turn_off_if_slow(monitor: Monitor) -> None:
-    """Judge a monitor that is about to look again by what it has taken since it first looked."""
+    """Turn a monitor off that has taken too much of the time since it first looked."""
     passed = 0.0 if monitor._began is None else time.perf_counter() - monitor._began
     if monitor._spent > max(_SLOW_SECONDS, monitor.most_time * passed):
         _turn_off(
@@ -133,7 +133,7 @@ def turn_off_if_slow(monitor: Monitor) -> None:
 
 
 def turned_off_elsewhere(monitor: Monitor) -> None:
-    """Follow another rank, whose monitor was turned off."""
+    """Turn a monitor off that was turned off on another rank."""
     _turn_off(monitor, "it was turned off on another rank, whose warning has the reason")
     monitor._gone = True
 

@@ -1,4 +1,4 @@
-"""How each task's training went, in numbers and in words."""
+"""Reports how each task's training went, in numbers and in words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class LossHistory:
-    """Losses of K tasks at regular steps, in bounded memory: when full, every second one is dropped.
+    """Keeps losses of K tasks at regular steps in bounded memory: when it is full, every second one is dropped.
 
     Args:
         num_tasks: K.
@@ -43,12 +43,12 @@ class LossHistory:
 
     @property
     def steps(self) -> Tensor:
-        """The steps that were kept, ``[T]``."""
+        """Return the steps that were kept, ``[T]``."""
         return self._steps[: self.length]
 
     @property
     def losses(self) -> Tensor:
-        """Their losses, ``[T, K]``; not a number where a task was absent."""
+        """Return their losses, ``[T, K]``, nan where a task was absent."""
         return self._losses[: self.length]
 
     def add(self, step: int, losses: Tensor, present: Sequence[int]) -> None:
@@ -119,7 +119,7 @@ class Convergence(Monitor):
         self._epoch_taken: object = None
 
     def courses(self) -> list[Course]:
-        """What there is to say of each task by now."""
+        """Describe the course of each task so far."""
         return [self._course(position, name, task) for position, (name, task) in enumerate(self.tasks.items())]
 
     def _course(self, position: int, name: str, task: Task) -> Course:
@@ -133,7 +133,7 @@ class Convergence(Monitor):
     # What the training calls
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Meet the module's tasks."""
+        """Read the module's tasks; refuse a metric that none of them has."""
         super().setup(trainer, pl_module, stage)
         tasks: dict[str, Task] = dict(pl_module.tasks)  # type: ignore[arg-type]
         if self.metric is not None and not any(self.metric in task.metric_collection() for task in tasks.values()):
@@ -147,12 +147,12 @@ class Convergence(Monitor):
     def observe(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, signals: Signals, weights: Tensor | None
     ) -> None:
-        """Note the step's losses."""
+        """Keep the step's losses."""
         names = list(self.tasks)
         self._history.add(signals.step, signals.losses.detach().cpu(), [names.index(task) for task in signals.tasks])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note what the validation found."""
+        """Keep the validation's losses and metrics."""
         if self.off or trainer.sanity_checking:
             return
         with guarding([self]):
@@ -161,11 +161,11 @@ class Convergence(Monitor):
                 _note(self._metric, name, trainer.global_step, scores.get(self.metric or ""))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the finished epoch's training losses, which are known once all callbacks have ended it."""
+        """Keep the finished epoch's training losses, which are known once all callbacks have ended it."""
         self._take_epoch(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report."""
+        """Write the report to the log, to the loggers and to TensorBoard."""
         self._take_epoch(trainer, pl_module)
         if self.off:
             return
@@ -193,7 +193,7 @@ class Convergence(Monitor):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The curves so far, and whose they are."""
+        """Return the curves so far, with the tasks' names."""
         return {
             "tasks": list(self.tasks),
             "every": self._history.every,
@@ -203,7 +203,7 @@ class Convergence(Monitor):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the curves of an interrupted training; begin anew where they are of other tasks."""
+        """Restore the curves of an interrupted training; curves of other tasks are ignored."""
         if self.tasks and state_dict["tasks"] != list(self.tasks):
             return
         self._history = LossHistory(len(state_dict["tasks"]), self.every_n_steps)

@@ -1,4 +1,4 @@
-"""What gates, masks and branches do, gathered without disturbing the training and drawn in TensorBoard."""
+"""Collects statistics of gates, masks and branches without changing the training, and draws them in TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_mtl.monitors.figures import has_tensorboard, heatmap, log_figure,
 
 @dataclass(frozen=True)
 class GateTable:
-    """A matrix with names: how much each task uses of each expert, for instance.
+    """Holds a matrix with names for its rows and columns: how much each task uses of each expert, for instance.
 
     Attributes:
         values: ``[R, C]``; NaN where there is nothing to say.
@@ -33,14 +33,14 @@ class GateTable:
 
 @runtime_checkable
 class ReportsGates(Protocol):
-    """A module that can tell what its gates, masks or branches do."""
+    """Marks a module that reports statistics of its gates, masks or branches."""
 
     def gate_statistics(self) -> Mapping[str, Tensor | GateTable]:
-        """Name each statistic: a table, a ``[K]`` tensor with a number a task in the module's order, or a scalar."""
+        """Return each statistic by name: a table, a ``[K]`` tensor in the order of the module's tasks, or a scalar."""
 
 
 class GateMeter:
-    """Running means on the device, filled only while somebody asks for them.
+    """Keeps running means on the device, but only while a callback collects them.
 
     Numbers are detached and added up where they are; nothing waits for the device before :meth:`mean` is read. The
     meter is no part of a module's state: neither saved, nor sent between ranks, nor of any influence on training.
@@ -60,12 +60,12 @@ class GateMeter:
         self._samples: dict[str, Tensor] = {}
 
     def start(self) -> None:
-        """Forget what was gathered and begin anew."""
+        """Forget the collected values and start to collect."""
         self.gathering = True
         self._totals, self._samples = {}, {}
 
     def add(self, name: str, values: Tensor) -> None:
-        """Count ``[B, n]`` values, a row a sample."""
+        """Add ``[B, n]`` values, one row for each sample."""
         found = values.detach().float()
         total, samples = found.sum(0), found.new_full((), found.shape[0])
         if name in self._totals:
@@ -73,13 +73,13 @@ class GateMeter:
         self._totals[name], self._samples[name] = total, samples
 
     def mean(self, name: str) -> Tensor | None:
-        """The mean over all samples counted, ``[n]``; None without a sample."""
+        """Return the mean over all samples, ``[n]``; None without a sample."""
         return self._totals[name] / self._samples[name] if name in self._totals else None
 
 
 @runtime_checkable
 class GathersGates(ReportsGates, Protocol):
-    """A module whose statistics are means over the samples it has seen while its meter was gathering."""
+    """Marks a module whose statistics are means over the samples that its meter has collected."""
 
     gate_meter: GateMeter
 
@@ -125,13 +125,13 @@ class GateUsage(Monitor):
             )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to gather."""
+        """Start to collect."""
         if self._shows(trainer):
             for meter in _meters(pl_module):
                 meter.start()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show what was gathered."""
+        """Draw and log what was collected."""
         if not self._shows(trainer):
             return
         for path, module in _reporters(pl_module).items():
@@ -140,11 +140,11 @@ class GateUsage(Monitor):
         self._stop(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gather no more."""
+        """Stop collecting."""
         self._stop(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Gather no more."""
+        """Stop collecting."""
         self._stop(pl_module)
 
     def _stop(self, pl_module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Tables for the console, for TensorBoard and as plain text."""
+"""Writes tables for the console, for TensorBoard and as plain text."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PIPED_WIDTH = 180
 
 
 class Cell(NamedTuple):
-    """A cell's text, and whether it says something good or bad beyond noise."""
+    """Holds a cell's text, and whether it is better or worse beyond noise."""
 
     text: str
     verdict: Literal["better", "worse", ""] = ""
 
 
 class Grid:
-    """A table's header and rows, for the console, for Markdown and as plain text.
+    """Collects a table's rows and writes them for the console, as Markdown or as plain text.
 
     Args:
         header: The columns' names.
@@ -52,12 +52,12 @@ class Grid:
         self.sections.add(len(self.rows) - 1)
 
     def text(self) -> str:
-        """The table as plain text, its columns aligned."""
+        """Write the table as plain text with aligned columns."""
         lines = [self.header, *([cell.text for cell in row] for row in self.rows)]
         return "\n".join("  ".join(line) for line in self._aligned(lines))
 
     def markdown(self) -> str:
-        """The table in Markdown, its columns aligned, to be read on a console, too; what is beyond noise is bold."""
+        """Write the table in Markdown with aligned columns; what is beyond noise is bold."""
         lines = [[_escaped(name) for name in self.header], *([_in_markdown(cell) for cell in row] for row in self.rows)]
         head, *rows = self._aligned(lines)
         rule = ["-" * len(name) if i in self.left else "-" * (len(name) - 1) + ":" for i, name in enumerate(head)]
@@ -71,7 +71,7 @@ class Grid:
         ]
 
     def rich(self, *, title: str, caption: str) -> Table:
-        """The table for the console: green is better, red is worse, beyond noise.
+        """Make the table of the package rich: green is better beyond noise, red is worse.
 
         Raises:
             ModuleNotFoundError: If rich is not installed.
@@ -107,7 +107,7 @@ def _escaped(text: str) -> str:
 def marked(
     interval: Interval, *, lower_is_better: bool = False, sign: str = "+", beyond: bool = True, digits: int = 1
 ) -> Cell:
-    """A mean with its interval, marked where zero lies outside of it.
+    """Write a mean with its interval, and mark it where zero lies outside of the interval.
 
     Example:
         >>> marked(Interval(2.0, 1.0, 3.0))
@@ -124,7 +124,7 @@ def marked(
 
 
 def console_for_lines(console: Console | None = None) -> Console:
-    """A console, the given one or the process's own, whose lines stay whole for grep where they are piped."""
+    """Widen the console, or a new one, where its output is piped, so that each row stays one line for grep."""
     from rich.console import Console
 
     console = console or Console()

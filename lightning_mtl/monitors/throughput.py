@@ -1,4 +1,4 @@
-"""Where a training step's time goes."""
+"""Measures where the time of a training step goes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNHEARD: AbstractContextManager[None] = nullcontext()
 
 
 class Phases:
-    """Splits a stretch of time into named phases; a phase within a phase is taken out of the outer one.
+    """Splits time into named phases; a phase inside another is not counted for the outer one.
 
     While nobody listens a phase costs a method call. While somebody does, a CUDA device is waited for at each change of
     phase, since its work would otherwise count where the processor happens to wait for it.
@@ -41,21 +41,21 @@ class Phases:
 
     @property
     def listening(self) -> bool:
-        """Whether somebody asks."""
+        """Return whether phases are being measured."""
         return self._device is not None
 
     def __call__(self, name: str) -> AbstractContextManager[None]:
-        """Count the block that follows to this phase."""
+        """Count the block that follows for this phase."""
         return _UNHEARD if self._device is None else self._counted(name)
 
     def listen(self, device: torch.device) -> None:
-        """Begin anew."""
+        """Start to measure from zero."""
         self._device = device
         self._seconds, self._open = {}, ["rest"]
         self._since = self._now()
 
     def stop(self) -> dict[str, float]:
-        """Fall silent; return the seconds of each phase, and of the rest, since :meth:`listen`."""
+        """Stop measuring, and return the seconds of each phase and of the rest since :meth:`listen`."""
         self._settle()
         self._device = None
         return self._seconds
@@ -133,12 +133,12 @@ class Throughput(Monitor):
         self._last: tuple[int, float] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin anew."""
+        """Forget what an earlier fit measured."""
         super().setup(trainer, pl_module, stage)
         self._listens, self._ended, self._last, self._trained = False, None, None, 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: SteppedModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
-        """Begin to listen where a step begins that is to be measured."""
+        """Start to measure where a step begins that is to be measured."""
         if self.off:
             return
         with guarding([self]):
@@ -154,7 +154,7 @@ class Throughput(Monitor):
                 phases.listen(pl_module.device)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: SteppedModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
-        """Share out the time of a measured step that has ended."""
+        """Log the shares of a measured step that has ended."""
         if self.off:
             return
         with guarding([self]):
@@ -165,11 +165,11 @@ class Throughput(Monitor):
                 self._log(trainer, pl_module.optimization.phases.stop())
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget when the last batch ended: what comes now is no waiting for data."""
+        """Forget when the last batch ended, so that validation does not count as waiting for data."""
         self._ended = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget what lies between two epochs."""
+        """Forget when the last batch ended, so that the time between two epochs is not counted."""
         self._ended = None
 
     def _log(self, trainer: pl.Trainer, seconds: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Whether learning together helped: tasks trained alone, the comparison with them, and transfer to an unseen task."""
+"""Measures whether learning together helped: single-task baselines, a comparison with them, a transfer probe."""
 
 from lightning_mtl.transfer.baselines import SingleTaskBaselines, single_task_baselines
 from lightning_mtl.transfer.comparison import TransferReport

@@ -1,4 +1,4 @@
-"""Scores of finished runs on disk, found again by everything that a run depends on."""
+"""Keeps scores of finished runs on disk under a digest of everything that a run depends on."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 def configuration(module: MultiTaskModule, trainer: pl.Trainer) -> dict[str, Any]:
     """Describe a module that is about to train and the Trainer's budget, as plain values.
 
-    Seen are: the architecture as printed, the weights, hyperparameters, losses, metrics, the source of the module's
+    Included are the architecture as printed, the weights, hyperparameters, losses, metrics, the source of the module's
     classes, the optimizer and scheduler that were given as arguments, accumulation and clipping; the Trainer's epochs,
     steps, limits, precision, number of processes, and its callbacks with their attributes, but for those that only
-    look. Not seen are the data, code that those classes call, and what stands in global variables.
+    look. Not included are the data, code that those classes call, and global variables.
 
     Returns:
         Plain values, the same in every process.
@@ -57,7 +57,7 @@ def configuration(module: MultiTaskModule, trainer: pl.Trainer) -> dict[str, Any
 
 
 def digest(described: Mapping[str, Any]) -> str:
-    """A name for a configuration, 20 hexadecimal digits.
+    """Compute a name for a configuration, 20 hexadecimal digits.
 
     Example:
         >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}), digest({"a": 1}) == digest({"a": 2})
@@ -163,7 +163,7 @@ Scores = dict[str, float]
 
 
 class ScoreCache:
-    """A folder with one JSON file for each finished run, named by the run's configuration.
+    """Keeps one JSON file for each finished run in a folder, named by the run's configuration.
 
     A file comes into being under its name at once, with all it holds: an interrupted run, or one that is killed while
     it writes, leaves none.
@@ -184,11 +184,11 @@ class ScoreCache:
         self.folder = Path(folder)
 
     def path(self, described: Mapping[str, Any]) -> Path:
-        """The file of a configuration."""
+        """Return the file of a configuration."""
         return self.folder / f"{digest(described)}.json"
 
     def read(self, described: Mapping[str, Any]) -> Scores | None:
-        """The scores of the run with this configuration, or None.
+        """Return the scores of the run with this configuration, or None.
 
         Raises:
             ValueError: If the file is damaged.
@@ -203,13 +203,13 @@ class ScoreCache:
             raise ValueError(f"{path} is no file of scores ({error}); delete it to have the run repeated.") from error
 
     def write(self, described: Mapping[str, Any], scores: Mapping[str, float]) -> None:
-        """Keep a run's scores, with what it depended on beside them for people to read."""
+        """Write a run's scores together with the configuration, which is there for people to read."""
         content = json.dumps({"configuration": dict(described), "scores": dict(scores)}, indent=1, sort_keys=True)
         write_whole(self.path(described), content)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all, whoever interrupts it, and whoever writes the same file meanwhile."""
+    """Write a file whole or not at all, also when interrupted or when others write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"unfinished-{uuid.uuid4().hex}.tmp")
     try:

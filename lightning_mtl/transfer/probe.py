@@ -1,4 +1,4 @@
-"""What a trunk has learned that a task it has never seen can use."""
+"""Measures how useful a trunk is for a task that it was not trained on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ProbeTask = Mapping[str, Task]
 
 
 class FrozenTrunk(nn.Module):
-    """A trunk that stays as it is: no gradient, no dropout, no running statistics moved, whatever mode is asked for.
+    """Keeps a trunk as it is: in every mode no gradient, no dropout and no update of running statistics.
 
     Example:
         >>> frozen = FrozenTrunk(nn.Sequential(nn.Linear(2, 2), nn.Dropout())).train()
@@ -56,7 +56,7 @@ class FrozenTrunk(nn.Module):
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The scores of a new head on a frozen trunk, and of the same model trained from scratch.
+    """Holds the scores of a new head on a frozen trunk, and of the same model trained from scratch.
 
     Args:
         task: The new task's name.
@@ -80,7 +80,7 @@ class ProbeResult:
     scratch: Sequence[Sequence[float]]
 
     def advantage(self, num_samples: int) -> Interval:
-        """How much better the frozen trunk is, in the metric's own unit; pairs of a seed are compared.
+        """Return how much better the frozen trunk is, in the metric's own unit; pairs of a seed are compared.
 
         Raises:
             ValueError: If this number of samples was not tried.
@@ -92,7 +92,7 @@ class ProbeResult:
         return paired_bootstrap_interval(*((better, worse) if self.higher_is_better else (worse, better)))
 
     def table(self) -> Table:
-        """The scores for the console, as a table of rich's; green and red are beyond the noise of the seeds.
+        """Make a table of the package rich for the console; green and red are beyond the noise of the seeds.
 
         Raises:
             ModuleNotFoundError: If rich is not installed.
@@ -212,7 +212,7 @@ class _Probe(MultiTaskModule):
     """A model of one task, whose batches may be ``(inputs, target)``."""
 
     def task_losses(self, batch: Any) -> Any:  # noqa: ANN401 - whatever the loader yields
-        """Name a target that has no name."""
+        """Give a target without a name the task's name."""
         if isinstance(batch, tuple | list) and len(batch) == 2 and not isinstance(batch[1], Mapping):
             batch = batch[0], {next(iter(self.tasks)): batch[1]}
         return super().task_losses(batch)

@@ -1,4 +1,4 @@
-"""Train a module, or some of its tasks alone, and score it: the same way for all that will be compared."""
+"""Trains a module, or some of its tasks alone, and scores it, in the same way for all models to compare."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def task_scores(trainer: pl.Trainer, stage: EvaluationStage = "val") -> TaskScor
 
 
 def metric_directions(tasks: Mapping[str, Task], metrics: Sequence[str] | None = None) -> Directions:
-    """Say which of each task's scores are compared, and which way is better.
+    """Choose which of each task's scores are compared, and find whether higher is better.
 
     Args:
         tasks: The tasks.
         metrics: Names to compare, each task by those that it has; ``"loss"`` may be among them. None takes every metric
-            that says whether higher is better, and the loss of a task without one.
+            that knows whether higher is better, and the loss of a task without one.
 
     Raises:
-        ValueError: If a task has none of the named metrics, or one that does not say whether higher is better.
+        ValueError: If a task has none of the named metrics, or one that does not know whether higher is better.
 
     Example:
         >>> from torch.nn.functional import l1_loss
@@ -230,7 +230,7 @@ def fit_and_score(
 
 
 def made_data(datamodule: DataOrFactory, seed: int) -> pl.LightningDataModule | tuple[Any, Any]:
-    """The data of a seed: a datamodule or a pair of loaders.
+    """Return the data of a seed, a datamodule or a pair of loaders.
 
     Raises:
         TypeError: If it is neither.
@@ -250,7 +250,7 @@ def made_data(datamodule: DataOrFactory, seed: int) -> pl.LightningDataModule | 
 
 
 def fresh(trainer: pl.Trainer) -> pl.Trainer:
-    """Refuse what is no Trainer, or one that has run before, whose state would reach into the next run.
+    """Return a Trainer that has not run; refuse anything else, whose state would reach into the next run.
 
     Raises:
         TypeError: If it is no Trainer.

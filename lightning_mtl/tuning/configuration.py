@@ -1,4 +1,4 @@
-"""A configuration and the values that a trial puts into it."""
+"""The configuration that trials begin with, and the values that a trial puts into it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_mtl.tuning.space import Space, value_of_label
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """The configuration that every trial begins with.
+    """Holds the configuration that every trial begins with.
 
     Args:
         values: All of it, defaults included, as plain values.
@@ -34,12 +34,12 @@ class BaseConfig:
 
     @property
     def seed(self) -> int:
-        """The seed of the configuration, 0 where it leaves it open."""
+        """Return the seed of the configuration, 0 where it has none."""
         found = self.values.get("seed_everything")
         return 0 if found is None or isinstance(found, bool) else int(found)
 
     def with_baselines(self, means: Mapping[str, Mapping[str, float]]) -> BaseConfig:
-        """The same with what single-task models scored, from which ``val/delta_m`` follows."""
+        """Add the scores of single-task models, from which ``val/delta_m`` follows."""
         values = deepcopy(dict(self.values))
         for task, scores in means.items():
             # 0 and what is not finite make no relative change.
@@ -65,7 +65,7 @@ def read_base(config: str | Path | Mapping[str, Any], overrides: Sequence[str] =
 
 
 def trial_configuration(base: BaseConfig, space: Space, drawn: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
-    """The configuration with a trial's values.
+    """Return the configuration with a trial's values.
 
     Raises:
         ConfigurationError: If a path names no parameter.
@@ -90,7 +90,7 @@ def _put_weighting(values: dict[str, Any], method: type[Weighting], arguments: M
 
 
 def other_callbacks(values: Mapping[str, Any], *left_out: type) -> list[dict[str, Any]]:
-    """The Trainer's callbacks but for those of some classes."""
+    """Return the Trainer's callbacks but for those of some classes."""
     callbacks = values["trainer"].get("callbacks") or []
     listed = callbacks if isinstance(callbacks, list) else [callbacks]
     return [callback for callback in listed if not issubclass(_imported_class(callback["class_path"]), left_out)]

@@ -1,4 +1,4 @@
-"""What a search has found: configurations to train again, a table, pictures."""
+"""The result of a search: configurations to train again, a table, pictures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = 10
 
 @dataclass(frozen=True)
 class Result:
-    """What a search has found.
+    """Holds what a search has found.
 
     Attributes:
         study: Optuna's study.
@@ -54,12 +54,12 @@ class Result:
 
     @property
     def goals(self) -> tuple[Goal, ...]:
-        """What was searched for."""
+        """Return the goals of the search."""
         return self.space.goals
 
     @property
     def finished(self) -> list[FrozenTrial]:
-        """The trials that have a value, best first; several objectives leave them in order."""
+        """Return the trials that have a value, best first; with several objectives in their own order."""
         found = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if len(self.goals) > 1:
             return found
@@ -68,12 +68,12 @@ class Result:
 
     @property
     def failed(self) -> list[FrozenTrial]:
-        """The trials that ended with an error, which is in their user attribute ``error``."""
+        """Return the trials that ended with an error, which is in their user attribute ``error``."""
         return [trial for trial in self.study.get_trials(deepcopy=False) if ERROR in trial.user_attrs]
 
     @property
     def unfinished(self) -> list[FrozenTrial]:
-        """The trials that run elsewhere, wait, or lost their worker without a heartbeat to show it."""
+        """Return the trials that run elsewhere, wait, or lost their worker without a heartbeat to show it."""
         states = (TrialState.RUNNING, TrialState.WAITING)
         return [trial for trial in self.study.get_trials(deepcopy=False, states=states) if counts(trial)]
 

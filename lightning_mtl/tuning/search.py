@@ -1,4 +1,4 @@
-"""The search itself: configuration and space in, study and best configuration out."""
+"""Runs a search: from a configuration and a space to a study and the best configuration."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ class _Parts:
         self.unused: dict[str, Any] = {}
 
     def take(self, part: str) -> Any:  # noqa: ANN401 - the caller knows which it asked for
-        """A model, datamodule or Trainer that nobody has used."""
+        """Return a model, datamodule or Trainer that was not used yet."""
         if part not in self.unused:
             cli = MultiTaskCLI(deepcopy(self.values), run=False, exit_on_error=False)
             self.unused = {"model": cli.model, "datamodule": cli.datamodule, "trainer": cli.trainer}

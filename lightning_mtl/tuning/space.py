@@ -1,4 +1,4 @@
-"""What a search varies, as its YAML file says it."""
+"""Reads what a search varies from a YAML file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ UNIFORM = Range(1e-6, 1 - 1e-6)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the weightings to choose from.
+    """Holds one of the weightings to choose from.
 
     Args:
         method: The class.
@@ -44,18 +44,18 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """The class's name, under which the search knows it."""
+        """Return the class's name, which is its name in the search."""
         return self.method.__name__
 
     @property
     def importance_argument(self) -> str:
-        """The constructor's argument that takes a factor for each task."""
+        """Return the constructor's argument that takes a factor for each task."""
         return "importance" if "importance" in inspect.signature(self.method).parameters else "weights"
 
 
 @dataclass(frozen=True)
 class Space:
-    """What a search varies, and what it looks for.
+    """Holds what a search varies, and what it improves.
 
     Args:
         goals: What is minimized or maximized; several make a Pareto front.
@@ -84,11 +84,11 @@ class Space:
         return drawn
 
     def candidate(self, drawn: Mapping[str, Any]) -> Candidate:
-        """The weighting that was drawn."""
+        """Return the weighting that was drawn."""
         return next(candidate for candidate in self.weightings if candidate.name == drawn[WEIGHTING])
 
     def importances(self, drawn: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, float]:
-        """The tasks' importances, which sum to their number; empty where they are not searched."""
+        """Compute the tasks' importances, which sum to their number; empty where they are not searched."""
         if not self.simplex:
             return {}
         shares = {task: -math.log(drawn[f"importance.{task}"]) for task in tasks}
@@ -96,12 +96,12 @@ class Space:
         return {task: len(shares) * share / total for task, share in shares.items()}
 
     def in_words(self, drawn: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-        """What was drawn, as people read it: the tasks' importances for the numbers they come from."""
+        """Return the drawn values for people to read, with the tasks' importances computed."""
         importances = {f"importance.{task}": value for task, value in self.importances(drawn, tasks).items()}
         return {**drawn, **importances}
 
     def weighting_arguments(self, drawn: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-        """The arguments of the weighting that was drawn, its importances included."""
+        """Return the arguments of the weighting that was drawn, its importances included."""
         chosen = self.candidate(drawn)
         arguments = {**chosen.fixed}
         for argument, allowed in chosen.space.items():
@@ -112,12 +112,12 @@ class Space:
 
 
 def label(value: Any) -> Any:  # noqa: ANN401 - whatever a YAML file holds
-    """How Optuna, which takes plain values alone, knows a choice."""
+    """Return the plain value by which Optuna knows a choice: JSON for lists and dicts."""
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def value_of_label(allowed: Range | Choice, drawn: Any) -> Any:  # noqa: ANN401
-    """The value that was drawn."""
+    """Return the value that was drawn, from the plain value by which Optuna knows it."""
     if isinstance(allowed, Range):
         return drawn
     return next(value for value in allowed.values if type(label(value)) is type(drawn) and label(value) == drawn)

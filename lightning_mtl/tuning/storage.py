@@ -1,4 +1,4 @@
-"""Where a study lives, so that many workers share it, and which of its trials count."""
+"""Opens the storage of a study, which workers share, and decides which of its trials count."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOCK_SECONDS = 120
 
 
 def open_storage(storage: str | Path | None, silence: int) -> BaseStorage:
-    """Open a storage, made where it does not exist.
+    """Open a storage, and create it where it does not exist.
 
     Args:
         storage: The URL of a database, ``sqlite:///study.db``; a journal file, ``journal:///path/to/file`` or a path
@@ -111,13 +111,13 @@ def _lock_at_once(connection: sqlalchemy.Connection) -> None:
 
 
 def sign_of_life(storage: BaseStorage, trial: optuna.Trial) -> None:
-    """Record a first heartbeat, before anything that takes time; storages without heartbeat leave it."""
+    """Record a first heartbeat, before anything that takes time, where the storage has heartbeats."""
     if isinstance(storage, RDBStorage):
         storage.record_heartbeat(trial._trial_id)
 
 
 def has_heartbeat(storage: BaseStorage) -> bool:
-    """Whether a worker's death shows."""
+    """Return whether the storage shows that a worker has died."""
     return isinstance(storage, RDBStorage)
 
 
@@ -137,7 +137,7 @@ WORKER = "worker"
 
 
 def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial is one of those asked for: it waits, runs, or has come to an end of its own.
+    """Return whether a trial is one of those asked for: it waits, runs, or has ended by itself.
 
     A training that ended with an error is one of them; a trial whose worker was killed, or interrupted, is not.
     """
@@ -147,17 +147,17 @@ def counts(trial: FrozenTrial) -> bool:
 
 
 def counting(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials that count."""
+    """Return the trials that count."""
     return [trial for trial in trials if counts(trial)]
 
 
 def is_surplus(trials: Sequence[FrozenTrial], number: int, total: int) -> bool:
-    """Whether a trial has come too late."""
+    """Return whether enough trials with lower numbers count already."""
     return sum(counts(trial) for trial in trials if trial.number < number) >= total
 
 
 def without_sign(trials: Sequence[FrozenTrial], silence: int) -> list[FrozenTrial]:
-    """Running trials that have never given a sign of life: their worker died between taking them and the first one."""
+    """Return running trials without any sign of life: their worker died before it could give one."""
     latest = datetime.datetime.now() - datetime.timedelta(seconds=silence)
     return [
         trial

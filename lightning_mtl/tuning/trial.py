@@ -1,4 +1,4 @@
-"""One trial's training, from its configuration to the goals' values, on one process or several."""
+"""Trains one trial, from its configuration to the goals' values, on one process or several."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_mtl.tuning.goals import Goal
 
 
 class TrialProcesses:
-    """The processes that train a trial together; outside of torchrun, this one alone.
+    """Connects the processes that train a trial together under torchrun; otherwise there is only this one.
 
     Raises:
         ConfigurationError: If torchrun has started another number of processes than the Trainer trains on.
@@ -47,11 +47,11 @@ class TrialProcesses:
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0."""
+        """Return whether this is rank 0."""
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:  # noqa: ANN401 - plain values
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         if self.size == 1:
             return value
         held = [value]
@@ -59,7 +59,7 @@ class TrialProcesses:
         return held[0]
 
     def first_error(self, error: str | None) -> str | None:
-        """What went wrong on the first rank where something did, on every rank."""
+        """Return the error of the first rank that has one, on every rank."""
         if self.size == 1:
             return error
         found: list[str | None] = [None] * self.size
@@ -67,13 +67,13 @@ class TrialProcesses:
         return next((f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None), None)
 
 
-# What Lightning says of each Trainer and each seed, forty times over.
+# Lightning logs several lines for each Trainer and each seed, and a search has one of both for every trial.
 _TALKATIVE = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let Lightning say only what is wrong."""
+    """Silence Lightning's log but for warnings and errors inside the block."""
     before = {name: logging.getLogger(name).level for name in _TALKATIVE}
     for name in before:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -86,7 +86,7 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """One seed of one trial.
+    """Holds one seed of one trial.
 
     Args:
         configuration: All of it.

@@ -1,4 +1,4 @@
-"""One worker's way through a study: draw, train, tell, until there are as many trials as were asked for."""
+"""Runs one worker of a study: it draws, trains and tells trials until there are as many as were asked for."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SEED_VALUES = "values_by_seed"
 
 @dataclass
 class Worker:
-    """One process, or one group of them, that works on a study.
+    """Works on a study as one process, or as one group of processes.
 
     Args:
         study: The study, on every rank.
@@ -174,4 +174,4 @@ class Worker:
 
 
 class RankError(RuntimeError):
-    """What one of a trial's ranks has raised."""
+    """Is raised on all ranks of a trial for an error on one of them."""
