@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 
 from lightning_mtl.learning_rates.parameter_groups import Rate, apply_lr_factors, parameter_groups
+from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
 from lightning_mtl.task import Task, TaskOutput
-from lightning_mtl.task.batches import as_pair, is_joint, is_per_task, refuse_batch, under_its_name
+from lightning_mtl.task.batches import (
+    as_pair,
+    call_trunk_with,
+    is_joint,
+    is_per_task,
+    present_outputs,
+    refuse_batch,
+    takes_tasks,
+    without_others,
+)
 from lightning_mtl.task.concatenation import concatenate, rows_of
-from lightning_mtl.task.labels import number_of_samples
+from lightning_mtl.task.labels import MaskedTarget, labelled_part, number_of_samples
 from lightning_mtl.training.checks import check_arguments, check_inputs_differ
-from lightning_mtl.training.logging import Recorder, sample_counts
+from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.module import SteppedModule
-from lightning_mtl.training.overrides import keeping_schedules, putting_rates_back, with_recorder
-from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
+from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable, keeping_schedules
 from lightning_mtl.training.step import Optimization
-from lightning_mtl.trunk import Penalised, call_trunk, penalised_parts, penalties_of, shared_parameters_of, takes_tasks
+from lightning_mtl.trunk import Penalised, penalised_parts, penalties_of
 
 
 class MultiTaskModule(SteppedModule):
@@ -101,7 +109,7 @@ class MultiTaskModule(SteppedModule):
         self.schedules: list[LRSchedulerConfig] = []
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
         self._trunk_lr, self._head_lr = trunk_lr, dict(head_lr or {})
-        self.optimization = Optimization()
+        self.optimization = Optimization(self.recorder)
         self._penalised: tuple[nn.Module, list[tuple[str, Penalised]]] | None = None
         # A loss with buffers or parameters of its own moves with the module and is saved with it.
         losses = {k: task.loss for k, task in tasks.items() if isinstance(task.loss, nn.Module)}
@@ -109,15 +117,6 @@ class MultiTaskModule(SteppedModule):
         for stage in ("train", "val", "test"):
             metrics = {k: task.metric_collection() for k, task in tasks.items() if task.metrics is not None}
             setattr(self, f"{stage}_metrics", nn.ModuleDict(metrics))
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
-        super().__init_subclass__(**kwargs)
-        # Lightning drops what schedulers follow in manual optimization, and a hook that a subclass overrides without
-        # calling super() would lose the logging: both are put back around whatever the subclass defines.
-        cls.configure_optimizers = keeping_schedules(cls.configure_optimizers)  # type: ignore[method-assign]
-        cls.configure_callbacks = with_recorder(cls.configure_callbacks)  # type: ignore[method-assign]
-        if "optimizer_step" in cls.__dict__:
-            cls.optimizer_step = putting_rates_back(cls.optimizer_step)
 
     # The model
 
@@ -128,8 +127,9 @@ class MultiTaskModule(SteppedModule):
     def _predict(self, inputs: Any, tasks: Iterable[str], rows: Mapping[str, slice] | None = None) -> dict[str, Tensor]:  # noqa: ANN401
         wanted = list(tasks)
         features = call_trunk(self.trunk, inputs, wanted)
-        needed = set(wanted) if takes_tasks(self.trunk) else self.heads.keys()
-        split = isinstance(features, Mapping) and features.keys() >= needed
+        split = isinstance(features, Mapping) and features.keys() >= (
+            set(wanted) if takes_tasks(self.trunk) else self.heads.keys()
+        )
         predictions = {}
         for task in wanted:
             own = features[task] if split else features
@@ -169,7 +169,7 @@ class MultiTaskModule(SteppedModule):
             inputs, targets = batch
             predictions = self(inputs)
             found = {task: target for task, target in targets.items() if task in self.tasks and target is not None}
-            if self.recorder.labels.counts_now and len(found) < len(self.tasks):
+            if len(found) < len(self.tasks):
                 self.recorder.labels.add_unlabelled(self.tasks.keys() - found.keys(), number_of_samples(inputs))
             return {task: self.task_output(task, predictions[task], target) for task, target in found.items()}
         if not is_per_task(batch, self.tasks):
@@ -180,6 +180,32 @@ class MultiTaskModule(SteppedModule):
         predictions = self._predict_each({task: pair[0] for task, pair in pairs.items()})
         return {task: self.task_output(task, predictions[task], pair[1]) for task, pair in pairs.items()}
 
+    def task_output(self, task: str, prediction: Any, target: Any) -> TaskOutput:  # noqa: ANN401 - any pytree
+        """Compute a task's loss on what is labelled, for a ``task_losses`` of one's own; see ``Task(missing=...)``.
+
+        Without a label in the batch the task counts as absent from it, and its loss is not called.
+
+        Raises:
+            TypeError: If the target is of no form that labels can be looked for in, see
+                :func:`~lightning_mtl.task.labels.labelled_part`.
+            ValueError: If prediction and target do not have the form of the mask.
+        """
+        declared = self.tasks[task]
+        if declared.missing is None and not isinstance(target, MaskedTarget):
+            return TaskOutput(declared.loss(prediction, target), prediction, target)
+        part = labelled_part(prediction, target, declared.missing, declared.missing_per)
+        self.recorder.labels.add(task, part.num_samples, part.num_missing, number_of_samples(target))
+        loss = declared.loss(part.prediction, part.target) if part.num_samples else torch.zeros(())
+        return TaskOutput(loss, part.prediction, part.target, part.num_samples)
+
+    def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
+        """The checked outputs of the tasks that a batch has labels for, in order."""
+        learned = self.learned_tasks
+        if learned is None:
+            return present_outputs(self.task_losses(batch), list(self.tasks))
+        outputs = present_outputs(self.task_losses(without_others(batch, self.tasks, learned)), list(self.tasks))
+        return {task: output for task, output in outputs.items() if task in learned}
+
     def penalties(self) -> dict[str, Tensor]:
         """Scalars added to the objective with weight 1, logged as ``penalty/<name>``; they are no tasks to balance.
 
@@ -188,14 +214,21 @@ class MultiTaskModule(SteppedModule):
         """
         if self._penalised is None or self._penalised[0] is not self.trunk:
             self._penalised = (self.trunk, penalised_parts(self.trunk))  # looked for once, not in every step
-        return penalties_of(self._penalised[1])
+        return penalties_of(self._penalised[1]) if self._penalised[1] else {}
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """The parameters that tasks share, whose gradients the methods balance.
 
         By default those that the trunk's own ``shared_parameters()`` names, or all of the trunk's where it has none.
         """
-        return shared_parameters_of(self.trunk)
+        own = getattr(self.trunk, "shared_parameters", None)
+        return list(own() if callable(own) else self.trunk.parameters())
+
+    def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The shared parameters that need gradients now, and all other parameters that do."""
+        shared: list[Tensor] = [p for p in self.shared_parameters() if p.requires_grad]
+        known = set(shared)
+        return shared, [p for p in self.parameters() if p.requires_grad and p not in known]
 
     # Lightning's steps
 
@@ -203,17 +236,9 @@ class MultiTaskModule(SteppedModule):
         """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
         return self.optimization.run(self, batch, batch_idx)
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
-        """Count the batch into ``val/loss/<task>`` and ``val/<metric>/<task>``."""
-        self._evaluate("val", batch, dataloader_idx)
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
-        """Count the batch into ``test/loss/<task>`` and ``test/<metric>/<task>``."""
-        self._evaluate("test", batch, dataloader_idx)
-
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:  # noqa: ANN401
         """Predict every task of a batch of inputs, with or without targets; a task with a loader of its own, alone."""
-        named = self._under_its_name("predict", batch, dataloader_idx)
+        named = self.under_its_name("predict", batch, dataloader_idx)
         batch = batch if named is batch else {task: as_pair(own) for task, own in named.items()}
         if is_joint(batch, self.tasks):
             return self.forward(batch[0])
@@ -221,28 +246,6 @@ class MultiTaskModule(SteppedModule):
             pairs = {task: pair for task, pair in batch.items() if task in self.tasks and pair is not None}
             return self._predict_each({task: pair[0] for task, pair in pairs.items()})
         return self.forward(batch)
-
-    def _under_its_name(self, stage: str, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401
-        loaders = None if self._trainer is None else getattr(self.trainer, f"{stage}_dataloaders")
-        return under_its_name(batch, loaders, dataloader_idx, self.tasks)
-
-    def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
-        batch = self._under_its_name(stage, batch, dataloader_idx)
-        if dataloader_idx > 0 and not is_per_task(batch, self.tasks):
-            raise ValueError(
-                "Several evaluation loaders would be averaged into one figure. Give each task its loader, as {task: "
-                'loader, ...}, in a MultiTaskDataModule or a CombinedLoader({task: loader, ...}, "max_size"), or '
-                "evaluate the loaders one at a time."
-            )
-        outputs = self.present_outputs(batch)
-        if not outputs:
-            return
-        self.update_metrics(stage, outputs)
-        losses = torch.stack([output.loss.detach() for output in outputs.values()])
-        positions = [list(self.tasks).index(task) for task in outputs]
-        self.recorder.losses[stage].add(losses, sample_counts(list(outputs.values())), positions)
-
-    optimizer_step = putting_rates_back(pl.LightningModule.optimizer_step)
 
     def parameter_groups(
         self,
@@ -276,7 +279,7 @@ class MultiTaskModule(SteppedModule):
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - any of the forms that Lightning takes
         """Build what the arguments say, of :meth:`parameter_groups` where parts have own rates; overridable."""
         grouped = self._trunk_lr is not None or bool(self._head_lr or self.depths)
-        grouped = grouped or (self._trainer is not None and self.task_rates() is not None)
+        grouped = grouped or (self._trainer is not None and task_rates_of(self.trainer) is not None)
         groups = self.parameter_groups(trunk_lr=self._trunk_lr, head_lr=self._head_lr) if grouped else self.parameters()
         optimizer = self._make_optimizer(groups)
         apply_lr_factors(optimizer)
@@ -286,12 +289,12 @@ class MultiTaskModule(SteppedModule):
         followed = {"scheduler": scheduler, "monitor": getattr(scheduler, "monitor", None)}
         return {"optimizer": optimizer, "lr_scheduler": followed}
 
-    @with_recorder
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """Bring the callback along that logs; a subclass that overrides this need not call ``super()``."""
-        return []
 
-    def on_validation_model_zero_grad(self) -> None:
-        """Keep accumulated gradients over a validation in the middle of a window."""
-        if self.opens_window:
-            super().on_validation_model_zero_grad()
+def call_trunk(trunk: nn.Module, inputs: Any, tasks: Sequence[str]) -> Any:  # noqa: ANN401 - whatever the trunk takes
+    """Compute what the trunk makes of a batch's inputs, for ``tasks`` alone if it can."""
+    # Attributes are asked for by name: a compiled module forwards them, but is no instance of what it holds.
+    named = {"tasks": tuple(tasks)} if getattr(trunk, "takes_tasks", False) else {}
+    if isinstance(inputs, Tensor):
+        return trunk(inputs, **named)
+    positional, keywords = call_trunk_with(inputs)
+    return trunk(*positional, **keywords, **named)

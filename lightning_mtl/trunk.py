@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -32,47 +32,6 @@ class PerTask(Protocol):
 
 
 # Attributes are asked for by name: a compiled module forwards them, but is no instance of what it holds.
-
-
-def takes_tasks(trunk: nn.Module) -> bool:
-    """Whether the trunk is a :class:`PerTask`."""
-    return bool(getattr(trunk, "takes_tasks", False))
-
-
-def call_trunk_with(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401 - whatever the trunk takes
-    """Turn a batch's inputs into call arguments: a mapping becomes keywords, a tuple or list becomes positions.
-
-    Example:
-        >>> call_trunk_with({"ids": 1})
-        ((), {'ids': 1})
-        >>> call_trunk_with((1, 2))
-        ((1, 2), {})
-    """
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    return (inputs,), {}
-
-
-def call_trunk(trunk: nn.Module, inputs: Any, tasks: Sequence[str]) -> Any:  # noqa: ANN401 - whatever the trunk takes
-    """Compute what the trunk makes of a batch's inputs, for ``tasks`` alone if it can.
-
-    Example:
-        >>> import torch
-        >>> call_trunk(nn.Linear(2, 3), torch.zeros(4, 2), ["a"]).shape
-        torch.Size([4, 3])
-    """
-    positional, named = call_trunk_with(inputs)
-    if takes_tasks(trunk):
-        named["tasks"] = tuple(tasks)
-    return trunk(*positional, **named)
-
-
-def shared_parameters_of(trunk: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the trunk calls shared; all of them where it is not :class:`PartlyShared`."""
-    own = getattr(trunk, "shared_parameters", None)
-    return list(own() if callable(own) else trunk.parameters())
 
 
 def penalised_parts(trunk: nn.Module) -> list[tuple[str, Penalised]]:

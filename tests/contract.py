@@ -147,3 +147,10 @@ def run(weighting: Weighting, steps: Sequence[Signals], tasks: Sequence[str]) ->
     """The weights of all steps, ``[steps, K]``, from a fresh state."""
     weighting.reset(list(tasks))
     return torch.stack([ask(weighting, given) for given in steps])
+
+
+def direction_of(aggregator: Aggregator, given: Signals, rows: torch.Tensor) -> torch.Tensor:
+    """The direction that an aggregator makes of rows in one matrix, as the training step asks for it."""
+    directions = aggregator.decide(given, range(len(rows)), measured=True, rows=[rows]).directions
+    assert directions is not None
+    return directions[0]

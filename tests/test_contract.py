@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lightning_mtl.weighting
 from lightning_mtl import Aggregator, Signals, Weighting
-from tests.contract import Golden, Row, ask, course, names, run, signals
+from tests.contract import Golden, Row, ask, course, direction_of, names, run, signals
 from tests.contract_rows import AGGREGATORS, ROWS
 
 SCALES = [1e-8, 1e-4, 1.0, 1e4, 1e8]
@@ -115,7 +115,7 @@ def test_aggregators(make: Callable[[], Aggregator]) -> None:
         for step, given in enumerate(course(3, steps=steps.stop)):
             rows = torch.randn(3, 50, generator=generator)
             if step in steps:
-                found.append(aggregator.direction(given, [0, 1, 2], rows))
+                found.append(direction_of(aggregator, given, rows))
                 aggregator.observe(given, [0, 1, 2])
         return torch.stack(found)
 
@@ -128,7 +128,7 @@ def test_aggregators(make: Callable[[], Aggregator]) -> None:
     resumed.load_state_dict(interrupted.state_dict())
     assert torch.equal(directions(resumed, range(5, 8)), expected[5:])
     for rows in (torch.zeros(3, 4), torch.full((3, 4), 1e8), torch.full((1, 4), -1e-8)):
-        direction = whole.direction(course(len(rows))[0], range(len(rows)), rows)
+        direction = direction_of(whole, course(len(rows))[0], rows)
         torch.testing.assert_close(direction, rows.sum(0))
 
 

@@ -161,7 +161,7 @@ def test_metrics_see_what_an_output_says() -> None:
 
 def test_predictions_keep_no_graph_in_metrics() -> None:
     module = binary()
-    module.update_metrics("train", module.present_outputs(batch()))
+    module.recorder.update_metrics(module, "train", module.present_outputs(batch()))
     states = [s for ms in module.stage_metrics("train").values() for m in ms.values() for s in m.metric_state.values()]
     assert states
     assert not any(state.requires_grad for state in states if isinstance(state, Tensor))

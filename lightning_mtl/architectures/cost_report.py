@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_mtl.architectures.costs import as_trained, latency_ms, multiply_adds, parameters_behind
 from lightning_mtl.monitors.tables import Grid
-from lightning_mtl.trunk import call_trunk_with
+from lightning_mtl.task.batches import call_trunk_with
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mtl.architectures.stages import backbone_per_task, wanted_tasks
-from lightning_mtl.gradients.surrogate import surrogate
+from lightning_mtl.gradients.micro_batch import surrogate
 
 # Below this ratio to the largest eigenvalue of W W^T, in float64, a singular value of W is rounding.
 RANK_TOLERANCE = 1e-14

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
@@ -20,7 +21,7 @@ from lightning_mtl.data.order import Shard
 from lightning_mtl.data.sources import check_data_arguments, check_names, number_for_task, read_source
 from lightning_mtl.data.streams import Stream, open_stream
 from lightning_mtl.task.batches import as_pair
-from lightning_mtl.training.module import SteppedModule
+from lightning_mtl.task.module import TaskModule
 
 DataStage = Literal["train", "val", "test", "predict"]
 TaskData = Mapping[str, Dataset[Any] | Iterable[Any]]
@@ -59,7 +60,8 @@ class MultiTaskDataModule(pl.LightningDataModule):
         steps_per_epoch: Training steps an epoch; by default the mode's number. A task's next epoch goes on where the
             last one stopped.
         drop_last: Leave the incomplete batch at the end of a training pass out.
-        num_workers: Processes that load each task's data. Those of training live as long as the training.
+        num_workers: Processes that load each task's data. Those of training live as long as the training; all end with
+            the Trainer's function.
         pin_memory: Copy batches to page-locked memory, from where a GPU fetches them faster.
         persistent_workers: Keep the workers of validation and test from one validation to the next.
         shard_iterables: How several ranks or workers read an iterable dataset: True, each keeps every n-th sample of
@@ -121,6 +123,7 @@ class MultiTaskDataModule(pl.LightningDataModule):
             for task, own in (data or {}).items():
                 read_source(task, stage, own, number_for_task(batch_size, task), {})
         self._loader: MixedLoader | None = None
+        self._opened: WeakSet[Stream] = WeakSet()
         self._restored: dict[str, Any] | None = None
 
     def task_data(self, stage: DataStage) -> TaskData | None:
@@ -133,7 +136,7 @@ class MultiTaskDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Refuse data whose names are not those of the module's tasks; start the training data from the beginning."""
         module = self.trainer.lightning_module if self.trainer is not None else None
-        if isinstance(module, SteppedModule):
+        if isinstance(module, TaskModule):
             for part in LOADED_STAGES[stage]:
                 if (data := self.task_data(part)) is not None:
                     check_names(part, list(data), list(module.tasks), complete=part == "train")
@@ -144,6 +147,22 @@ class MultiTaskDataModule(pl.LightningDataModule):
             self._loader = self._restored = None
             if self.task_data("val") is None:
                 self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
+
+    def teardown(self, stage: str) -> None:
+        """End the worker processes."""
+        # Lightning ends those of loaders that it knows; it does not know the ones within ours. If they were left to the
+        # garbage collector (a Trainer is in a cycle of references), it would close their queues first, so that they do
+        # not hear that they are to end: torch then waits five seconds for each before it kills it.
+        self._close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the worker processes: after an error Lightning does not call :meth:`teardown`."""
+        self._close()
+
+    def _close(self) -> None:
+        for stream in self._opened:
+            stream.close()
+        self._opened.clear()
 
     # The loaders
 
@@ -201,6 +220,7 @@ class MultiTaskDataModule(pl.LightningDataModule):
             streams[task] = open_stream(
                 source, self._shard(), seed, shuffle=shuffle, shard_iterables=self.shard_iterables
             )
+        self._opened.update(streams.values())
         return streams
 
     @property

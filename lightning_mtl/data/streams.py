@@ -6,6 +6,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Protocol, TypeGuard
+from weakref import WeakSet
 
 from torch.utils.data import DataLoader
 
@@ -43,6 +44,9 @@ class Stream(ABC):
     alike_on_ranks: bool
     """Whether the state is the same on all ranks."""
 
+    def __init__(self) -> None:
+        self._with_workers: WeakSet[Any] = WeakSet()
+
     @abstractmethod
     def next(self) -> Any:  # noqa: ANN401 - whatever the dataset yields, collated
         """Return the next batch of this rank; None where the last samples of a pass went to other ranks."""
@@ -62,6 +66,20 @@ class Stream(ABC):
     @abstractmethod
     def load_state_dict(self, state: State) -> None:
         """Continue after what has been consumed."""
+
+    def close(self) -> None:
+        """End the worker processes; the state remains, and the next batch starts them anew."""
+        for iterator in self._with_workers:
+            iterator._shutdown_workers()
+
+    def _begin_loading(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Iterate over a loader, and remember its workers."""
+        iterator = iter(loader)
+        # To drop the iterator is not enough: the traceback of an error in a dataset refers to it. torch has no public
+        # way to end workers; Lightning calls the same method.
+        if hasattr(iterator, "_shutdown_workers"):
+            self._with_workers.add(iterator)
+        return iterator
 
 
 def open_stream(
@@ -95,6 +113,7 @@ class OrderedStream(Stream):
     alike_on_ranks = True
 
     def __init__(self, source: DatasetSource, shard: Shard, seed: int, *, shuffle: bool) -> None:
+        super().__init__()
         self.source = source
         shuffle = shuffle and source.shuffle
         drop_last = source.drop_last and source.stage == "train"
@@ -120,7 +139,7 @@ class OrderedStream(Stream):
         batch = None
         if self.order.share(self.position):
             if self._iterator is None:
-                self._iterator = iter(self._loader(Batches(self.order, self.position)))
+                self._iterator = self._begin_loading(self._loader(Batches(self.order, self.position)))
             batch = next(self._iterator)
         self.position = self.order.after(self.position)
         return batch
@@ -135,7 +154,7 @@ class OrderedStream(Stream):
         """Return the batches of a single pass; None where only other ranks have samples left."""
         if self._one_pass_loader is None:  # kept, for workers that persist
             self._one_pass_loader = self._loader(Batches(self.order, DataPosition(), one_pass=True))
-        loaded, position = iter(self._one_pass_loader), DataPosition()
+        loaded, position = self._begin_loading(self._one_pass_loader), DataPosition()
         while position.passes == 0:
             yield next(loaded) if self.order.share(position) else None
             position = self.order.after(position)
@@ -153,6 +172,11 @@ class OrderedStream(Stream):
         self.position = DataPosition(state["passes"], state["samples"])
         self._iterator = None
 
+    def close(self) -> None:
+        """End the worker processes, those that persist, too."""
+        super().close()
+        self._iterator = self._one_pass_loader = None
+
 
 class PassingStream(Stream):
     """Yields the batches of an iterable dataset or a user's own loader, read from the beginning in each pass.
@@ -169,6 +193,7 @@ class PassingStream(Stream):
     def __init__(
         self, name: str, batches_of_a_pass: Iterable[Any], batches: int | None, stateful: StatefulIterable | None
     ) -> None:
+        super().__init__()
         if batches == 0:
             raise ValueError(f"{name} is empty: it has no batch. Leave the task out, or fill it.")
         self.name = name
@@ -176,7 +201,7 @@ class PassingStream(Stream):
         self._iterable = batches_of_a_pass
         self._stateful = stateful
         self._passes = self._consumed = 0
-        self._restored = False
+        self._restored: State | None = None  # a state of the data, from which the pass that begins goes on
         self._iterator: Iterator[Any] | None = None
 
     def next(self) -> Any:  # noqa: ANN401
@@ -196,36 +221,44 @@ class PassingStream(Stream):
         )
 
     def _begin(self) -> Iterator[Any]:
+        restored, self._restored = self._restored, None
+        if restored is not None and self._stateful is not None:
+            self._stateful.load_state_dict(restored)
         tell_pass(self._iterable, self._passes)
         tell_pass(getattr(self._iterable, "dataset", None), self._passes)
-        iterator = iter(self._iterable)
-        if self._consumed and not self._restored:
+        iterator = self._begin_loading(self._iterable)
+        if self._consumed and restored is None:
             for _ in itertools.islice(iterator, self._consumed):
                 pass
-        self._restored = False
         return iterator
 
     def one_pass(self) -> Iterator[Any]:
         """Return the batches of a single pass."""
-        return iter(self._iterable)
+        return self._begin_loading(self._iterable)
 
     def rewind(self) -> None:
         """Start again with the first pass."""
-        self._passes, self._consumed, self._iterator = 0, 0, None
+        self._passes, self._consumed, self._iterator, self._restored = 0, 0, None, None
 
     def state_dict(self) -> State:
         """Return the passes, the batches of the current one, and the data's own state where it has one."""
-        begun = self._iterator is not None or self._restored
-        own = self._stateful.state_dict() if begun and self._stateful is not None else None
+        own = self._restored
+        if self._iterator is not None and self._stateful is not None:
+            own = self._stateful.state_dict()
         return {"passes": self._passes, "batches": self._consumed, "data": own}
 
     def load_state_dict(self, state: State) -> None:
         """Continue after what has been consumed."""
         self._passes, self._consumed, self._iterator = state["passes"], state["batches"], None
-        self._restored = False
-        if state["data"] is not None and self._stateful is not None:
-            self._restored = True
-            self._stateful.load_state_dict(state["data"])
+        self._restored = state["data"] if self._stateful is not None else None
+
+    def close(self) -> None:
+        """End the worker processes, those that persist, too."""
+        self.load_state_dict(self.state_dict())
+        super().close()
+        # Loaders keep their iterator under this name if its workers persist; Lightning resets it there, too.
+        if isinstance(self._iterable, DataLoader):
+            self._iterable._iterator = None
 
 
 class ResumableSamples(EveryNth):

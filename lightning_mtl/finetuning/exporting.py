@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_mtl.module import MultiTaskModule
-from lightning_mtl.trunk import call_trunk, takes_tasks
+from lightning_mtl.module import MultiTaskModule, call_trunk
+from lightning_mtl.task.batches import takes_tasks
 
 Format = Literal["torch.export", "onnx"]
 SUFFIXES = {"torch.export": ".pt2", "onnx": ".onnx"}

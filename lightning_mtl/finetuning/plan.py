@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_mtl.learning_rates.parameter_groups import Depth
 from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.task.module import Depth
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from torch import nn
 
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task import Task
+from lightning_mtl.task.batches import takes_tasks
 from lightning_mtl.task.task import check_task_name
 from lightning_mtl.training.checks import check_arguments
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.step import Optimization
-from lightning_mtl.trunk import takes_tasks
 
 METRIC_STAGES = ("train", "val", "test")
 
@@ -127,4 +127,4 @@ def _check_trunk(module: MultiTaskModule, consequence: str) -> None:
 def _begin_anew(module: MultiTaskModule) -> None:
     """Forget what was sized for the former tasks; the next Trainer, or fit, gets the recorder of the new ones."""
     module.recorder = Recorder(module.tasks)
-    module.optimization = Optimization()
+    module.optimization = Optimization(module.recorder)

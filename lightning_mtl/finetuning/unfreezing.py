@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mtl.finetuning.plan import ThawingPart, by_epoch, check_groups, check_place, check_schedule, from_the_top
-from lightning_mtl.learning_rates.parameter_groups import Depth
 from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.task.module import Depth
 
 log = logging.getLogger(__name__)
 

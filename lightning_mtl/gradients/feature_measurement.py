@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.gradients.graph import Above, above_split, check_repeatable
-from lightning_mtl.gradients.inner_products import gramian, row_norms
-from lightning_mtl.gradients.micro_batch import Measured, MicroBatch, Wanted, by_parameter
+from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian, row_norms
+from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.gradients.one_pass import EntersTrunkError, one_pass
-from lightning_mtl.gradients.rows import Rows, as_real
+from lightning_mtl.gradients.rows import Rows, as_real, by_parameter
 from lightning_mtl.gradients.split import Output
 from lightning_mtl.gradients.torch_internals import ACCUMULATE_GRAD, CAN_ASK_ENGINE, parameter_hooks_off
 
@@ -73,7 +73,8 @@ class FeatureMeasurement:
     def _cotangents(self) -> Cotangents:
         """Known from the short way's pass; in the general way measured when they are first asked for."""
         if self._found is None:
-            check_repeatable([loss for loss in self.batch.losses if loss.requires_grad])
+            if self.batch.unseen:
+                check_repeatable([loss for loss in self.batch.losses if loss.requires_grad])
             edges = [output.edge for output in self.read]
             tasks = range(len(self.batch.losses))
             self._found = [list(self.batch.gradients(index, edges, retain_graph=True)) for index in tasks]
@@ -110,7 +111,8 @@ class FeatureMeasurement:
 
     def _layer_rows(self, layer: Sequence[Tensor]) -> list[Tensor]:
         """Each task's gradient of the layer, from its gradient at the trunk's outputs where that is enough."""
-        check_repeatable([output.z for output in self.read] if self.short else self.batch.losses)
+        if self.batch.unseen:
+            check_repeatable([output.z for output in self.read] if self.short else self.batch.losses)
         rows, edges = Rows(layer, len(self._own)), [output.edge for output in self.read]
         with parameter_hooks_off(layer):
             if not self.short:  # the pass that reaches the layer passes the trunk's outputs, too

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_mtl.gradients.feature_measurement import FeatureMeasurement
 from lightning_mtl.gradients.graph import Above, above_split, check_repeatable
-from lightning_mtl.gradients.micro_batch import add_gradients, by_parameter, unscaled, weighted_sums
-from lightning_mtl.gradients.surrogate import surrogate
+from lightning_mtl.gradients.micro_batch import surrogate, unscaled
+from lightning_mtl.gradients.rows import add_gradients, by_parameter, weighted_sums
 from lightning_mtl.gradients.torch_internals import parameter_hooks_off
 
 
@@ -151,7 +151,8 @@ class FeatureGradients(FeatureMeasurement):
 
     def _by_parameters(self, weights: Tensor, v: Tensor) -> Tensor:
         """The loss where a path to the trunk runs past its outputs: one pass for shared parameters, one for others."""
-        check_repeatable([loss for loss in self.batch.losses if loss.requires_grad])
+        if self.batch.unseen:
+            check_repeatable([loss for loss in self.batch.losses if loss.requires_grad])
         known: dict[Tensor, Tensor] = {}
         for group, factors in zip(self._parameters(), (weights, v), strict=True):
             loss = self.batch.weighted_sum(factors)

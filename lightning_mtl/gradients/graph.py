@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_mtl.gradients.torch_internals import ACCUMULATE_GRAD, donates_buffers, forward_order, is_python_function
+from lightning_mtl.gradients.torch_internals import (
+    ACCUMULATE_GRAD,
+    donates_buffers,
+    forward_order,
+    is_python_function,
+    times_written,
+)
 
 
 def reached_leaves(roots: Iterable[Tensor]) -> dict[Tensor, int]:
@@ -135,6 +142,25 @@ def check_repeatable(roots: Iterable[Tensor]) -> None:
                 "A part of the model was compiled, before this training, for a single backward pass, but its tasks' "
                 "gradients are computed one after another. Call torch.compiler.reset() before the training, so that it "
                 "is compiled again."
+            )
+
+
+@contextmanager
+def writing_no_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Refuse a graph in which something writes into gradients while they are measured.
+
+    Raises:
+        ValueError: If a parameter's gradient is another one after the block.
+    """
+    before = [(p, p.grad, None if p.grad is None else times_written(p.grad)) for p in parameters if p.requires_grad]
+    yield
+    for parameter, gradient, version in before:
+        if parameter.grad is not gradient or (gradient is not None and times_written(gradient) != version):
+            raise ValueError(
+                f"A parameter of shape {list(parameter.shape)} got a gradient while the tasks' gradients were measured "
+                "one after another: an autograd.Function in the model calls backward() in its own backward(), as "
+                "reversible layers do. Have it return its gradients, from torch.autograd.grad, or use a method that "
+                "weighs by the losses alone."
             )
 
 

@@ -1,14 +1,18 @@
-"""Inner products between the gradients of the tasks."""
+"""Inner products and norms of the tasks' gradients are what most methods read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_mtl.distributed import Ranks
+
+Wanted = Literal["nothing", "norms", "gramian", "rows"]
 
 # Measured on one core: a chunk of this width stays in cache, and short sums keep float32 products accurate.
 _CHUNK = 16_384
@@ -18,6 +22,34 @@ _SPAN = 64 * _CHUNK
 _SMALLEST_SQUARE = 1e-30
 # Float32's rounding moves the eigenvalues of unit rows by some 1e-7; below this, that would be felt.
 _NEARLY_DEPENDENT = 1e-3
+
+
+@dataclass
+class Measured:
+    """What was measured of the tasks' gradients, over all ranks.
+
+    Attributes:
+        gramian: ``[K, K]``, float64, on the CPU.
+        norms: ``[K]``.
+        rows: ``[K, n]`` matrices whose columns together make up the gradients.
+    """
+
+    gramian: Tensor | None = None
+    norms: Tensor | None = None
+    rows: Sequence[Tensor] = ()
+
+    @classmethod
+    def of_products(cls, products: Tensor, scale: Tensor | None, *, norms_only: bool = False) -> Measured:
+        """A Gramian and the norms on its diagonal, a scaler's factor taken off."""
+        if scale is not None:
+            products = products / scale.detach().cpu().double().square()
+        norms = products.diagonal().sqrt()
+        return cls(norms=norms) if norms_only else cls(gramian=products, norms=norms)
+
+    @classmethod
+    def of_norms(cls, norms: Tensor, scale: Tensor | None, rows: Sequence[Tensor] = ()) -> Measured:
+        """Norms alone, a scaler's factor taken off, and the rows where they are asked for."""
+        return cls(norms=norms if scale is None else norms / scale, rows=rows)
 
 
 def gramian(rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: float = 1.0) -> Tensor:
@@ -97,17 +129,3 @@ def _norms_of(block: Tensor) -> Tensor:
     for row in doubtful.nonzero().flatten().tolist():
         norms[row] = torch.linalg.vector_norm(block[row].double())
     return norms
-
-
-def values_of_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The numbers that the parameters' gradients hold, in their own memory; of sparse gradients each row once."""
-    values = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        if parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()  # a row that comes twice counts by its sum
-            values.append(parameter.grad.values())
-        else:
-            values.append(parameter.grad)
-    return values

@@ -12,6 +12,20 @@ from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.graph import reached_leaves
 
 
+def parameters_at(
+    at: str | Sequence[str],
+    module: nn.Module,
+    groups: Iterable[Sequence[Tensor]],
+    ranks: Ranks,
+    *,
+    among: Iterable[Tensor],
+) -> list[Tensor]:
+    """Find the parameters of a place; ``"last_layer"`` as :func:`last_layer` finds it in the module's ``trunk``."""
+    if at != "last_layer":
+        return named_parameters_at(module, [at] if isinstance(at, str) else at)
+    return last_layer(module.get_submodule("trunk"), groups, ranks, among=among)
+
+
 def named_parameters_at(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
     """Collect the trainable parameters of the named submodules.
 

@@ -1,18 +1,19 @@
-"""The losses of one micro-batch, as the gradient engines read them, and what they measured."""
+"""One micro-batch's losses are brought into the form that the gradient engines read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_mtl.distributed import Ranks
+from lightning_mtl.gradients.inner_products import Measured, Wanted
 from lightning_mtl.gradients.split import Split
 
-Wanted = Literal["nothing", "norms", "gramian", "rows"]
+KnownGradients = Callable[[Tensor], Sequence[Tensor]]
 
 
 @dataclass
@@ -26,29 +27,25 @@ class MicroBatch:
             runs in the final backward pass.
         split: The trunk's outputs, where they were remembered.
         absent: The tasks that this rank lacks.
-        seeds: ``[K]``, what each loss's gradient is multiplied by: the rank's share; None for all ones.
+        starts: What each loss's backward pass starts with, to measure: its share of the mean over the ranks, times a
+            gradient scaler's factor; None for 1.
+        shares: ``[K]``, the shares alone; None for all ones.
         scale: A gradient scaler's factor, put on while gradients are taken and off again before anyone sees them.
         ranks: The processes that train together.
+        unseen: Whether this graph is to be looked at for what cannot be differentiated task by task: the fit's first
+            graph is, for a walk takes a microsecond a node, and what a later graph brings is refused by torch itself.
     """
 
     names: Sequence[str]
     losses: list[Tensor]
     penalty: Tensor | None
     split: Split
+    starts: Sequence[Tensor | None]
     absent: Sequence[str] = ()
-    seeds: Tensor | None = None
+    shares: Tensor | None = None
     scale: Tensor | None = None
     ranks: Ranks = field(default_factory=Ranks.alone)
-
-    def __post_init__(self) -> None:
-        self._seeds = self._scaled_seeds()
-
-    def _scaled_seeds(self) -> list[Tensor | None]:
-        if not self.losses or (self.seeds is None and self.scale is None):
-            return [None] * len(self.losses)
-        seeds = torch.ones(len(self.losses), device=self.losses[0].device) if self.seeds is None else self.seeds
-        scaled = seeds if self.scale is None else seeds * self.scale
-        return [seed.to(loss.dtype) for seed, loss in zip(scaled.unbind(), self.losses, strict=True)]
+    unseen: bool = True
 
     @property
     def with_graph(self) -> list[int]:
@@ -60,29 +57,50 @@ class MicroBatch:
         loss = self.losses[index]
         if not inputs or not loss.requires_grad:
             return [None] * len(inputs)
-        return torch.autograd.grad(loss, inputs, self._seeds[index], retain_graph=retain_graph, allow_unused=True)
+        return torch.autograd.grad(loss, inputs, self.starts[index], retain_graph=retain_graph, allow_unused=True)
 
     def all_gradients(self, inputs: Sequence[Any], *, retain_graph: bool) -> Sequence[Tensor | None]:
         """The gradients of the sum of all losses with a graph, scaled."""
         losses = [self.losses[index] for index in self.with_graph]
         if not inputs or not losses:
             return [None] * len(inputs)
-        seeds = [self._seeds[index] for index in self.with_graph]
+        seeds = [self.starts[index] for index in self.with_graph]
         return torch.autograd.grad(losses, inputs, seeds, retain_graph=retain_graph, allow_unused=True)
 
     def backward(self, index: int) -> None:
         """Add one task's gradients, scaled, to those of the leaves; the graph is kept."""
         if self.losses[index].requires_grad:
-            torch.autograd.backward(self.losses[index], self._seeds[index], retain_graph=True)
+            torch.autograd.backward(self.losses[index], self.starts[index], retain_graph=True)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Σ w_k L_k with this rank's shares, unscaled: the loss of plain training with these weights."""
-        weights = weights if self.seeds is None else weights * self.seeds
+        weights = weights if self.shares is None else weights * self.shares
         return (stack_losses(self.losses, weights.device) * weights).sum()
+
+    def measure(self, wanted: Wanted, layer: Sequence[Tensor] | None = None) -> Measured:
+        """Measure nothing: losses alone are weighed here, with no gradient of a task's own."""
+        del wanted, layer
+        return Measured()
+
+    def surrogate_loss(
+        self, weights: Tensor, head_weights: Tensor | None = None, directions: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """The weighted sum itself: its ordinary backward pass is the step."""
+        del head_weights, directions  # a weighting that has some is given another engine
+        return self.with_penalty(self.weighted_sum(weights))
 
     def with_penalty(self, loss: Tensor) -> Tensor:
         """Add the penalty to a loss."""
         return loss if self.penalty is None else loss + self.penalty
+
+
+def starts_of(losses: Sequence[Tensor], shares: Tensor | None, scale: Tensor | None) -> list[Tensor | None]:
+    """What each loss's backward pass starts with."""
+    if not losses or (shares is None and scale is None):
+        return [None] * len(losses)
+    starts = torch.ones(len(losses), device=losses[0].device) if shares is None else shares
+    starts = starts if scale is None else starts * scale
+    return [start.to(loss.dtype) for start, loss in zip(starts.unbind(), losses, strict=True)]
 
 
 def unscaled(outer: Tensor, scale: Tensor | None) -> Tensor:
@@ -100,55 +118,37 @@ def stack_losses(losses: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.stack([loss if loss.dtype == dtype else loss.to(dtype) for loss in losses])
 
 
-@dataclass
-class Measured:
-    """What was measured of the tasks' gradients, over all ranks.
+class _Surrogate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: KnownGradients, *inputs: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.gradients = gradients
+        return value.detach().clone()
 
-    Attributes:
-        gramian: ``[K, K]``, float64, on the CPU.
-        norms: ``[K]``.
-        rows: ``[K, n]`` matrices whose columns together make up the gradients.
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        gradients, ctx.gradients = ctx.gradients, None  # a second reference would make autograd copy them
+        # Autograd may call from a thread of its own, in which the caller's autocast is still on.
+        with torch.autocast(outer[0].device.type, enabled=False):
+            return (None, None, *gradients(outer[0]))
+
+
+def surrogate(value: Tensor, inputs: Sequence[Tensor], gradients: KnownGradients) -> Tensor:
+    """Build a scalar that equals ``value`` and whose gradient with respect to ``inputs`` is already known.
+
+    One ordinary backward pass through the result does the whole update: hooks fire once, a gradient scaler's factor
+    arrives as the argument of ``gradients``, and what lies behind ``inputs`` is differentiated as usual.
+
+    Args:
+        value: The scalar to report, its graph ignored.
+        inputs: Tensors that need gradients, ``n`` of them.
+        gradients: Called once in the backward pass with the incoming scalar gradient; returns the ``n`` gradients,
+            already multiplied by it.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> surrogate(torch.tensor(5.0), [x], lambda outer: [outer * torch.tensor([1.0, 3.0])]).backward()
+        >>> x.grad
+        tensor([1., 3.])
     """
-
-    gramian: Tensor | None = None
-    norms: Tensor | None = None
-    rows: Sequence[Tensor] = ()
-
-    @classmethod
-    def of_products(cls, products: Tensor, scale: Tensor | None, *, norms_only: bool = False) -> Measured:
-        """A Gramian and the norms on its diagonal, a scaler's factor taken off."""
-        if scale is not None:
-            products = products / scale.detach().cpu().double().square()
-        norms = products.diagonal().sqrt()
-        return cls(norms=norms) if norms_only else cls(gramian=products, norms=norms)
-
-    @classmethod
-    def of_norms(cls, norms: Tensor, scale: Tensor | None, rows: Sequence[Tensor] = ()) -> Measured:
-        """Norms alone, a scaler's factor taken off, and the rows where they are asked for."""
-        return cls(norms=norms if scale is None else norms / scale, rows=rows)
-
-
-def weighted_sums(per_task: Sequence[dict[Tensor, Tensor]], factors: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-    """Sum the tasks' gradients of each parameter, each times its task's factor."""
-    total: dict[Tensor, Tensor] = {}
-    for factor, gradients in zip(factors, per_task, strict=True):
-        if gradients:
-            add_gradients(total, dict(zip(gradients, _scaled(list(gradients.values()), factor), strict=True)))
-    return total
-
-
-def _scaled(gradients: list[Tensor], factor: Tensor) -> Sequence[Tensor]:
-    if all(gradient.layout is torch.strided for gradient in gradients):
-        return torch._foreach_mul(gradients, factor)
-    return [gradient * factor for gradient in gradients]
-
-
-def by_parameter(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> dict[Tensor, Tensor]:
-    """The gradients that there are."""
-    return {p: gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-
-
-def add_gradients(total: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> None:
-    """Add gradients to what each parameter has."""
-    for parameter, gradient in gradients.items():
-        total[parameter] = total[parameter] + gradient if parameter in total else gradient
+    result: Tensor = _Surrogate.apply(value, gradients, *inputs)  # type: ignore[no-untyped-call]
+    return result

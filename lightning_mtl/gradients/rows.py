@@ -108,6 +108,10 @@ class Rows:
         """The positions of the parameters that some row's task uses."""
         return sorted(self._used)
 
+    def used_parameters(self) -> list[Tensor]:
+        """The parameters that some row's task uses."""
+        return [self.parameters[i] for i in sorted(self._used)]
+
     def use(self, positions: Iterable[int]) -> None:
         """Count these parameters as used, as where another rank's tasks use them."""
         self._used.update(positions)
@@ -192,3 +196,34 @@ def _rows_of(dense: Tensor, touched: Tensor) -> Tensor:
     """The same gradient, sparse again: SparseAdam, for one, takes no other."""
     index = touched.nonzero().T
     return torch.sparse_coo_tensor(index, dense[index[0]], dense.shape, is_coalesced=True)
+
+
+def weighted_sums(per_task: Sequence[dict[Tensor, Tensor]], factors: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """Sum the tasks' gradients of each parameter, each times its task's factor."""
+    total: dict[Tensor, Tensor] = {}
+    for factor, gradients in zip(factors, per_task, strict=True):
+        if gradients:
+            add_gradients(total, dict(zip(gradients, _scaled(list(gradients.values()), factor), strict=True)))
+    return total
+
+
+def _scaled(gradients: list[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    if all(gradient.layout is torch.strided for gradient in gradients):
+        return torch._foreach_mul(gradients, factor)
+    return [gradient * factor for gradient in gradients]
+
+
+def by_parameter(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> dict[Tensor, Tensor]:
+    """The gradients that there are."""
+    return {p: gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+
+
+def add_gradients(total: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) -> None:
+    """Add gradients to what each parameter has."""
+    for parameter, gradient in gradients.items():
+        total[parameter] = total[parameter] + gradient if parameter in total else gradient
+
+
+def in_order(gradients: dict[Tensor, Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """One gradient for each parameter, zero where there is none."""
+    return [gradients[p] if p in gradients else torch.zeros_like(p) for p in parameters]

@@ -9,10 +9,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_mtl.gradients.features import FeatureGradients
 from lightning_mtl.gradients.graph import check_repeatable
-from lightning_mtl.gradients.inner_products import gramian
-from lightning_mtl.gradients.micro_batch import Measured, MicroBatch, Wanted, weighted_sums
-from lightning_mtl.gradients.rows import Rows
-from lightning_mtl.gradients.surrogate import surrogate
+from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian
+from lightning_mtl.gradients.micro_batch import MicroBatch, surrogate
+from lightning_mtl.gradients.rows import Rows, weighted_sums
 
 
 class ShardedFeatureGradients(FeatureGradients):
@@ -57,7 +56,8 @@ class ShardedTrunkGradients:
         """Differentiate the step's one micro-batch."""
         del last  # always: accumulation is refused at setup
         self._batch = batch
-        check_repeatable([loss for loss in batch.losses if loss.requires_grad])
+        if batch.unseen:
+            check_repeatable([loss for loss in batch.losses if loss.requires_grad])
         for index in range(len(batch.names)):
             batch.backward(index)
             self.rows.add(index, [None if p.grad is None else _local(p.grad) for p in self.shared])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -58,6 +59,10 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks) or tensor.retains_grad
 
 
+hooks_of = operator.attrgetter("_backward_hooks")
+"""What acts on a tensor's gradient; a function of C, so that a step without hooks pays next to nothing for asking."""
+
+
 @contextmanager
 def parameter_hooks_off(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Keep gradient hooks of parameters for the one backward pass that makes the final gradient.
@@ -76,15 +81,9 @@ def parameter_hooks_off(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 # Made once: making it takes five times as long as entering it.
-_WITHOUT_DONATION: AbstractContextManager[None] = config.patch(donated_buffer=False)
-
-
-def keeping_buffers() -> AbstractContextManager[None]:
-    """Have what is compiled inside the block keep, in a backward pass, what another pass will need.
-
-    By default the first pass through a compiled part writes over the activations.
-    """
-    return _WITHOUT_DONATION
+KEEPING_BUFFERS: AbstractContextManager[None] = config.patch(donated_buffer=False)
+"""Has what is compiled inside the block keep, in a backward pass, what another pass will need; by default the first
+pass through a compiled part writes over its activations."""
 
 
 def is_python_function(node: object) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +12,10 @@ from torch import Tensor
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.feature_measurement import check_outputs_read, feature_blocks, outputs_read
 from lightning_mtl.gradients.graph import above_split, check_nothing_hidden, check_repeatable, reached_leaves
-from lightning_mtl.gradients.inner_products import gramian, row_norms
-from lightning_mtl.gradients.micro_batch import (
-    Measured,
-    MicroBatch,
-    Wanted,
-    add_gradients,
-    by_parameter,
-    unscaled,
-    weighted_sums,
-)
-from lightning_mtl.gradients.rows import Rows, as_real
-from lightning_mtl.gradients.split import Split
-from lightning_mtl.gradients.surrogate import surrogate
-from lightning_mtl.gradients.torch_internals import parameter_hooks_off
+from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian, row_norms
+from lightning_mtl.gradients.micro_batch import MicroBatch, surrogate
+from lightning_mtl.gradients.rows import Rows, add_gradients, as_real, by_parameter, in_order, weighted_sums
+from lightning_mtl.gradients.torch_internals import hooks_of, parameter_hooks_off
 
 
 class TrunkGradients:
@@ -64,36 +55,44 @@ class TrunkGradients:
         self._penalty: dict[Tensor, Tensor] = {}  # of micro-batches before the last
         self._products = torch.zeros(len(tasks), len(tasks), dtype=torch.float64) if features else None
         self._losses = torch.zeros(0)
-        self._batch: MicroBatch | None = None  # the last one
+        # Of the newest micro-batch: its tasks, the penalty that its backward pass is left with, a scaler's factor.
+        self._newest: Sequence[str] = ()
+        self._open_penalty: Tensor | None = None
+        self._scale: Tensor | None = None
+        self.present: list[str] = []
+        """The tasks seen in the step on any rank, in the module's order."""
         self.reached: set[Tensor] | None = None
         """The parameters that any rank's losses and penalties reach, where several ranks train."""
 
-    @property
-    def present(self) -> list[str]:
-        """The tasks seen in the step on any rank, in the module's order."""
-        return [task for task in self._tasks if task in self._slots]
-
     def add(self, batch: MicroBatch, *, last: bool) -> None:
         """Differentiate one micro-batch; in the last one, each row travels while the next is computed."""
-        self._batch = batch
+        self._newest, self._open_penalty, self._scale = batch.names, batch.penalty, batch.scale
         parameters = [*self.shared, *self.others]
         above = [] if self._products is None else [above_split(loss, batch.split.stops) for loss in batch.losses]
-        read = outputs_read(batch, above)
+        read = outputs_read(batch, above) if above else []
         if self._products is not None and not read:
             check_outputs_read([leaf for one in above for leaf in one.leaves], self.shared)
         edges = [output.edge for output in read]
-        graphs = batch.with_graph
-        check_repeatable([loss for loss in batch.losses if loss.requires_grad])
+        inputs: list[Any] = [*parameters, *edges]
+        graphs = [index for index, loss in enumerate(batch.losses) if loss.requires_grad]
+        if batch.unseen:
+            check_repeatable([loss for loss in batch.losses if loss.requires_grad])
+        slots = [self._slot(task) for task in batch.names]
         cotangents: list[Sequence[Tensor | None]] = []
-        with parameter_hooks_off(parameters):
-            for index, task in enumerate(batch.names):
-                # The penalty's graph may be a part of the losses', and runs in the final backward pass.
-                retain = batch.penalty is not None or index != graphs[-1] if graphs else False
-                found = batch.gradients(index, [*parameters, *edges], retain_graph=retain)
-                self._add_task(task, found[: len(parameters)])
+        with parameter_hooks_off(parameters) if any(map(hooks_of, parameters)) else nullcontext():
+            for index, (slot, loss) in enumerate(zip(slots, batch.losses, strict=True)):
+                found: Sequence[Tensor | None] = [None] * len(inputs)
+                if loss.requires_grad:
+                    # The penalty's graph may be a part of the losses', and runs in the final backward pass.
+                    retain = batch.penalty is not None or index != graphs[-1]
+                    found = torch.autograd.grad(
+                        loss, inputs, batch.starts[index], retain_graph=retain, allow_unused=True
+                    )
+                self.rows.add(slot, found[: len(self.shared)])
+                add_gradients(self._own[slot], by_parameter(self.others, found[len(self.shared) : len(parameters)]))
                 cotangents.append(found[len(parameters) :])
                 if last and self.ranks.size > 1:
-                    self.rows.begin_sum(self._slots[task], self.ranks)
+                    self.rows.begin_sum(slot, self.ranks)
             if not last and batch.penalty is not None and batch.penalty.requires_grad:
                 seed = None if batch.scale is None else batch.scale.to(batch.penalty.dtype)
                 own = torch.autograd.grad(batch.penalty, parameters, seed, allow_unused=True)
@@ -102,16 +101,14 @@ class TrunkGradients:
             check_nothing_hidden(batch.losses)
         if self._products is not None and edges:
             self._add_products(batch, feature_blocks(read, cotangents))
-        if last:  # what is left to differentiate is the penalty: the losses' graphs need not outlive this step
-            self._batch = replace(batch, losses=[loss.detach() for loss in batch.losses], split=Split())
 
-    def _add_task(self, task: str, gradients: Sequence[Tensor | None]) -> None:
+    def _slot(self, task: str) -> int:
+        """The row of a task; rows are given in the order in which tasks first come."""
         if task not in self._slots:
-            self._slots[task] = len(self._slots)
+            self._slots[task] = len(self._own)
             self._own.append({})
-        slot = self._slots[task]
-        self.rows.add(slot, gradients[: len(self.shared)])
-        add_gradients(self._own[slot], by_parameter(self.others, gradients[len(self.shared) :]))
+            self.present = [task for task in self._tasks if task in self._slots]
+        return self._slots[task]
 
     def _add_products(self, batch: MicroBatch, blocks: Sequence[Tensor]) -> None:
         """Add the Gramian of one micro-batch's features: those of different samples are orthogonal to each other."""
@@ -130,7 +127,7 @@ class TrunkGradients:
         self._losses = losses
         if self.ranks.size > 1:
             for task in self.present:
-                if self._batch is None or task not in self._batch.names:
+                if task not in self._newest:
                     self.rows.begin_sum(self._slots[task], self.ranks)
             self.rows.end_sums()
             self._agree_on_reached()
@@ -148,8 +145,8 @@ class TrunkGradients:
     def _agree_on_reached(self) -> None:
         parameters = [*self.shared, *self.others]
         reached = {self.shared[i] for i in self.rows.used}.union(self._penalty, *self._own)
-        if self._batch is not None and self._batch.penalty is not None:
-            reached.update(reached_leaves([self._batch.penalty]))
+        if self._open_penalty is not None:
+            reached.update(reached_leaves([self._open_penalty]))
         flags = torch.tensor([float(p in reached) for p in parameters], device=parameters[0].device)
         flags = self.ranks.sum(flags)
         self.reached = {p for p, flag in zip(parameters, flags.tolist(), strict=True) if flag}
@@ -157,7 +154,7 @@ class TrunkGradients:
 
     def measure(self, wanted: Wanted, layer: Sequence[Tensor] | None = None) -> Measured:
         """Measure at all shared parameters, at the trunk's outputs, or at the parameters of ``layer``."""
-        scale = None if self._batch is None else self._batch.scale
+        scale = self._scale
         if wanted == "nothing" or not self.present:
             return Measured()
         slots = [self._slots[task] for task in self.present]
@@ -200,14 +197,13 @@ class TrunkGradients:
         v = weights if head_weights is None else head_weights
         slots = [self._slots[task] for task in self.present]
         own = [self._own[slot] for slot in slots]
-        scale = None if self._batch is None else self._batch.scale
-        used = [self.shared[i] for i in self.rows.used]
-        parameters = list(dict.fromkeys([*used, *(p for one in own for p in one), *self._penalty]))
+        scale, others = self._scale, [p for one in (*own, self._penalty) for p in one]
+        parameters = list(dict.fromkeys([*self.rows.used_parameters(), *others]))
         if self.ranks.size > 1:  # a rank's backward pass has to reach what another's reaches
             parameters = [*self.shared, *self.others]
 
         def gradients(scaled: Tensor) -> list[Tensor]:
-            outer = unscaled(scaled, scale)
+            outer = scaled if scale is None else scaled / scale
             if directions is not None:
                 pieces = self.rows.split([direction * outer for direction in directions])
             elif slots:
@@ -216,13 +212,13 @@ class TrunkGradients:
                 pieces = self.rows.combine(in_slots)
             else:
                 pieces = [None] * len(self.shared)
-            total = {p: piece for p, piece in zip(self.shared, pieces, strict=True) if piece is not None}
+            total = by_parameter(self.shared, pieces)
             # The final backward pass averages over the ranks: that leaves the rows, which are the same on all, as they
             # are, and makes a sum of what is this rank's share only after this factor.
             add_gradients(total, weighted_sums(own, (v * (outer * self.ranks.size)).unbind()))
             add_gradients(total, weighted_sums([self._penalty], [outer]))
-            return [total[p] if p in total else torch.zeros_like(p) for p in parameters]
+            return in_order(total, parameters)
 
         loss = surrogate((self._losses * weights).sum(), parameters, gradients)
-        batch, self._batch = self._batch, None  # the penalty's graph need not outlive the backward pass
-        return loss if batch is None else batch.with_penalty(loss)
+        penalty, self._open_penalty = self._open_penalty, None  # its graph need not outlive the backward pass
+        return loss if penalty is None else loss + penalty

@@ -5,26 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.task.module import Depth, TaskModule
 
 Rate = float | Tensor
 
 
-class Depth(NamedTuple):
-    """Names parameters with a learning rate of their own: ``factor`` times that of the part they belong to."""
-
-    name: str
-    parameters: frozenset[nn.Parameter]
-    factor: float
-
-
-def own_parameters(module: MultiTaskModule) -> dict[str, list[nn.Parameter]]:
+def own_parameters(module: TaskModule) -> dict[str, list[nn.Parameter]]:
     """Return each head's own parameters: those that neither the shared part nor another head has."""
     shared = {*module.trunk.parameters(), *module.shared_parameters()}
     heads = {task: list(module.heads[task].parameters()) for task in module.tasks}
@@ -33,7 +24,7 @@ def own_parameters(module: MultiTaskModule) -> dict[str, list[nn.Parameter]]:
 
 
 def parameter_groups(
-    module: MultiTaskModule,
+    module: TaskModule,
     lr: Rate | None,
     *,
     trunk_lr: Rate | None,
@@ -94,7 +85,7 @@ def apply_lr_factors(optimizer: torch.optim.Optimizer) -> None:
             group["lr"] = group["lr"] * factor
 
 
-def groups_of_heads(module: MultiTaskModule, optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
+def groups_of_heads(module: TaskModule, optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
     """Find the indices of each head's groups in the optimizer; a head that is not in it, a frozen one, has none.
 
     Raises:

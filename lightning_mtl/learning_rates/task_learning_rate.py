@@ -249,3 +249,9 @@ class TaskLearningRate(TaskState):
             factor.load_state_dict(state)
         super().load_state_dict(state_dict)
         self._step = None
+
+
+def task_rates_of(trainer: pl.Trainer) -> TaskLearningRate | None:
+    """Return the callback for tasks' learning rates among a Trainer's callbacks, if there is one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, TaskLearningRate)), None)

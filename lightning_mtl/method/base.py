@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.method.search_space import SearchSpace
-from lightning_mtl.method.signals import Signals
+from lightning_mtl.method.signals import Decision, Signals
 from lightning_mtl.method.task_state import TaskState
 
 Measure = Literal["losses", "norms", "gramian", "rows"]
@@ -164,7 +165,7 @@ class Weighting(TaskState, ABC):
             held = self.held_weights[list(present)].to(like)
             known = ~held.isnan()
             return self.with_importance(torch.where(known, self._with_total(held), torch.ones_like(held)), signals)
-        with self.only(present):
+        with self._cut_to(present):
             weights = self.weigh(signals)
         if weights.shape != like.shape:
             raise ValueError(
@@ -173,15 +174,39 @@ class Weighting(TaskState, ABC):
             )
         weights = weights.detach().to(like)
         self._newest = (list(present), weights)
-        return self.with_importance(self._with_total(weights), signals)
+        if self.total is not None:
+            weights = self._with_total(weights)
+        return self.with_importance(weights, signals) if self.importance else weights
 
-    def current_head_weights(self, step: int, present: Sequence[int], like: Tensor) -> Tensor | None:
-        """What scales the heads in this step, ``[K]`` as ``like``, where a method has numbers of their own for them."""
-        if step < self.start_step:
-            return None
-        with self.only(present):
-            weights = self.head_weights()
-        return None if weights is None else weights.detach().to(like)
+    def decide(
+        self, signals: Signals, present: Sequence[int], *, measured: bool, rows: Sequence[Tensor] = ()
+    ) -> Decision:
+        """Weigh one optimizer step: what the training step asks, once.
+
+        Args:
+            signals: The step's measurements.
+            present: The present tasks as indices into :attr:`tasks`.
+            measured: Whether the step measured what the method needs.
+            rows: The gradients, ``[K, n]`` matrices whose columns together make them up, where they were asked for.
+        """
+        del rows  # an aggregator's
+        weights = self.current_weights(signals, present, measured=measured)
+        if type(self).head_weights is not Weighting.head_weights:
+            return self.with_heads(weights, signals.step, present)
+        return Decision(weights, None if self.weighs_heads else torch.ones_like(weights))
+
+    def with_heads(self, weights: Tensor, step: int, present: Sequence[int]) -> Decision:
+        """Add to the weights of a step what scales the gradients of the tasks' own heads in it."""
+        own = None
+        if step >= self.start_step:
+            with self._cut_to(present):
+                own = self.head_weights()
+        if own is None:
+            return Decision(weights, None if self.weighs_heads else torch.ones_like(weights))
+        return Decision(weights, own.detach().to(weights))
+
+    def _cut_to(self, present: Sequence[int]) -> AbstractContextManager[None]:
+        return nullcontext() if len(present) == len(self.tasks) else self.only(present)
 
     def observe(self, signals: Signals, present: Sequence[int]) -> None:
         """Let the method update its state for the present tasks, after a step that was not skipped."""
@@ -258,12 +283,22 @@ class Aggregator(Weighting):
         """Say that there are no weights."""
         raise TypeError(f"{type(self).__name__} is no weighted sum of gradients; call combine(signals, rows).")
 
-    def direction(self, signals: Signals, present: Sequence[int], rows: Tensor) -> Tensor:
-        """The direction for the present tasks, importance multiplied into their rows."""
+    def decide(
+        self, signals: Signals, present: Sequence[int], *, measured: bool, rows: Sequence[Tensor] = ()
+    ) -> Decision:
+        """Combine the rows, which may lie in several matrices, as if they were one."""
+        if not rows:  # before the first step
+            return super().decide(signals, present, measured=measured)
+        ones, widest = torch.ones_like(signals.losses), rows[0].dtype
+        for block in rows[1:]:
+            widest = torch.promote_types(widest, block.dtype)
+        whole = rows[0] if len(rows) == 1 else torch.cat([block.to(widest) for block in rows], dim=1)
         if self.importance:
-            rows = rows * self.with_importance(rows.new_ones(rows.shape[0]), signals)[:, None]
-        with self.only(present):
-            return self.combine(signals, rows).detach()
+            whole = whole * self.with_importance(whole.new_ones(len(whole)), signals)[:, None]
+        with self._cut_to(present):
+            direction = self.combine(signals, whole).detach()
+        parts = direction.split([block.shape[1] for block in rows])
+        return Decision(ones, ones, [part.to(block.dtype) for part, block in zip(parts, rows, strict=True)])
 
 
 def weighting_of(trainer: pl.Trainer) -> Weighting | None:

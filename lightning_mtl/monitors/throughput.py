@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -15,49 +15,46 @@ from lightning_mtl.monitors.base import Monitor, guarding
 if TYPE_CHECKING:
     from lightning_mtl.training.module import SteppedModule
 
-_UNHEARD: AbstractContextManager[None] = nullcontext()
-
 
 class Phases:
     """Splits time into named phases; a phase inside another is not counted for the outer one.
 
-    While nobody listens a phase costs a method call. While somebody does, a CUDA device is waited for at each change of
-    phase, since its work would otherwise count where the processor happens to wait for it.
+    While nobody listens a phase costs an empty context. While somebody does, a CUDA device is waited for at each change
+    of phase, since its work would otherwise count where the processor happens to wait for it.
 
     Example:
         >>> phases = Phases()
         >>> phases.listen(torch.device("cpu"))
-        >>> with phases("outer"), phases("inner"):
+        >>> with phases.during("outer"), phases.during("inner"):
         ...     pass
         >>> sorted(phases.stop())
         ['inner', 'outer', 'rest']
     """
 
     def __init__(self) -> None:
+        self.listening = False
+        """Whether phases are being measured."""
+        self.during: Callable[[str], AbstractContextManager[object]] = nullcontext
+        """Counts the block that follows for the phase that it is called with."""
         self._device: torch.device | None = None
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = 0.0
 
-    @property
-    def listening(self) -> bool:
-        """Return whether phases are being measured."""
-        return self._device is not None
-
-    def __call__(self, name: str) -> AbstractContextManager[None]:
-        """Count the block that follows for this phase."""
-        return _UNHEARD if self._device is None else self._counted(name)
+    def waiting(self, name: str) -> AbstractContextManager[object]:
+        """Call :attr:`during`, which changes with each :meth:`listen`, for callers that keep one function."""
+        return self.during(name)
 
     def listen(self, device: torch.device) -> None:
         """Start to measure from zero."""
-        self._device = device
+        self._device, self.listening, self.during = device, True, self._counted
         self._seconds, self._open = {}, ["rest"]
         self._since = self._now()
 
     def stop(self) -> dict[str, float]:
         """Stop measuring, and return the seconds of each phase and of the rest since :meth:`listen`."""
         self._settle()
-        self._device = None
+        self._device, self.listening, self.during = None, False, nullcontext
         return self._seconds
 
     @contextmanager

@@ -5,9 +5,30 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mtl.task.task import TaskOutput
+
+
+def call_trunk_with(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401 - whatever the trunk takes
+    """Turn a batch's inputs into call arguments: a mapping becomes keywords, a tuple or list becomes positions.
+
+    Example:
+        >>> call_trunk_with({"ids": 1})
+        ((), {'ids': 1})
+        >>> call_trunk_with((1, 2))
+        ((1, 2), {})
+    """
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def takes_tasks(trunk: nn.Module) -> bool:
+    """Whether the trunk is a :class:`PerTask`."""
+    return bool(getattr(trunk, "takes_tasks", False))
 
 
 def is_joint(batch: Any, tasks: Collection[str]) -> bool:  # noqa: ANN401 - anything a loader may yield

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lightning_mtl.gradients.micro_batch import MicroBatch
+from lightning_mtl.method.base import Weighting, weighting_of
+from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import Task, check_task_name
-
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
-
-    from lightning_mtl.method.base import Weighting
-    from lightning_mtl.module import MultiTaskModule
 
 REFUSED_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy)
 
@@ -67,7 +65,7 @@ def _check_step_arguments(accumulate_grad_batches: object, clip_val: float | Non
         raise ValueError(f"gradient_clip_algorithm={clip_algorithm!r} must be 'norm' or 'value'.")
 
 
-def check_inputs_differ(module: MultiTaskModule) -> None:
+def check_inputs_differ(module: TaskModule) -> None:
     """Refuse, in a training step whose tasks have inputs of their own, to compare their gradients at the features.
 
     Raises:
@@ -75,7 +73,7 @@ def check_inputs_differ(module: MultiTaskModule) -> None:
     """
     if module._trainer is None or not module.trainer.training:
         return
-    weighting = module.weighting()
+    weighting = weighting_of(module.trainer)
     if weighting is None or weighting.measures == "losses" or weighting.at != "features":
         return
     name = type(weighting).__name__
@@ -87,9 +85,9 @@ def check_inputs_differ(module: MultiTaskModule) -> None:
     )
 
 
-def check_trainer(module: MultiTaskModule, trainer: pl.Trainer) -> None:
+def check_trainer(module: TaskModule, trainer: pl.Trainer) -> None:
     """Refuse, before training begins, what the module and the Trainer cannot do together."""
-    weighting = module.weighting()
+    weighting = weighting_of(module.trainer)
     if module.automatic_optimization:
         for name, unset in (("accumulate_grad_batches", 1), ("gradient_clip_val", None)):
             if getattr(module, name) != unset:
@@ -128,7 +126,7 @@ def collects_shards(weighting: Weighting | None, size: int) -> ValueError:
     )
 
 
-def check_model(module: MultiTaskModule, trainer: pl.Trainer) -> None:
+def check_model(module: TaskModule, trainer: pl.Trainer) -> None:
     """Refuse, once the model is configured, parameters that no rank would average."""
     if not isinstance(trainer.strategy, ModelParallelStrategy):
         return
@@ -138,7 +136,7 @@ def check_model(module: MultiTaskModule, trainer: pl.Trainer) -> None:
             f"ModelParallelStrategy averages the gradients of sharded parameters only, which {unsharded[0]!r} and "
             f"{len(unsharded) - 1} more are not; call fully_shard on the trunk and on each head in configure_model."
         )
-    weighting = module.weighting()
+    weighting = weighting_of(module.trainer)
     if weighting is None or weighting.measures == "losses" or weighting.at != "features" or weighting.weighs_heads:
         return
     shared = set(module.shared_parameters())
@@ -150,7 +148,7 @@ def check_model(module: MultiTaskModule, trainer: pl.Trainer) -> None:
         )
 
 
-def _check_sharded(module: MultiTaskModule, trainer: pl.Trainer) -> None:
+def _check_sharded(module: TaskModule, trainer: pl.Trainer) -> None:
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise ValueError("A gradient scaler does not know sharded gradients; use precision='bf16-mixed' or '32-true'.")
     strategy = trainer.strategy
@@ -164,7 +162,7 @@ def _check_sharded(module: MultiTaskModule, trainer: pl.Trainer) -> None:
             "see the same data; tasks are balanced over data-parallel ranks. Use ModelParallelStrategy("
             f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
         )
-    weighting = module.weighting()
+    weighting = weighting_of(module.trainer)
     if weighting is None:
         return
     name, at, size = type(weighting).__name__, weighting.at, module.micro_batches_a_step
@@ -179,3 +177,41 @@ def _check_sharded(module: MultiTaskModule, trainer: pl.Trainer) -> None:
         )
     if at == "trunk" and weighting.measures == "rows":
         raise ValueError(f"{name} needs whole gradients, of which a sharded model has parts; use at='features'.")
+
+
+def check_split(module: TaskModule, batch: MicroBatch, weighting: Weighting | None) -> None:
+    """Refuse a step whose trunk showed no output to measure gradients at.
+
+    Named modules need none: their gradients are those of the losses.
+    """
+    if weighting is None or weighting.at not in ("features", "last_layer") or set(batch.names) <= set(batch.absent):
+        return
+    at = weighting.at
+    called = f"{type(weighting).__name__}(at={at!r})"
+    if isinstance(module.trunk, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{called} has to see what the trunk returns, and a script takes no hook and shows no layers. Measure at "
+            "'trunk', or put the script into a module of your own."
+        )
+    if at == "last_layer":
+        return
+    if not batch.split.calls:
+        raise ValueError(
+            f"{called} measures gradients at the trunk's output, but the trunk was not called in this step; call "
+            "self(inputs) or self.trunk(inputs) in task_losses, not one of the trunk's parts or its forward(). At "
+            "'trunk' gradients of the shared parameters are measured, whatever is called."
+        )
+    if not batch.split.outputs:
+        raise ValueError(
+            f"{called} measures gradients at the trunk's output, but nothing the trunk returned requires a gradient; "
+            "unfreeze some of it, or weigh by the losses alone. An object of a class of the trunk's own cannot be "
+            "looked into: return tensors, or mappings, sequences or dataclasses of them, or measure at 'trunk'."
+        )
+
+
+def no_shared_parameters(weighting: Weighting | None) -> ValueError:
+    """The refusal of a step in which there is nothing to balance."""
+    return ValueError(
+        f"{type(weighting).__name__}(at='trunk') measures gradients of the shared parameters, but none of "
+        "them can be trained; unfreeze some, override shared_parameters(), or weigh by the losses alone."
+    )

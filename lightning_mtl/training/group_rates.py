@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_mtl.gradients.inner_products import values_of_gradients
 from lightning_mtl.learning_rates.parameter_groups import Rate, groups_of_heads, own_parameters
-
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.task.module import TaskModule
+from lightning_mtl.training.update import values_of_gradients
 
 
 class GroupRates:
@@ -26,7 +24,7 @@ class GroupRates:
         self._places: dict[str, list[int]] = {}
         self._num_groups = 0
 
-    def check(self, module: MultiTaskModule, optimizer: torch.optim.Optimizer, *, shares_trunk: bool) -> None:
+    def check(self, module: TaskModule, optimizer: torch.optim.Optimizer, *, shares_trunk: bool) -> None:
         """Refuse an optimizer in which a head's learning rate is not its own.
 
         Raises:
@@ -40,7 +38,7 @@ class GroupRates:
                 "each a head of its own, or scale the tasks' shares of the trunk's update, too, by shares_trunk=True."
             )
 
-    def places(self, module: MultiTaskModule, optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
+    def places(self, module: TaskModule, optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
         """Where each head's groups stand; looked up again where a callback has added some, as to unfreeze a part."""
         if len(optimizer.param_groups) != self._num_groups:
             self._places = groups_of_heads(module, optimizer)
@@ -48,7 +46,7 @@ class GroupRates:
         return self._places
 
     def choose(
-        self, module: MultiTaskModule, optimizer: torch.optim.Optimizer, multipliers: Sequence[float]
+        self, module: TaskModule, optimizer: torch.optim.Optimizer, multipliers: Sequence[float]
     ) -> tuple[list[str], Tensor]:
         """Decide what the next step scales.
 
@@ -91,7 +89,7 @@ class GroupRates:
         self._scaled = []
 
     def gradient_norms(
-        self, module: MultiTaskModule, optimizer: torch.optim.Optimizer, scale: Tensor | None = None
+        self, module: TaskModule, optimizer: torch.optim.Optimizer, scale: Tensor | None = None
     ) -> Tensor:
         """The norm of each head's gradient as it is now, ``[K]``; nan for a head without one.
 

@@ -3,48 +3,49 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MetricCollection
 
+from lightning_mtl.method.signals import Signals
 from lightning_mtl.metrics import delta_m
 from lightning_mtl.task import Task, TaskOutput
-from lightning_mtl.task.labels import number_of_samples
+from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.checks import check_model, check_trainer
-from lightning_mtl.training.label_counts import LabelCounts
+from lightning_mtl.training.losses import LabelCounts
 from lightning_mtl.training.schedulers import plateau_metrics, step_schedulers
-
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
-
-    from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.training.window import Window
 
 
 class LossMeans:
     """Mean losses of the tasks over a stage, as sums on the device: no transfer, no call a task."""
 
-    def __init__(self, num_tasks: int) -> None:
+    def __init__(self, tasks: Iterable[str]) -> None:
+        self._position = {task: index for index, task in enumerate(tasks)}
+        num_tasks = len(self._position)
         self.totals = torch.zeros(num_tasks, dtype=torch.float64)
         self.counts = torch.zeros(num_tasks, dtype=torch.float64)
 
-    def add(self, losses: Tensor, samples: Tensor | float, present: Sequence[int]) -> None:
-        """Count the losses of the present tasks, ``[K']``, as means over so many samples each."""
+    def add(self, losses: Tensor, samples: Tensor | float, names: Sequence[str]) -> None:
+        """Count the losses of the tasks with these names, in the module's order, as means over so many samples each."""
         if self.totals.device != losses.device:
             # MPS has no float64; the sums of an epoch fit float32 there.
             dtype = torch.float32 if losses.device.type == "mps" else torch.float64
             self.totals, self.counts = self.totals.to(losses.device, dtype), self.counts.to(losses.device, dtype)
-        if len(present) == len(self.totals):
+        if len(names) == len(self.totals):
             self.totals += losses * samples
             self.counts += samples
         else:
-            index = torch.tensor(present, device=losses.device)
+            index = torch.tensor([self._position[name] for name in names], device=losses.device)
             self.totals.index_add_(0, index, (losses * samples).to(self.totals))
             self.counts.index_add_(0, index, torch.ones_like(losses).mul(samples).to(self.totals))
 
@@ -56,53 +57,76 @@ class LossMeans:
         return [total / count if count else None for total, count in sums.T.tolist()]
 
 
-def sample_counts(outputs: Sequence[TaskOutput]) -> Tensor | float:
-    """How many samples each task's loss is a mean over, for the means of an epoch: one number if all agree."""
-    counts = [_count(output) for output in outputs]
-    if any(isinstance(count, Tensor) for count in counts):
-        device = next(output.loss.device for output in outputs)
-        return torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])
-    if len(set(counts)) == 1:
-        return float(counts[0])
-    return torch.tensor(counts, dtype=torch.float32, device=outputs[0].loss.device)
-
-
-def _count(output: TaskOutput) -> Tensor | float:
-    if output.num_samples is not None:
-        return output.num_samples if isinstance(output.num_samples, Tensor) else float(output.num_samples)
-    return float(number_of_samples(output.target))
-
-
 class Recorder(Callback):
     """Logs what every :class:`~lightning_mtl.MultiTaskModule` reports; the module brings it along, once a Trainer.
 
     It also keeps what only a callback can: the epoch's running means over an interruption, and the schedulers that wait
-    for a validation. ``scores`` holds, for each stage, what its last epoch gave each task that had samples.
+    for a validation. ``scores`` holds, for each stage, what its last epoch gave each task that had samples;
+    ``plateau_due`` the interval and the index for which schedulers that follow a metric are due once it is logged.
     """
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
         self.tasks = dict(tasks)
-        self.losses = {stage: LossMeans(len(tasks)) for stage in ("train", "val", "test")}
+        self.losses = {stage: LossMeans(tasks) for stage in ("train", "val", "test")}
         self.labels = LabelCounts(tasks)
         self.scores: dict[str, dict[str, dict[str, float]]] = {stage: {} for stage in self.losses}
-        self._vectors: Mapping[str, tuple[Sequence[str], Tensor]] = {}
-        self._single: Mapping[str, Tensor] = {}
-        self._unlogged = False
-        self._plateau_due: tuple[str, int] | None = None
+        self._vectors: dict[str, tuple[Sequence[str], Tensor]] = {}
+        self._penalties: Mapping[str, Tensor] = {}
+        self.unlogged = False
+        self.plateau_due: tuple[str, int] | None = None
         self._known_metrics: dict[str, Tensor] = {}
 
     # Steps
 
-    def record_step(self, vectors: Mapping[str, tuple[Sequence[str], Tensor]], single: Mapping[str, Tensor]) -> None:
-        """Keep a step's vectors, ``{"loss": (tasks, [K]), ...}``, and single values, until they are due."""
-        self._vectors, self._single = vectors, single
-        self._unlogged = True
+    def update_metrics(
+        self, module: TaskModule, stage: str, outputs: Mapping[str, TaskOutput], step_metric: str | None = None
+    ) -> dict[str, Tensor] | None:
+        """Count a batch into the stage's metrics; return each task's own value of ``step_metric`` on it, if asked."""
+        collections: nn.ModuleDict = getattr(module, f"{stage}_metrics")
+        scores: dict[str, Tensor] | None = None if step_metric is None else {}
+        for task, output in outputs.items():
+            if task not in collections or output.prediction is None or output.target is None:
+                continue
+            prediction = apply_to_collection(output.prediction, Tensor, Tensor.detach)
+            if scores is None:
+                collections[task].update(prediction, output.target)  # type: ignore[operator]
+            else:
+                scores[task] = collections[task](prediction, output.target)[step_metric].detach()
+        return scores
+
+    def record_step(
+        self,
+        window: Window,
+        signals: Signals,
+        positions: Sequence[int],
+        weights: Tensor | None,
+        rates: tuple[Sequence[str], Tensor] | None,
+    ) -> None:
+        """Keep what a step has shown, as vectors over its tasks, until it is due.
+
+        Args:
+            window: The step, with its micro-batches' losses and its penalties.
+            signals: What was measured.
+            positions: The places of the signals' tasks.
+            weights: ``[K]`` over all tasks, what multiplied the shared gradients; None where no weights describe it.
+            rates: The tasks' own learning rates, for those that have one.
+        """
+        for names, losses, samples in window.local:
+            self.losses["train"].add(losses, samples, names)
+        tasks = signals.tasks
+        self._vectors = {"loss": (tasks, signals.losses)}
+        if signals.norms is not None:
+            self._vectors["grad_norm"] = (tasks, signals.norms)
+        if weights is not None:
+            self._vectors["weight"] = (tasks, weights[positions])
+        if rates is not None:
+            self._vectors["lr"] = rates
+        self._penalties = window.penalties
+        self.unlogged = True
 
     def log_step(self, module: pl.LightningModule) -> None:
-        """Log the newest vectors as scalars where the Trainer writes to its loggers."""
-        # The question that Lightning's own callbacks ask before they compute something to log.
-        if self._unlogged and module.trainer._logger_connector.should_update_logs:
-            self._log_latest(module, on_step=True)
+        """Log the newest vectors as scalars: called where the Trainer is about to write to its loggers."""
+        self._log_latest(module, on_step=True)
 
     def _log_latest(self, module: pl.LightningModule, *, on_step: bool) -> None:
         scalars = {
@@ -110,7 +134,7 @@ class Recorder(Callback):
             for name, (tasks, vector) in self._vectors.items()
             for task, value in zip(tasks, vector.detach().float().cpu().unbind(), strict=True)
         }
-        scalars.update((name, value.float().cpu()) for name, value in self._single.items())
+        scalars.update((f"penalty/{name}", value.float().cpu()) for name, value in self._penalties.items())
         losses = self._vectors["loss"][1]
         scalars["loss"] = (losses * self._vectors["weight"][1]).sum() if "weight" in self._vectors else losses.sum()
         # Not self.log, which makes a metric object of every scalar: 0.6 ms each. As Lightning's LearningRateMonitor
@@ -122,20 +146,19 @@ class Recorder(Callback):
         module.log(
             "loss", scalars["loss"], on_step=on_step, on_epoch=not on_step, prog_bar=True, logger=False, batch_size=1
         )
-        self._unlogged = False
+        self.unlogged = False
 
     # Stages
 
-    def setup(self, trainer: pl.Trainer, pl_module: MultiTaskModule, stage: str) -> None:  # type: ignore[override]
+    def setup(self, trainer: pl.Trainer, pl_module: TaskModule, stage: str) -> None:  # type: ignore[override]
         """Refuse, before training begins, what cannot work."""
         if stage == "fit":
             check_trainer(pl_module, trainer)
             self.labels.reset()
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Lay out TensorBoard's custom scalars: all tasks' weights on one chart, all losses on another."""
         check_model(pl_module, trainer)
-        pl_module.optimization.begin(pl_module)
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(self.tensorboard_layout())
@@ -153,7 +176,7 @@ class Recorder(Callback):
         # A pattern, no list of tasks: TensorBoard shows a chart once for all runs only where their layouts agree.
         return {"tasks": {title: ["Multiline", [f"^{prefix}/"]] for title, prefix in charts.items()}}
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: MultiTaskModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: TaskModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
         """Step the schedulers that waited for the last batch's validation; have buffers broadcast as they should be.
 
         Lightning's manual optimization keeps DDP from broadcasting buffers, of BatchNorm for instance, after the first
@@ -164,33 +187,15 @@ class Recorder(Callback):
         self.labels.counting = trainer.current_epoch == 0
         self._step_plateau(pl_module)
 
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
-        """Finish the step's gradients where Lightning has run the backward pass."""
-        pl_module.optimization.after_automatic_backward(pl_module)
-
-    def on_before_optimizer_step(
-        self,
-        trainer: pl.Trainer,
-        pl_module: MultiTaskModule,  # type: ignore[override]
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        """Let no step be taken on what is not finite, where Lightning takes the step."""
-        if pl_module.automatic_optimization:
-            pl_module.optimization.before_automatic_step(pl_module, optimizer)
-
-    def plateau_due(self, interval: str, index: int) -> None:
-        """Remember that schedulers which follow a metric are due once it has been logged."""
-        self._plateau_due = interval, index
-
-    def _step_plateau(self, module: MultiTaskModule) -> None:
-        if self._plateau_due is not None:
-            due, self._plateau_due = self._plateau_due, None
+    def _step_plateau(self, module: TaskModule) -> None:
+        if self.plateau_due is not None:
+            due, self.plateau_due = self.plateau_due, None
             step_schedulers(module, module.schedules, *due, plateau=True, known=self._known_metrics)
             self._known_metrics = {}
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Log the epoch's means and the last step's values, and step the schedulers that follow an epoch's metric."""
-        if self._unlogged:
+        if self.unlogged:
             self._log_latest(pl_module, on_step=False)
         self._log_stage(pl_module, "train", "loss_epoch")
         if trainer.current_epoch == 0:
@@ -198,27 +203,27 @@ class Recorder(Callback):
         if pl_module.automatic_optimization:
             return
         self._step_plateau(pl_module)
-        self.plateau_due("epoch", trainer.current_epoch)
+        self.plateau_due = "epoch", trainer.current_epoch
         if not is_overridden("on_train_epoch_end", pl_module):  # or what it logs may be what a scheduler follows
             self._step_plateau(pl_module)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Step the schedulers that waited for what the module logged at the last epoch's end."""
         self._step_plateau(pl_module)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Step the schedulers that still wait."""
         self._step_plateau(pl_module)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Log the validation's losses, metrics and delta_m."""
         self._log_stage(pl_module, "val", "val/loss")
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: MultiTaskModule) -> None:  # type: ignore[override]
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Log the test's losses, metrics and delta_m."""
         self._log_stage(pl_module, "test", "test/loss")
 
-    def _log_stage(self, module: MultiTaskModule, stage: str, loss_name: str) -> None:
+    def _log_stage(self, module: TaskModule, stage: str, loss_name: str) -> None:
         means = self.losses[stage].means(module)
         scores = {task: {"loss": mean} for task, mean in zip(self.tasks, means, strict=True) if mean is not None}
         values: dict[str, float | Tensor] = {f"{loss_name}/{task}": score["loss"] for task, score in scores.items()}
@@ -256,18 +261,18 @@ class Recorder(Callback):
         return {
             "loss_sums": torch.stack([train.totals, train.counts]),
             "labels": self.labels.state_dict(),
-            "plateau_due": self._plateau_due,
+            "plateau_due": self.plateau_due,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the means of the interrupted epoch."""
         self.losses["train"].totals, self.losses["train"].counts = state_dict["loss_sums"].clone().unbind()
         self.labels.load_state_dict(state_dict["labels"])
-        self._plateau_due = state_dict["plateau_due"]
+        self.plateau_due = state_dict["plateau_due"]
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: MultiTaskModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: TaskModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         """Keep the metrics that a waiting scheduler follows; Lightning does not."""
-        if self._plateau_due is not None:
+        if self.plateau_due is not None:
             checkpoint["lightning_mtl_plateau_metrics"] = plateau_metrics(pl_module, pl_module.schedules)
 
     def on_load_checkpoint(

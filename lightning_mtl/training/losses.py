@@ -1,71 +1,53 @@
-"""All-reduced losses and sample counts of one micro-batch."""
+"""The losses of a micro-batch: averaged over the ranks, their samples counted, and handed to the gradient engines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
+import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mtl.distributed import Ranks
-from lightning_mtl.gradients.micro_batch import stack_losses
-from lightning_mtl.task import TaskOutput
+from lightning_mtl.gradients.graph import reached_leaves
+from lightning_mtl.gradients.micro_batch import MicroBatch, stack_losses, starts_of
+from lightning_mtl.gradients.split import Split
+from lightning_mtl.task.labels import number_of_samples
+from lightning_mtl.task.module import TaskModule
+from lightning_mtl.task.task import TaskOutput
+from lightning_mtl.training.absent import standing_in
+from lightning_mtl.training.cast import Cast
+from lightning_mtl.training.window import Reduced, Window
 
 
-@dataclass
-class Agreement:
-    """The losses of the K tasks that some rank has samples of.
-
-    Attributes:
-        names: These tasks, in the module's order, the same on every rank.
-        losses: ``[K]``, detached: the mean over all ranks' samples, or over the ranks that have the task.
-        counts: ``[K]``, the samples of all ranks, None where every task counts the same.
-        own_counts: ``[K]``, this rank's samples, 0 for a task that it lacks; None where all are 1.
-        scores: ``[K]``, the batch's metric values, averaged like the losses; None if there are none.
-    """
-
-    names: list[str]
-    losses: Tensor
-    counts: Tensor | None
-    own_counts: Tensor | None
-    scores: Tensor | None = None
-
-    def shares(self) -> Tensor | None:
-        """This rank's share of each task's mean, ``[K]``; None means all of it."""
-        if self.own_counts is None or self.counts is None:
-            return None
-        return self.own_counts / self.counts
-
-
-def agree(
+def reduce_losses(
     outputs: Mapping[str, TaskOutput],
-    losses: Tensor,
     tasks: Sequence[str],
     ranks: Ranks,
+    device: torch.device,
     scores: Mapping[str, Tensor] | None = None,
-) -> Agreement:
-    """Average the losses over the ranks, by their sample counts where these are given, in one collective.
+) -> Reduced:
+    """Average a micro-batch's losses over the ranks, by their sample counts where there are some: one collective.
 
     Args:
         outputs: What this rank's batch says about the tasks that it has, in the module's order.
-        losses: Their losses as one vector, detached.
         tasks: All tasks of the module.
         ranks: Who takes part.
+        device: Where the losses lie.
         scores: A metric's value on this rank's batch, for each task that it has.
     """
-    names, device = list(outputs), losses.device
+    names = list(outputs)
     given = [outputs[task].num_samples for task in names]
-    counts = None
-    if any(count is not None for count in given):
-        counts = _as_vector([1 if count is None else count for count in given], losses)
+    losses = stack_losses([output.loss.detach() for output in outputs.values()], device)
+    counts = None if given.count(None) == len(given) else _counts(given, losses)
     values = stack_losses([scores[task] for task in names], device) if scores else None
     if ranks.size == 1:
-        return Agreement(names, losses, counts, counts, values)
+        return Reduced(names, losses, losses, counts, counts, values)
+    position = {task: index for index, task in enumerate(tasks)}
     samples = torch.ones_like(losses) if counts is None else counts
     # One dtype on all ranks, whatever the losses that each of them has.
-    table = torch.zeros(3, len(tasks), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    position = {task: index for index, task in enumerate(tasks)}
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    table = torch.zeros(3, len(tasks), dtype=dtype, device=device)
     own = torch.tensor([position[task] for task in names], dtype=torch.long, device=device)
     table[0, own] = (losses * samples).to(table)
     table[1, own] = samples.to(table)
@@ -78,32 +60,166 @@ def agree(
         index = torch.tensor([position[task] for task in names], dtype=torch.long, device=device)
         table, own_counts = table[:, index], own_counts[index]
     means = table / table[1]
-    return Agreement(names, means[0], table[1], own_counts, None if scores is None else means[2])
+    return Reduced(names, means[0], losses, table[1], own_counts, None if scores is None else means[2])
 
 
-def _as_vector(counts: Sequence[int | Tensor], losses: Tensor) -> Tensor:
+def _counts(given: Sequence[int | Tensor | None], losses: Tensor) -> Tensor:
     """Counts, of which numbers travel to the device in one piece, and in float32: pixels are too many for float16."""
+    counts = [1 if count is None else count for count in given]
     dtype, device = torch.promote_types(losses.dtype, torch.float32), losses.device
     if not any(isinstance(count, Tensor) for count in counts):
         return torch.tensor(counts, dtype=dtype, device=device)
     return torch.stack([torch.as_tensor(count, device=device).to(dtype) for count in counts])
 
 
-def ghost_of_parameters(module: nn.Module, like: Tensor) -> Tensor:
-    """A loss of 0 that depends on all of a module's parameters: a rank without samples has their graph, too."""
-    # A table with sparse gradients has to get a sparse one: of no row.
-    tables = {m.weight for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse}
-    none = torch.zeros(0, dtype=torch.long, device=like.device)
-    parts = [
-        nn.functional.embedding(none, parameter, sparse=True).sum() if parameter in tables else (parameter * 0).sum()
-        for parameter in module.parameters()
-        if parameter.requires_grad
-    ]
-    return torch.stack([part.to(like.dtype) for part in parts]).sum()
+def micro_batch_of(
+    module: TaskModule,
+    window: Window,
+    cast: Cast,
+    reduced: Reduced,
+    outputs: Mapping[str, TaskOutput],
+    penalties: Mapping[str, Tensor],
+    split: Split,
+    *,
+    unseen: bool,
+) -> MicroBatch:
+    """Put this rank's losses in the form that the engines read, with what the other ranks expect of it.
+
+    Args:
+        module: What is trained.
+        window: The optimizer step.
+        cast: Who takes part.
+        reduced: The losses over all ranks.
+        outputs: This rank's losses.
+        penalties: Scalars that are added with weight 1.
+        split: The trunk's outputs, where they were remembered.
+        unseen: Whether the graph is to be looked at for what cannot be measured.
+    """
+    ranks, zero = window.ranks, reduced.losses.new_zeros(())
+    penalty = torch.stack(list(penalties.values())).sum() if penalties else None
+    losses = {task: output.loss for task, output in outputs.items()}
+    absent = [task for task in module.tasks if task not in outputs]
+    if ranks.size > 1 and absent:
+        stand_ins, ghosts = standing_in(module, window, reduced, absent, split, sharded=cast.sharded)
+        losses.update(stand_ins)
+        if ghosts:
+            penalty = torch.stack([*ghosts, *([] if penalty is None else [penalty])]).sum()
+    if ranks.size > 1 and not window.collects and len(reduced.names) < len(module.tasks):
+        window.reached.update(reached_leaves([*(o.loss for o in outputs.values()), *penalties.values()]))
+    if penalty is not None and window.collects and window.size > 1:
+        penalty = penalty / window.size
+    shares = None
+    if ranks.size > 1 or window.size > 1:
+        shares = reduced.own_counts if window.collects and window.size > 1 else reduced.shares()
+        if shares is not None and (not window.collects or cast.sharded):
+            shares = shares * ranks.size  # what the average over the ranks divides by
+    every_loss = [losses.get(task, zero) for task in reduced.names]
+    scale: Tensor | None = None
+    starts: list[Tensor | None] = [None] * len(every_loss)
+    if cast.scaler is not None and (window.collects or window.way == "features"):
+        scale = cast.scaler.scale(torch.ones((), device=module.device))
+    if scale is not None or shares is not None:
+        starts = starts_of(every_loss, shares, scale)
+    return MicroBatch(reduced.names, every_loss, penalty, split, starts, absent, shares, scale, ranks, unseen)
 
 
-def ghost_of_outputs(outputs: Sequence[Tensor], like: Tensor) -> Tensor:
-    """A loss of 0 that depends on what a module returned; sharded parameters take part in no other way."""
-    if not outputs:
-        return like
-    return torch.stack([(output * 0).sum().to(like.dtype) for output in outputs]).sum()
+def sample_counts(outputs: Sequence[TaskOutput]) -> Tensor | float:
+    """How many samples each task's loss is a mean over, for the means of an epoch: one number if all agree."""
+    counts = [_count(output) for output in outputs]
+    if any(isinstance(count, Tensor) for count in counts):
+        device = next(output.loss.device for output in outputs)
+        return torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])
+    if len(set(counts)) == 1:
+        return float(counts[0])
+    return torch.tensor(counts, dtype=torch.float32, device=outputs[0].loss.device)
+
+
+def _count(output: TaskOutput) -> Tensor | float:
+    if output.num_samples is None:
+        return float(_batch_size(output))
+    return output.num_samples if isinstance(output.num_samples, Tensor) else float(output.num_samples)
+
+
+def _batch_size(output: TaskOutput) -> int:
+    target = output.target
+    return target.shape[0] if isinstance(target, Tensor) and target.ndim else number_of_samples(target)
+
+
+class LabelCounts:
+    """The fraction of each task's samples that is labelled, over the first epoch and all ranks.
+
+    Numbers that the host knows anyway are added up, in training steps of the first epoch alone: no transfer, no call a
+    task in any other step. A sample whose target is labelled in part, a map for instance, counts as that part.
+
+    Example:
+        >>> counts = LabelCounts(["age", "smile"])
+        >>> counts.counting = True
+        >>> counts.add("age", num_samples=3, num_missing=1, batch_size=4)
+        >>> counts.add_unlabelled(["age"], batch_size=2)
+        >>> counts.fractions(counts.sums)
+        {'age': 0.5}
+    """
+
+    def __init__(self, tasks: Iterable[str]) -> None:
+        self.position = {task: index for index, task in enumerate(tasks)}
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        # Labelled samples, all samples, and how often one was looked for.
+        self.sums: list[list[float]] = [[0.0] * len(self.position) for _ in range(3)]
+        self.counting = False
+
+    @property
+    def counts_now(self) -> bool:
+        """Whether this is a training step's own look at its batch: evaluations, and second looks, have no gradients."""
+        return self.counting and torch.is_grad_enabled()
+
+    def add(self, task: str, num_samples: int, num_missing: int, batch_size: int) -> None:
+        """Count a batch in which the task's labels were looked for."""
+        if self.counts_now and batch_size:
+            self._add(task, batch_size * num_samples / max(num_samples + num_missing, 1), batch_size, looked=True)
+
+    def add_whole(self, outputs: Mapping[str, TaskOutput]) -> None:
+        """Count a training step's batch for the tasks whose labels nobody looked for: they all count as there."""
+        for task, output in outputs.items():
+            if output.num_samples is None:
+                size = float(_batch_size(output))
+                self._add(task, size, size, looked=False)
+
+    def add_unlabelled(self, tasks: Iterable[str], batch_size: int) -> None:
+        """Count a batch that has no label at all of these tasks."""
+        if self.counts_now:
+            for task in tasks:
+                self._add(task, 0.0, batch_size, looked=True)
+
+    def _add(self, task: str, labelled: float, size: float, *, looked: bool) -> None:
+        index = self.position[task]
+        for row, value in zip(self.sums, (labelled, float(size), float(looked)), strict=True):
+            row[index] += value
+
+    def fractions(self, sums: Sequence[Sequence[float]]) -> dict[str, float]:
+        """The fraction of each task that might lack labels, from sums like this object's."""
+        return {
+            task: sums[0][index] / sums[1][index]
+            for task, index in self.position.items()
+            if sums[2][index] and sums[1][index]
+        }
+
+    def log(self, module: pl.LightningModule) -> None:
+        """Log ``labelled/<task>`` over all ranks for each task that might lack labels."""
+        self.counting = False
+        # MPS has no float64.
+        dtype = torch.float32 if module.device.type == "mps" else torch.float64
+        own = torch.tensor(self.sums, dtype=dtype, device=module.device)
+        total: Tensor = module.trainer.strategy.reduce(own, reduce_op="sum")
+        for task, fraction in self.fractions(total.tolist()).items():
+            module.log(f"labelled/{task}", torch.tensor(fraction, dtype=torch.float32), batch_size=1)
+
+    def state_dict(self) -> Tensor:
+        """The sums so far, ``[3, K]``."""
+        return torch.tensor(self.sums, dtype=torch.float64)
+
+    def load_state_dict(self, state: Tensor) -> None:
+        """Go on from the sums of an interrupted epoch."""
+        self.sums = state.tolist()

@@ -1,50 +1,80 @@
-"""What the training step asks of a module, beside the model itself."""
+"""Lightning's hooks of a module with tasks, which lead to the training step and to the means of a stage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torchmetrics import MetricCollection
 
-from lightning_mtl.learning_rates.parameter_groups import Depth
-from lightning_mtl.learning_rates.task_learning_rate import TaskLearningRate
 from lightning_mtl.method.base import Weighting, weighting_of
-from lightning_mtl.task import Task, TaskOutput
-from lightning_mtl.task.batches import present_outputs, without_others
-from lightning_mtl.task.labels import MaskedTarget, labelled_part, number_of_samples
+from lightning_mtl.task.batches import is_per_task, under_its_name
+from lightning_mtl.task.module import TaskModule
+from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
 from lightning_mtl.training.logging import Recorder
+from lightning_mtl.training.losses import sample_counts
+from lightning_mtl.training.schedulers import Hook, keep_schedules_of_instance, keeping_schedules
 from lightning_mtl.training.step import Optimization
 
 
-class SteppedModule(pl.LightningModule):
-    """The side of a multi-task module that its training step sees; users meet ``MultiTaskModule`` alone."""
+def putting_rates_back(step: Hook) -> Hook:
+    """Let ``optimizer_step`` of automatic optimization leave the learning rates as it found them."""
 
-    trunk: nn.Module
-    tasks: dict[str, Task]
-    accumulate_grad_batches: int
-    optimization: Optimization
+    @functools.wraps(step)
+    def optimizer_step(
+        self: SteppedModule,
+        epoch: int,
+        batch_idx: int,
+        optimizer: LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the hook returns
+        steering = self.optimization.find_cast(self).steering
+        if steering is None:
+            return step(self, epoch, batch_idx, optimizer, optimizer_closure)
+        with steering.groups.putting_back(optimizer.optimizer):
+            return step(self, epoch, batch_idx, optimizer, optimizer_closure)
+
+    return cast("Hook", optimizer_step)
+
+
+def with_own_callbacks(configure: Hook) -> Hook:
+    """Let ``configure_callbacks`` also bring the recorder and the step's hooks along, once."""
+
+    @functools.wraps(configure)
+    def configure_callbacks(self: SteppedModule) -> list[pl.Callback]:
+        keep_schedules_of_instance(self)
+        brought = configure(self)
+        callbacks = [brought] if isinstance(brought, pl.Callback) else list(brought)
+        if self.recorder in callbacks:  # a call of super()
+            return callbacks
+        hooks = AutomaticStepHooks if self.automatic_optimization else StepHooks
+        return [*callbacks, self.recorder, hooks(self.optimization)]
+
+    return cast("Hook", configure_callbacks)
+
+
+class SteppedModule(TaskModule):
+    """The hooks of :class:`~lightning_mtl.MultiTaskModule`.
+
+    Attributes:
+        recorder: What is logged.
+        optimization: What takes the steps.
+    """
+
     recorder: Recorder
-    learned_tasks: frozenset[str] | None = None
-    """The tasks that train; the others count as absent from every batch. None stands for all."""
-    depths: tuple[Depth, ...] = ()
-    """Parts of the model with learning rates of their own, as a callback that unfreezes them gives them."""
+    optimization: Optimization
 
-    def task_losses(self, batch: Any) -> Mapping[str, Tensor | TaskOutput]:  # noqa: ANN401
-        """Compute the loss of each task that the batch has labels for."""
-        raise TypeError(f"{type(self).__name__} has no task_losses.")
-
-    @property
-    def micro_batches_a_step(self) -> int:
-        """How many micro-batches an optimizer step takes, whoever accumulates them."""
-        return self.trainer.accumulate_grad_batches if self.automatic_optimization else self.accumulate_grad_batches
+    def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init_subclass__(**kwargs)
+        # Lightning drops what schedulers follow in manual optimization, and a hook that a subclass overrides without
+        # calling super() would lose the logging: both are put back around whatever the subclass defines.
+        cls.configure_optimizers = keeping_schedules(cls.configure_optimizers)  # type: ignore[method-assign]
+        cls.configure_callbacks = with_own_callbacks(cls.configure_callbacks)  # type: ignore[method-assign]
+        if "optimizer_step" in cls.__dict__:
+            cls.optimizer_step = putting_rates_back(cls.optimizer_step)
 
     @property
     def opens_window(self) -> bool:
@@ -52,98 +82,50 @@ class SteppedModule(pl.LightningModule):
         return self.optimization.window is None
 
     @property
-    def sharded(self) -> bool:
-        """Whether parameters are sharded over the ranks (FSDP2)."""
-        return isinstance(self.trainer.strategy, ModelParallelStrategy)
-
-    @property
-    def data_parallel_group(self) -> ProcessGroup | None:
-        """The processes with different data; None is all of them."""
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, ModelParallelStrategy):
-            return None
-        return strategy.device_mesh["data_parallel"].get_group()
+    def stage_scores(self) -> dict[str, dict[str, dict[str, float]]]:
+        """For each stage, what its last epoch gave each task that had samples."""
+        return self.recorder.scores
 
     def weighting(self) -> Weighting | None:
         """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""
         return weighting_of(self.trainer)
 
-    def task_rates(self) -> TaskLearningRate | None:
-        """The Trainer's callback for learning rates of the tasks' own, if there is one."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        return next((callback for callback in callbacks if isinstance(callback, TaskLearningRate)), None)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
+        """Count the batch into ``val/loss/<task>`` and ``val/<metric>/<task>``."""
+        self._evaluate("val", batch, dataloader_idx)
 
-    @property
-    def gradient_scale(self) -> Tensor | None:
-        """A gradient scaler's factor, which gradients have until the optimizer's step; None where nothing scales."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None:
-            return None
-        factor: Tensor = scaler.scale(torch.ones((), device=self.device))
-        return factor
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
+        """Count the batch into ``test/loss/<task>`` and ``test/<metric>/<task>``."""
+        self._evaluate("test", batch, dataloader_idx)
 
-    def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The shared parameters that need gradients now, and all other parameters that do."""
-        shared: list[Tensor] = [p for p in self.shared_parameters() if p.requires_grad]
-        known = set(shared)
-        return shared, [p for p in self.parameters() if p.requires_grad and p not in known]
+    def under_its_name(self, stage: str, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401
+        """Give a batch of one of several loaders, named by tasks, its name back."""
+        loaders = None if self._trainer is None else getattr(self.trainer, f"{stage}_dataloaders")
+        return under_its_name(batch, loaders, dataloader_idx, self.tasks)
 
-    def shared_parameters(self) -> list[nn.Parameter]:
-        """The parameters that tasks share."""
-        raise TypeError(f"{type(self).__name__} has no shared_parameters.")
-
-    def single_optimizer(self) -> LightningOptimizer:
-        """The one optimizer."""
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)  # noqa: S101 - for mypy: several were refused at setup
-        return optimizer
-
-    def task_output(self, task: str, prediction: Any, target: Any) -> TaskOutput:  # noqa: ANN401 - any pytree
-        """Compute a task's loss on what is labelled, for a ``task_losses`` of one's own; see ``Task(missing=...)``.
-
-        Without a label in the batch the task counts as absent from it, and its loss is not called.
-
-        Raises:
-            TypeError: If the target is of no form that labels can be looked for in, see
-                :func:`~lightning_mtl.task.labels.labelled_part`.
-            ValueError: If prediction and target do not have the form of the mask.
-        """
-        declared = self.tasks[task]
-        partial = declared.missing is not None or isinstance(target, MaskedTarget)
-        part = labelled_part(prediction, target, declared.missing, declared.missing_per)
-        if self.recorder.labels.counts_now:
-            self.recorder.labels.add(
-                task, part.num_samples, part.num_missing, number_of_samples(target), looked=partial
+    def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
+        batch = self.under_its_name(stage, batch, dataloader_idx)
+        if dataloader_idx > 0 and not is_per_task(batch, self.tasks):
+            raise ValueError(
+                "Several evaluation loaders would be averaged into one figure. Give each task its loader, as {task: "
+                'loader, ...}, in a MultiTaskDataModule or a CombinedLoader({task: loader, ...}, "max_size"), or '
+                "evaluate the loaders one at a time."
             )
-        if not partial:
-            return TaskOutput(declared.loss(prediction, target), prediction, target)
-        loss = declared.loss(part.prediction, part.target) if part.num_samples else torch.zeros(())
-        return TaskOutput(loss, part.prediction, part.target, part.num_samples)
+        outputs = self.present_outputs(batch)
+        if not outputs:
+            return
+        self.recorder.update_metrics(self, stage, outputs)
+        losses = torch.stack([output.loss.detach() for output in outputs.values()])
+        self.recorder.losses[stage].add(losses, sample_counts(list(outputs.values())), list(outputs))
 
-    def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
-        """The checked outputs of the tasks that a batch has labels for, in order."""
-        learned = self.learned_tasks
-        if learned is None:
-            return present_outputs(self.task_losses(batch), list(self.tasks))
-        outputs = present_outputs(self.task_losses(without_others(batch, self.tasks, learned)), list(self.tasks))
-        return {task: output for task, output in outputs.items() if task in learned}
+    optimizer_step = putting_rates_back(pl.LightningModule.optimizer_step)
 
-    def stage_metrics(self, stage: str) -> dict[str, MetricCollection]:
-        """The metrics of each task that has some, for ``"train"``, ``"val"`` or ``"test"``."""
-        return dict(getattr(self, f"{stage}_metrics").items())
+    @with_own_callbacks
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Bring the callbacks along that log and begin; a subclass that overrides this need not call ``super()``."""
+        return []
 
-    def update_metrics(
-        self, stage: str, outputs: Mapping[str, TaskOutput], step_metric: str | None = None
-    ) -> dict[str, Tensor] | None:
-        """Count a batch into the stage's metrics; return each task's own value of ``step_metric`` on it, if asked."""
-        collections = self.stage_metrics(stage)
-        scores: dict[str, Tensor] | None = None if step_metric is None else {}
-        for task, output in outputs.items():
-            if task not in collections or output.prediction is None or output.target is None:
-                continue
-            prediction = apply_to_collection(output.prediction, Tensor, Tensor.detach)
-            if scores is None:
-                collections[task].update(prediction, output.target)
-            else:
-                scores[task] = collections[task](prediction, output.target)[step_metric].detach()
-        return scores
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep accumulated gradients over a validation in the middle of a window."""
+        if self.opens_window:
+            super().on_validation_model_zero_grad()

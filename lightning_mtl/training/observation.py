@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +13,16 @@ from torch import Tensor, nn
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.feature_measurement import feature_blocks, groups_read, outputs_read
 from lightning_mtl.gradients.graph import above_split
-from lightning_mtl.gradients.inner_products import gramian
-from lightning_mtl.gradients.layers import last_layer, named_parameters_at
-from lightning_mtl.gradients.micro_batch import Measured, MicroBatch
+from lightning_mtl.gradients.inner_products import Measured, gramian
+from lightning_mtl.gradients.layers import parameters_at
+from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.gradients.rows import Rows, as_real
 from lightning_mtl.gradients.side_pass import gradients_beside
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.monitors.base import Monitor, guarding, turn_off_if_slow, turned_off_elsewhere
-from lightning_mtl.training.losses import Agreement
+from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.snapshots import Snapshot
-
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
-    from lightning_mtl.training.window import Window
+from lightning_mtl.training.window import Reduced, Window
 
 Place = str | tuple[str, ...]
 
@@ -39,20 +36,21 @@ class Observation:
     failed takes part in them and says so.
 
     Args:
-        module: Its Trainer holds the monitors.
+        module: What is trained.
         window: The optimizer step, not yet begun.
+        monitors: Those of the Trainer.
+        scaler: The gradient scaler of half precision, if there is one.
 
     Attributes:
         due: The monitors that look at this step.
         passes_again: Whether some step of the training may pass the graph once more for a monitor.
     """
 
-    def __init__(self, module: MultiTaskModule, window: Window) -> None:
-        callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
-        monitors = [m for m in callbacks if isinstance(m, Monitor) and not m._gone]
+    def __init__(self, module: TaskModule, window: Window, monitors: Sequence[Monitor], scaler: Any) -> None:  # noqa: ANN401
+        monitors = [monitor for monitor in monitors if not monitor._gone]
         self.passes_again = any(m.measures != "losses" for m in monitors)
         self.due = [m for m in monitors if m.measures_in(window.step)]
-        self._window = window
+        self._window, self._scaler = window, scaler
         self._found: dict[Monitor, Signals] = {}
         self._before: Snapshot | None = None
         for monitor in self.due:
@@ -73,25 +71,25 @@ class Observation:
         """Whether gradients are measured beside the update of the coming micro-batch."""
         return bool(self._beside) and not self._window.micro_batches
 
-    def before_forward(self, module: MultiTaskModule) -> None:
+    def before_forward(self, module: TaskModule) -> None:
         """Keep what the window's first forward pass begins with, for monitors that look ahead."""
         if self.measures and any(monitor.looks_ahead for members in self._beside.values() for monitor in members):
             self._before = Snapshot(module, module.device)
 
-    def measure(self, module: MultiTaskModule, agreed: Agreement, batch: MicroBatch, given: Any) -> None:  # noqa: ANN401
+    def measure(self, module: TaskModule, reduced: Reduced, batch: MicroBatch, given: Any) -> None:  # noqa: ANN401
         """Measure for the monitors that no weighting serves, before the micro-batch's backward pass.
 
         Args:
             module: What is trained.
-            agreed: The losses over all ranks.
+            reduced: The losses over all ranks.
             batch: This rank's losses, with their graphs.
             given: The batch as the loader yielded it.
         """
-        if not self._beside or not agreed.names or _would_hang(module, agreed, batch):
+        if not self._beside or not reduced.names or _would_hang(module, reduced, batch):
             return
-        scale = module.gradient_scale
-        shares = agreed.shares()
-        shares = torch.ones(len(agreed.names), device=module.device) if shares is None else shares
+        scale = None if self._scaler is None else self._scaler.scale(torch.ones((), device=module.device))
+        shares = reduced.shares()
+        shares = torch.ones(len(reduced.names), device=module.device) if shares is None else shares
         seeds = list((shares if scale is None else shares * scale).unbind())
         for place, members in self._beside.items():
             rows = None
@@ -102,17 +100,17 @@ class Observation:
             with guarding(members):
                 products = _sum_and_multiply(rows, batch.ranks)
                 measured = Measured.of_products(products, scale)
-                losses = agreed.losses.to(torch.promote_types(agreed.losses.dtype, torch.float32))
+                losses = reduced.losses.to(torch.promote_types(reduced.losses.dtype, torch.float32))
                 window = self._window
                 signals = Signals(
-                    tuple(agreed.names), losses, window.step, window.epoch, measured.norms, measured.gramian
+                    tuple(reduced.names), losses, window.step, window.epoch, measured.norms, measured.gramian
                 )
                 self._found.update(dict.fromkeys(members, signals))
             for monitor in members:
                 if monitor.looks_ahead and isinstance(rows, Rows):
-                    self._look_ahead(monitor, module, rows, scale, shares, agreed.names, given)
+                    self._look_ahead(monitor, module, rows, scale, shares, reduced.names, given)
 
-    def hand_over(self, module: MultiTaskModule, signals: Signals) -> None:
+    def hand_over(self, module: TaskModule, signals: Signals) -> None:
         """Call the monitors, once the step has been taken."""
         for monitor in self.due:
             seen = signals if monitor.measures == "losses" or self._supplied(monitor) else self._found.get(monitor)
@@ -135,7 +133,7 @@ class Observation:
     def _look_ahead(
         self,
         monitor: Monitor,
-        module: MultiTaskModule,
+        module: TaskModule,
         rows: Rows,
         scale: Tensor | None,
         shares: Tensor,
@@ -153,7 +151,7 @@ class Observation:
     @torch.no_grad()
     def _losses_ahead(
         self,
-        module: MultiTaskModule,
+        module: TaskModule,
         rows: Rows,
         rate: float,
         names: Sequence[str],
@@ -190,7 +188,7 @@ def _place(at: str | Sequence[str]) -> Place:
 
 
 @contextmanager
-def _leaving_no_trace(module: MultiTaskModule) -> Iterator[None]:
+def _leaving_no_trace(module: TaskModule) -> Iterator[None]:
     """Put back what passes inside the block change: buffers, where activations are recomputed, and random numbers."""
     snapshot = Snapshot(module, module.device)
     try:
@@ -199,15 +197,15 @@ def _leaving_no_trace(module: MultiTaskModule) -> Iterator[None]:
         snapshot.put_back()
 
 
-def _would_hang(module: MultiTaskModule, agreed: Agreement, batch: MicroBatch) -> bool:
+def _would_hang(module: TaskModule, reduced: Reduced, batch: MicroBatch) -> bool:
     """Whether a backward pass that only some ranks have would wait for the others, inside of a layer."""
     if batch.ranks.size == 1 or not any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
         return False
-    lacking = float(bool(set(agreed.names) & set(batch.absent)))
+    lacking = float(bool(set(reduced.names) & set(batch.absent)))
     return bool(batch.ranks.sum(torch.tensor(lacking, device=module.device)))
 
 
-def _rows_at(place: Place, module: MultiTaskModule, batch: MicroBatch, seeds: Sequence[Tensor]) -> Rows | list[Tensor]:
+def _rows_at(place: Place, module: TaskModule, batch: MicroBatch, seeds: Sequence[Tensor]) -> Rows | list[Tensor]:
     """Each task's gradient of this rank's loss, ``[K, n]``; matrices alone for gradients of the samples' features."""
     depends = any(loss.requires_grad for loss in batch.losses)
     if place == "features":
@@ -234,15 +232,13 @@ def _out_of_reach(place: Place) -> ValueError:
     )
 
 
-def _parameters_at(place: Place, module: MultiTaskModule, batch: MicroBatch) -> list[Tensor]:
+def _parameters_at(place: Place, module: TaskModule, batch: MicroBatch) -> list[Tensor]:
     if place == "trunk":
         shared: list[Tensor] = [parameter for parameter in module.shared_parameters() if parameter.requires_grad]
         if not shared:
             raise ValueError("at='trunk' finds no shared parameter that can be trained; measure at 'features'")
         return shared
-    if place == "last_layer":
-        return last_layer(module.trunk, groups_read(batch), batch.ranks, among=module.trunk.parameters())
-    return named_parameters_at(module, [place] if isinstance(place, str) else place)
+    return parameters_at(place, module, groups_read(batch), batch.ranks, among=module.trunk.parameters())
 
 
 def _sum_and_multiply(rows: Rows | list[Tensor], ranks: Ranks) -> Tensor:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar, cast
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
 from lightning.pytorch.utilities.types import LRSchedulerConfig, LRSchedulerPLType
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
+from lightning_mtl.task.module import TaskModule
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
 LRSchedulerCallable = Callable[[torch.optim.Optimizer], LRSchedulerPLType]
@@ -93,3 +96,31 @@ def plateau_metrics(module: pl.LightningModule, configured: list[LRSchedulerConf
     metrics = module.trainer.callback_metrics
     names = {config.monitor for config in configured if config.reduce_on_plateau}
     return {name: metrics[name].detach().clone() for name in names if name in metrics}
+
+
+def keeping_schedules(configure: Hook) -> Hook:
+    """Let ``configure_optimizers`` also remember what schedulers follow; Lightning drops it in manual optimization."""
+
+    @functools.wraps(configure)
+    def configure_optimizers(self: TaskModule) -> Any:  # noqa: ANN401 - any of the forms that Lightning takes
+        depth = self.__dict__.setdefault("_configuring", 0)
+        self.__dict__["_configuring"] = depth + 1
+        try:
+            returned = configure(self)
+        finally:
+            self.__dict__["_configuring"] = depth
+        if depth or self._trainer is None:  # a call of super(), or by hand
+            return returned
+        optimizer, self.schedules = parse_optimizer_config(returned)
+        return returned if self.automatic_optimization else for_manual_optimization(optimizer, self.schedules)
+
+    return cast("Hook", configure_optimizers)
+
+
+def keep_schedules_of_instance(module: TaskModule) -> None:
+    """Wrap what LightningCLI puts on the instance for ``--optimizer`` and ``--lr_scheduler``, past the class."""
+    own = vars(module).get("configure_optimizers")
+    if own is not None and not hasattr(own, "keeps_schedules"):
+        wrapped = functools.partial(keeping_schedules(lambda _: own()), module)
+        wrapped.keeps_schedules = True  # type: ignore[attr-defined]
+        module.configure_optimizers = wrapped  # type: ignore[method-assign]

@@ -1,13 +1,18 @@
-"""A module's buffers and all random numbers at one moment, to be put back after a pass that must leave no trace."""
+"""A second pass leaves no trace: buffers and random numbers are what they were before it."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_mtl.task.module import TaskModule
+from lightning_mtl.training.losses import reduce_losses
+from lightning_mtl.training.window import Window
 
 
 class Snapshot:
@@ -53,3 +58,21 @@ class Snapshot:
 
 def _generators(device: torch.device) -> Any:  # noqa: ANN401 - a module of torch's
     return torch.get_device_module(device)
+
+
+@torch.no_grad()
+def losses_after(module: TaskModule, window: Window, names: Sequence[str]) -> Tensor:
+    """Compute the window's mean losses again, under the parameters as they are now, and leave no trace of it.
+
+    Buffers and random numbers are put back, and no metric is updated.
+    """
+    again = Window(tuple(module.tasks), None, window.step, window.epoch, window.size, window.ranks)
+    before = Snapshot(module, module.device)
+    try:
+        for batch in window.batches:
+            outputs = module.present_outputs(batch)
+            with torch.autocast(module.device.type, enabled=False):
+                again.note(reduce_losses(outputs, again.tasks, again.ranks, module.device), {})
+    finally:
+        before.put_back()
+    return again.mean_losses(names)

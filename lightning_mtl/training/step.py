@@ -1,225 +1,274 @@
-"""The training step: losses in, one optimizer step out, micro-batch by micro-batch."""
+"""A training step goes from a batch to the optimizer here, in the order of the package's pseudocode."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_mtl.distributed import Ranks
-from lightning_mtl.gradients.inner_products import values_of_gradients
-from lightning_mtl.gradients.micro_batch import stack_losses
+from lightning_mtl.gradients.feature_measurement import groups_read
+from lightning_mtl.gradients.features import FeatureGradients
+from lightning_mtl.gradients.graph import writing_no_gradients
+from lightning_mtl.gradients.inner_products import Measured
+from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.gradients.rows import Rows
+from lightning_mtl.gradients.sharded import ShardedTrunkGradients
 from lightning_mtl.gradients.split import Split
-from lightning_mtl.gradients.torch_internals import keeping_buffers
+from lightning_mtl.gradients.torch_internals import KEEPING_BUFFERS
+from lightning_mtl.gradients.trunk import TrunkGradients
 from lightning_mtl.monitors.throughput import Phases
-from lightning_mtl.training.guards import (
-    SkippedSteps,
-    clipping,
-    for_heads_alone,
-    forget_unreached,
-    losses_after,
-    synchronizing,
-    waits_for_thaw,
-    writing_no_gradients,
-)
-from lightning_mtl.training.logging import sample_counts
-from lightning_mtl.training.losses import agree
-from lightning_mtl.training.objectives import loss_of, micro_batch_of, open_collection
+from lightning_mtl.task.module import TaskModule
+from lightning_mtl.training.absent import forget_unreached
+from lightning_mtl.training.cast import Cast
+from lightning_mtl.training.checks import check_accumulation, collects_shards, no_shared_parameters
+from lightning_mtl.training.features import features_of, find_layer
+from lightning_mtl.training.logging import Recorder
+from lightning_mtl.training.losses import micro_batch_of, reduce_losses, sample_counts
 from lightning_mtl.training.observation import Observation
-from lightning_mtl.training.schedulers import step_schedulers
-from lightning_mtl.training.task_rates import Steering
-from lightning_mtl.training.window import Window
+from lightning_mtl.training.snapshots import losses_after
+from lightning_mtl.training.update import Update, synchronizing
+from lightning_mtl.training.window import Reduced, Window
 
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
-
-ALONE = Ranks.alone()
+_SILENT: AbstractContextManager[None] = nullcontext()
+_NOWHERE = Split()  # the trunk's outputs where nobody asks for them
 
 
 class Optimization:
-    """Runs the training step of a :class:`~lightning_mtl.MultiTaskModule`."""
+    """Runs the training step of a :class:`~lightning_mtl.MultiTaskModule`.
 
-    def __init__(self) -> None:
+    Args:
+        recorder: What is told of each step, to log it.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
         self.window: Window | None = None
-        self._closed: Window | None = None
-        self._drops = False
-        self._writes_none = False  # whether measuring was seen to leave the parameters' gradients alone
-        self.skipped = SkippedSteps()
-        self.matrix: Rows | None = None
-        self.steering = Steering()
-        self._observation: Observation  # of the open window
+        self.update = Update()
         self.phases = Phases()
+        self.cast: Cast  # of the present fit
+        self._callbacks: list[Any] | None = None  # the Trainer's, when the cast was found
+        self._observation: Observation | None = None  # of the open window
+        self._rows: Rows | None = None
+        self._looked = False  # whether a graph of this fit was looked at for what cannot be measured
 
-    def __reduce__(self) -> tuple[type[Optimization], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Optimization], tuple[Recorder]]:
         # A module that is copied, for weight averaging for instance, or pickled has no step under way, and needs no
         # second matrix of rows.
-        return Optimization, ()
+        return Optimization, (self.recorder,)
 
-    def begin(self, module: MultiTaskModule) -> None:
+    def begin(self, module: TaskModule) -> None:
         """Begin a fit: nothing of a step that another one left unfinished goes on."""
-        self.window = self._closed = None
-        self._writes_none = False
-        self.steering.begin(module)
+        self.window = self._callbacks = None
+        self.find_cast(module)
+        self._looked = False
+        self.update.begin()
 
-    def run(self, module: MultiTaskModule, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
+    def run(self, module: TaskModule, batch: object, batch_idx: int) -> Tensor | None:
         """Take one micro-batch; step the optimizer if it closes the window.
 
         Returns:
             The weighted loss: detached, or with its graph where Lightning runs the backward pass.
         """
-        size = module.micro_batches_a_step
-        if batch_idx % size == 0 or self.window is None:
-            self.window = self._open(module, size)
-            self._observation = Observation(module, self.window)
+        if self._callbacks != module.trainer.callbacks:  # type: ignore[attr-defined]
+            self.find_cast(module)
+        if self.window is None or batch_idx % self.window.size == 0:
+            self.window = self._open(module)
         window = self.window
-        closes = (batch_idx + 1) % size == 0 or module.trainer.is_last_batch
-        with keeping_buffers() if window.passes_again or self._observation.passes_again else nullcontext():
-            objective = self._differentiate(module, window, batch, closes=closes)
-        if closes:
+        last = (batch_idx + 1) % window.size == 0 or module.trainer.is_last_batch
+        observes = self._observation is not None and self._observation.passes_again
+        with KEEPING_BUFFERS if window.passes_again or observes else _SILENT:
+            loss = self._pass(module, window, batch, last=last)
+        if last:
             self.window = None
             self._close(module, window)
-        module.recorder.log_step(module)
-        return objective
+        if self.recorder.unlogged and module.trainer._logger_connector.should_update_logs:
+            self.recorder.log_step(module)
+        return loss
 
-    def _differentiate(
-        self,
-        module: MultiTaskModule,
-        window: Window,
-        batch: Any,  # noqa: ANN401
-        *,
-        closes: bool,
-    ) -> Tensor | None:
-        """Pass one micro-batch forward and, unless Lightning does it or rows are still collected, backward."""
-        split = Split()
-        watching = split.watching(module.heads) if module.sharded else nullcontext()
-        self._observation.before_forward(module)
-        with self.phases("forward"), watching:
-            with split.applied_to(module.trunk) if self._needs_split(window) else nullcontext():
-                outputs = module.present_outputs(batch)
-            penalties = module.penalties()
-        if window.weighting is not None and window.weighting.wants_losses_after:
-            window.batches.append(batch)
-        step_metric = None if window.weighting is None else window.weighting.step_metric
-        scores = module.update_metrics("train", outputs, step_metric)
-        self.steering.collect(module, window, batch, outputs)
+    def _pass(self, module: TaskModule, window: Window, batch: object, *, last: bool) -> Tensor | None:
+        """Pass one micro-batch forward and, unless Lightning does it or gradients are still collected, backward."""
+        micro_batch, reduced = self._forward(module, window, batch)
         # Gradients are taken as automatic optimization takes them: outside autocast.
         with torch.autocast(module.device.type, enabled=False):
-            losses = stack_losses([output.loss.detach() for output in outputs.values()], module.device)
-            agreed = agree(outputs, losses, tuple(module.tasks), window.ranks, scores)
-            window.note(agreed, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
-            if outputs:
-                window.local.append((list(outputs), losses, sample_counts(list(outputs.values()))))
-            micro_batch = micro_batch_of(module, window, agreed, outputs, penalties, split)
-            if window.micro_batches == 1:
-                with self.phases("monitors"):
-                    self._observation.measure(module, agreed, micro_batch, batch)
-            # One look a fit: a graph that writes gradients while it is measured does so in every step.
-            looking = nullcontext() if self._writes_none else writing_no_gradients(module.parameters())
-            with self.phases("measuring"), looking:
-                loss = loss_of(module, window, agreed, micro_batch, closes=closes)
-            self._writes_none = self._writes_none or bool(agreed.names)
-            if loss is None and module.automatic_optimization and window.collects:
+            with self.phases.during("measuring"), self._looking(module, window):
+                loss = self._loss(module, window, reduced, micro_batch, last=last)
+            if module.automatic_optimization:
                 # Lightning passes something backward in every micro-batch; what this one's gradients are is kept.
-                return torch.zeros((), device=module.device, requires_grad=True)
-            if loss is not None and not module.automatic_optimization:
-                with self.phases("backward"), synchronizing(module, closes=closes):
-                    module.manual_backward(loss)
-                loss = loss.detach()
-        return loss
+                kept = loss is None and window.collects
+                return torch.zeros((), device=module.device, requires_grad=True) if kept else loss
+            if loss is None:
+                return None
+            with self.phases.during("backward"), _SILENT if last else synchronizing(module):
+                module.manual_backward(loss)
+        return loss.detach()
+
+    # The state of an optimizer step
+
+    def find_cast(self, module: TaskModule) -> Cast:
+        """Look for who takes part: once a fit, and again where a tuner or a user has changed the callbacks."""
+        callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
+        if self._callbacks != callbacks:
+            self.cast, self._callbacks = Cast.of(module, self.phases), list(callbacks)
+        return self.cast
+
+    def _open(self, module: TaskModule) -> Window:
+        trainer, cast = module.trainer, self.cast
+        weighting = cast.weighting
+        step, epoch = trainer.global_step, trainer.current_epoch
+        size = trainer.accumulate_grad_batches if module.automatic_optimization else module.accumulate_grad_batches
+        shares = None if cast.steering is None else cast.steering.shares(module, step)
+        if cast.thaws and not any(parameter.requires_grad for parameter in module.shared_parameters()):
+            # Until a callback unfreezes some of what is shared there is nothing to balance but the heads.
+            able = weighting is not None and weighting.measures == "losses" and weighting.weighs_heads
+            weighting, shares = weighting if able else None, None
+        window = Window(tuple(module.tasks), weighting, step, epoch, size, cast.ranks, shares)
+        if not module.automatic_optimization:
+            module.optimizers().zero_grad()  # type: ignore[union-attr]  # several are refused at setup
+        if window.way == "rows":
+            # Before the forward pass: after it, a sharded module lists other tensors, which get no gradients.
+            window.gradients = self._collection(module, window)
+        self._observation = Observation(module, window, cast.monitors, cast.scaler) if cast.monitors else None
+        return window
+
+    def _collection(self, module: TaskModule, window: Window) -> TrunkGradients | ShardedTrunkGradients:
+        """Make ready to keep the step's gradients, task by task, where its weights are not known before its end."""
+        shared, others = module.trainable_parameters()
+        if window.wanted != "nothing" and window.measures_at == "trunk" and not shared:
+            raise no_shared_parameters(window.weighting)
+        if window.weighting is not None and window.size > 1:
+            check_accumulation(window.weighting, window.size)
+        tasks = tuple(module.tasks)
+        if self.cast.sharded:
+            if window.size > 1:
+                raise collects_shards(window.weighting, window.size)
+            return ShardedTrunkGradients(tasks, shared, others)
+        features = window.wanted != "nothing" and window.measures_at == "features"
+        engine = TrunkGradients(tasks, shared, others, window.ranks, rows=self._rows, features=features)
+        self._rows = engine.rows
+        return engine
+
+    # Forward: losses, over all ranks
+
+    def _forward(self, module: TaskModule, window: Window, batch: object) -> tuple[MicroBatch, Reduced]:
+        """Pass one micro-batch forward, and tell everybody about its losses before any gradient is taken."""
+        cast, observation, recorder, weighting = self.cast, self._observation, self.recorder, window.weighting
+        if observation is not None:
+            observation.before_forward(module)
+        split = Split() if cast.sharded or self._needs_split(window) else _NOWHERE
+        with self.phases.during("forward"), split.watching(module.heads) if cast.sharded else _SILENT:
+            with _SILENT if split is _NOWHERE else split.applied_to(module.trunk):
+                outputs = module.present_outputs(batch)
+            penalties = module.penalties()
+        if weighting is not None and weighting.wants_losses_after:
+            window.batches.append(batch)
+        scores = None
+        if len(module.train_metrics):
+            step_metric = None if weighting is None else weighting.step_metric
+            scores = recorder.update_metrics(module, "train", outputs, step_metric)
+        if cast.steering is not None:
+            cast.steering.collect(module, window, batch, outputs)
+        with torch.autocast(module.device.type, enabled=False):
+            reduced = reduce_losses(outputs, window.tasks, window.ranks, module.device, scores)
+            window.note(reduced, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
+            if outputs:
+                window.local.append((list(outputs), reduced.own, sample_counts(list(outputs.values()))))
+                if recorder.labels.counting:
+                    recorder.labels.add_whole(outputs)
+            unseen = not self._looked
+            micro_batch = micro_batch_of(module, window, cast, reduced, outputs, penalties, split, unseen=unseen)
+            if observation is not None and window.micro_batches == 1:
+                with self.phases.during("monitors"):
+                    observation.measure(module, reduced, micro_batch, batch)
+        return micro_batch, reduced
 
     def _needs_split(self, window: Window) -> bool:
         """Whether the trunk's outputs have to be known: to measure there, or to stand in for absent tasks."""
         stands_in = window.ranks.size > 1 and (window.way == "rows" or window.size > 1)
         at_features = window.wanted != "nothing" and window.measures_at != "trunk"
-        return window.way == "features" or at_features or stands_in or self._observation.measures
+        observes = self._observation is not None and self._observation.measures
+        return window.way == "features" or at_features or stands_in or observes
 
-    def after_automatic_backward(self, module: MultiTaskModule) -> None:
-        """What follows a window's backward pass where Lightning runs it."""
-        if module.automatic_optimization and self._closed is not None:
-            forget_unreached(module, self._closed)
-            self._closed.gradients = None
-            self._closed = None
+    # Gradients and weights
 
-    def before_automatic_step(self, module: MultiTaskModule, optimizer: torch.optim.Optimizer) -> None:
-        """Take gradients that are not finite away from an optimizer that Lightning steps whatever they are."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        gradients = values_of_gradients(parameters)
-        if self._drops or (gradients and not math.isfinite(float(torch.nn.utils.get_total_norm(gradients)))):
-            for parameter in parameters:
-                parameter.grad = None
+    def _loss(
+        self, module: TaskModule, window: Window, reduced: Reduced, batch: MicroBatch, *, last: bool
+    ) -> Tensor | None:
+        """The loss to pass backward for this micro-batch; None where the step's gradients are still collected."""
+        names, losses, wanted = reduced.names, reduced.losses, window.wanted
+        engine: MicroBatch | FeatureGradients | TrunkGradients | ShardedTrunkGradients = batch
+        if window.collects:
+            engine = window.gradients = window.gradients or self._collection(module, window)
+            if names and wanted != "nothing" and window.measures_at != "trunk":
+                find_layer(module, window, batch, groups_read(batch))
+            engine.add(batch, last=last)
+            if not last:
+                return None
+            names, factors = engine.present, None
+            if window.size > 1 and names:
+                losses, factors = window.mean_losses(names), window.mean_factors(names)
+            engine.close(losses, factors)
+        elif names and window.way == "features":
+            wanted = wanted if window.asks(names) else "nothing"
+            engine = features_of(module, batch, losses, sharded=self.cast.sharded)
+            if wanted != "nothing":
+                find_layer(module, window, batch, engine.groups())
+        if names:
+            measured = engine.measure(wanted, window.layer) if wanted != "nothing" else Measured()
+            with self.phases.during("solving"):
+                decision = window.decide(names, losses, measured)
+            loss = engine.surrogate_loss(decision.weights, decision.head_weights, decision.directions)
+        elif batch.penalty is None:
+            return None
         else:
-            self.steering.before_step(module, optimizer)
-        self.steering.groups.apply(optimizer)
+            loss = engine.surrogate_loss(losses) if window.collects else batch.penalty
+        # What is collected is the window's mean already; Lightning divides in automatic optimization, nobody else does.
+        if window.size > 1 and window.collects == module.automatic_optimization:
+            loss = loss * window.size if window.collects else loss / window.size
+        return loss
 
-    def _open(self, module: MultiTaskModule, size: int) -> Window:
-        trainer, weighting = module.trainer, module.weighting()
-        ranks = Ranks(module.data_parallel_group, self.phases) if trainer.world_size > 1 else ALONE
-        step, epoch = trainer.global_step, trainer.current_epoch
-        shares = self.steering.shares(module, step)
-        if waits_for_thaw(module):
-            weighting, shares = for_heads_alone(weighting), None
-        window = Window(tuple(module.tasks), weighting, step, epoch, size, ranks, shares)
-        window.phases = self.phases
-        if not module.automatic_optimization:
-            module.single_optimizer().zero_grad()
-        if window.way == "rows":
-            # Before the forward pass: after it, a sharded module lists other tensors, which get no gradients.
-            window.gradients = open_collection(module, window)
-        return window
+    def _looking(self, module: TaskModule, window: Window) -> AbstractContextManager[None]:
+        """Look once a fit: a graph that writes gradients while it is measured does so in every step."""
+        if self._looked or not (window.collects or window.way == "features"):
+            return _SILENT
+        self._looked = True
+        return writing_no_gradients(module.parameters())
 
-    def _close(self, module: MultiTaskModule, window: Window) -> None:
+    # The optimizer, and what follows it
+
+    def _close(self, module: TaskModule, window: Window) -> None:
         """Step the optimizer, unless something is not finite, and tell weighting, monitors and loggers."""
-        if module.automatic_optimization:
-            self._closed = window
-        else:
-            forget_unreached(module, window)
-            window.gradients = None  # K gradients of each head need not outlive the step
+        cast, update, automatic = self.cast, self.update, module.automatic_optimization
+        steering = cast.steering
         signals = window.summary()
-        finite = self.skipped.check(module, signals)
-        self._drops = not finite
-        self.steering.choose(module, window)
-        if not module.automatic_optimization:
-            self._step(module, finite=finite)
+        positions = [] if signals is None else window.positions(signals.tasks)
+        weights = window.applied_weights
+        if automatic:
+            update.awaited = window
+        else:
+            if window.ranks.size > 1:
+                forget_unreached(module, window, sharded=cast.sharded)
+            window.gradients = None  # K gradients of each head need not outlive the step
+        finite = update.is_finite(module, signals)
+        if steering is not None:
+            steering.choose(module, window)
+        if not automatic:
+            with self.phases.during("optimizer"):
+                rates = _SILENT if steering is None else steering.around_step(module, cast.scaler, finite=finite)
+                update.step(module, rates, scaler=cast.scaler, finite=finite)
+            if module.trainer.lr_scheduler_configs:  # those that follow a metric wait until it is logged
+                self.recorder.plateau_due = "step", module.trainer.fit_loop.epoch_loop.batch_idx
         if not finite or signals is None:
             return
-        self.steering.observe(module, window, signals)
-        for names, losses, samples in window.local:
-            module.recorder.losses["train"].add(losses, samples, window.positions(names))
+        if steering is not None:
+            steering.observe(window, signals)
         if window.weighting is not None:
             if window.weighting.wants_losses_after and window.batches:
                 signals = replace(signals, losses_after=losses_after(module, window, signals.tasks))
-            window.weighting.observe(signals, window.positions(signals.tasks))
-        with self.phases("monitors"):
-            self._observation.hand_over(module, signals)
-        vectors: dict[str, tuple[Sequence[str], Tensor]] = {"loss": (signals.tasks, signals.losses)}
-        if signals.norms is not None:
-            vectors["grad_norm"] = (signals.tasks, signals.norms)
-        if (weights := window.applied_weights) is not None:
-            vectors["weight"] = (signals.tasks, weights[window.positions(signals.tasks)])
-        if self.steering.effective is not None:
-            vectors["lr"] = self.steering.effective
-        module.recorder.record_step(vectors, {f"penalty/{name}": value for name, value in window.penalties.items()})
-
-    def _step(self, module: MultiTaskModule, *, finite: bool) -> None:
-        optimizer = module.single_optimizer()
-        if finite or getattr(module.trainer.precision_plugin, "scaler", None) is not None:
-            # A scaler has to see gradients that are not finite: it skips the step, and lowers its factor.
-            with (
-                self.phases("optimizer"),
-                self.steering.around_step(module, finite=finite),
-                clipping(module, optimizer),
-            ):
-                optimizer.step()
-        else:
-            optimizer.zero_grad()
-        trainer = module.trainer
-        step_schedulers(module, module.schedules, "step", trainer.fit_loop.epoch_loop.batch_idx, plateau=False)
-        if trainer.is_last_batch:
-            step_schedulers(module, module.schedules, "epoch", trainer.current_epoch, plateau=False)
-        module.recorder.plateau_due("step", trainer.fit_loop.epoch_loop.batch_idx)
+            window.weighting.observe(signals, positions)
+        if self._observation is not None:
+            with self.phases.during("monitors"):
+                self._observation.hand_over(module, signals)
+        self.recorder.record_step(window, signals, positions, weights, None if steering is None else steering.effective)

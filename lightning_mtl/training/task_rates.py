@@ -4,90 +4,86 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any, cast
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from lightning_mtl.learning_rates.relatedness import aligned, of_all_ranks
+from lightning_mtl.learning_rates.task_learning_rate import TaskLearningRate
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import TaskOutput
 from lightning_mtl.task.batches import is_per_task
+from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.group_rates import GroupRates
 from lightning_mtl.training.window import Window
 
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
-
 
 class Steering:
-    """Takes a step's multipliers to the optimizer, and what the step has shown back; nothing where no callback asks."""
+    """Takes a step's multipliers to the optimizer, and what the step has shown back.
 
-    def __init__(self) -> None:
-        self.groups = GroupRates()
+    Args:
+        rates: The callback that gives the multipliers.
+        module: What is trained, its optimizer made.
+
+    Raises:
+        ValueError: If heads have no parameter groups of their own.
+
+    Attributes:
+        groups: The optimizer's groups of the heads.
+        effective: The tasks whose heads are in the optimizer, and the learning rates of the newest step.
+    """
+
+    def __init__(self, rates: TaskLearningRate, module: TaskModule) -> None:
+        self.rates, self.groups = rates, GroupRates()
         self.effective: tuple[list[str], Tensor] | None = None
+        self.groups.check(module, _optimizer_of(module), shares_trunk=rates.shares_trunk)
 
-    def begin(self, module: MultiTaskModule) -> None:
-        """Refuse, before the first step, an optimizer in which heads have no groups of their own."""
-        self.groups, self.effective = GroupRates(), None
-        if (rates := module.task_rates()) is not None:
-            self.groups.check(module, module.single_optimizer().optimizer, shares_trunk=rates.shares_trunk)
-
-    def shares(self, module: MultiTaskModule, step: int) -> Tensor | None:
+    def shares(self, module: TaskModule, step: int) -> Tensor | None:
         """What multiplies the tasks' weights in the shared gradient of a step, ``[K]``; None for 1."""
-        rates = module.task_rates()
-        if rates is None or not rates.shares_trunk:
-            return None
-        return rates.current(step).to(module.device, torch.float32)
+        return self.rates.current(step).to(module.device, torch.float32) if self.rates.shares_trunk else None
 
-    def collect(
-        self, module: MultiTaskModule, window: Window, batch: object, outputs: Mapping[str, TaskOutput]
-    ) -> None:
+    def collect(self, module: TaskModule, window: Window, batch: object, outputs: Mapping[str, TaskOutput]) -> None:
         """Keep what is asked for of a micro-batch's targets and predictions."""
-        rates = module.task_rates()
-        if rates is None or not rates.collects:
+        if not self.rates.collects:
             return
         if is_per_task(batch, module.tasks):
             raise ValueError(
                 "The relatedness of tasks is measured on targets of the same samples, and each task has samples of its "
                 "own where a batch is {task: (inputs, target)}; measure Relatedness('gradient_cosine')."
             )
-        for what, limit in rates.collects.items():
+        for what, limit in self.rates.collects.items():
             newest = aligned(outputs, tuple(module.tasks), what, limit, module.device)
             window.samples.setdefault(what, []).append(newest)
 
-    def choose(self, module: MultiTaskModule, window: Window) -> None:
+    def choose(self, module: TaskModule, window: Window) -> None:
         """Decide what the step that ends this window multiplies."""
-        rates, self.effective = module.task_rates(), None
-        if rates is not None:
-            multipliers = rates.current(window.step).tolist()
-            self.effective = self.groups.choose(module, module.single_optimizer().optimizer, multipliers)
+        multipliers = self.rates.current(window.step).tolist()
+        self.effective = self.groups.choose(module, _optimizer_of(module), multipliers)
 
     @contextmanager
-    def around_step(self, module: MultiTaskModule, *, finite: bool) -> Iterator[None]:
+    def around_step(self, module: TaskModule, scaler: Any, *, finite: bool) -> Iterator[None]:  # noqa: ANN401
         """Scale the learning rates of the step inside, where the module takes it."""
-        if module.task_rates() is None:
-            yield
-            return
-        optimizer = module.single_optimizer().optimizer
+        optimizer = _optimizer_of(module)
         if finite:
-            self.before_step(module, optimizer, module.gradient_scale)
+            scale = None if scaler is None else scaler.scale(torch.ones((), device=module.device))
+            self.before_step(module, optimizer, scale)
         with self.groups.putting_back(optimizer):
             self.groups.apply(optimizer)
             yield
 
-    def before_step(
-        self, module: MultiTaskModule, optimizer: torch.optim.Optimizer, scale: Tensor | None = None
-    ) -> None:
+    def before_step(self, module: TaskModule, optimizer: torch.optim.Optimizer, scale: Tensor | None = None) -> None:
         """Show the heads' gradients, finite ones, before they are clipped."""
-        rates = module.task_rates()
-        if rates is not None and rates.reads_heads:
-            rates.observe_heads(self.groups.gradient_norms(module, optimizer, scale))
+        if self.rates.reads_heads:
+            self.rates.observe_heads(self.groups.gradient_norms(module, optimizer, scale))
 
-    def observe(self, module: MultiTaskModule, window: Window, signals: Signals) -> None:
+    def observe(self, window: Window, signals: Signals) -> None:
         """Show what else the step has measured."""
-        if (rates := module.task_rates()) is None:
-            return
-        rates.observe(signals, window.positions(signals.tasks))
+        self.rates.observe(signals, window.positions(signals.tasks))
         for what, values in window.samples.items():
-            rates.observe_samples(what, of_all_ranks(values, window.ranks))
+            self.rates.observe_samples(what, of_all_ranks(values, window.ranks))
+
+
+def _optimizer_of(module: TaskModule) -> torch.optim.Optimizer:
+    return cast("LightningOptimizer", module.optimizers()).optimizer  # several are refused at setup

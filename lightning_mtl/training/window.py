@@ -1,45 +1,55 @@
-"""State of one optimizer step: the losses of its micro-batches, the gradients measured, the weights chosen."""
+"""A window is one optimizer step: its micro-batches' losses, the gradients kept for it and the weights that it got."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_mtl.distributed import Ranks
-from lightning_mtl.gradients.graph import reached_leaves
-from lightning_mtl.gradients.layers import last_layer, named_parameters_at
-from lightning_mtl.gradients.micro_batch import Measured, Wanted
+from lightning_mtl.gradients.inner_products import Measured, Wanted
 from lightning_mtl.gradients.sharded import ShardedTrunkGradients
 from lightning_mtl.gradients.trunk import TrunkGradients
 from lightning_mtl.learning_rates.factor import Collected
-from lightning_mtl.method.base import Aggregator, Weighting
+from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Decision, Signals
-from lightning_mtl.monitors.throughput import Phases
-from lightning_mtl.training.losses import Agreement
-
-if TYPE_CHECKING:
-    from lightning_mtl.module import MultiTaskModule
 
 Way = Literal["losses", "features", "rows"]
 """How weights reach the gradients: in a weighted sum of losses, at the trunk's output, or in a sum of rows."""
 
 
 @dataclass
-class _Noted:
-    """What one micro-batch said of the tasks at these positions."""
+class Reduced:
+    """One micro-batch's losses of the K tasks that some rank has samples of.
 
-    positions: list[int]
+    Attributes:
+        names: These tasks, in the module's order, the same on every rank.
+        losses: ``[K]``, detached: the mean over all ranks' samples, or over the ranks that have the task.
+        own: This rank's losses, detached, of the tasks that it has.
+        counts: ``[K]``, the samples of all ranks, None where every task counts the same.
+        own_counts: ``[K]``, this rank's samples, 0 for a task that it lacks; None where all are 1.
+        scores: ``[K]``, the batch's metric values, averaged like the losses; None if there are none.
+    """
+
+    names: list[str]
     losses: Tensor
+    own: Tensor
     counts: Tensor | None
-    scores: Tensor | None
+    own_counts: Tensor | None
+    scores: Tensor | None = None
+
+    def shares(self) -> Tensor | None:
+        """This rank's share of each task's mean, ``[K]``; None means all of it."""
+        if self.own_counts is None or self.counts is None:
+            return None
+        return self.own_counts / self.counts
 
 
 class Window:
-    """The state of one optimizer step: losses seen, gradients measured, weights chosen.
+    """The state of one optimizer step.
 
     Args:
         tasks: All tasks of the module, in order.
@@ -49,6 +59,13 @@ class Window:
         size: Micro-batches in a full window.
         ranks: The processes that train together.
         shares: ``[K]``, what multiplies each task's weight in the shared gradient, and there alone; None for 1.
+
+    Attributes:
+        wanted: What to measure before the weighting is asked.
+        measures_at: Where gradients are measured.
+        gradients: The gradients kept until the step's weights are known, where the step collects them.
+        layer: The parameters that gradients are measured at, over the micro-batches so far; None for a place of all.
+        passes_again: Whether some step of the training may pass a part of the graph more than once.
     """
 
     def __init__(
@@ -64,51 +81,34 @@ class Window:
         self.weighting = weighting
         self.step, self.epoch, self.size, self.ranks, self.shares = step, epoch, size, ranks, shares
         self.measures = weighting is not None and weighting.measures_in(step)
-        self.way = _way(weighting, step, measures=self.measures)
-        if shares is not None and self.way == "losses":
-            self.way = "features"  # the heads keep the weights as they are
+        self.wanted: Wanted = "nothing"
+        self.measures_at: str | tuple[str, ...] = "features"
+        self.passes_again = shares is not None
+        # The cheapest way that does what the weighting says. Shares are the trunk's alone: heads keep their weights.
+        self.way: Way = "losses" if shares is None else "features"
+        if weighting is not None:
+            self.measures_at = weighting.at
+            self.passes_again = weighting.measures != "losses" or not weighting.weighs_heads or size > 1
+            if self.measures and weighting.measures != "losses":
+                self.wanted = weighting.measures
+                self.way = "rows" if weighting.at == "trunk" else "features"
+            elif not weighting.weighs_heads and (step >= weighting.start_step or weighting.importance):
+                self.way = "features"
         self.gradients: TrunkGradients | ShardedTrunkGradients | None = None
-        """The gradients kept until the step's weights are known, where the step collects them."""
         self.collects = False
         self.layer: list[Tensor] | None = None
-        """The parameters that gradients are measured at, over the micro-batches so far; None for a place of all."""
-        self.phases = Phases()
         self.micro_batches = 0
         self.penalties: dict[str, Tensor] = {}
-        self._asked: Signals | None = None
         self.weights: Tensor | None = None
         self.batches: list[Any] = []
         self.samples: dict[Collected, list[Tensor]] = {}
         self.local: list[tuple[list[str], Tensor, Tensor | float]] = []
         self.reached: set[Tensor] = set()
-        self._tasks = tuple(tasks)
-        self._position = {task: position for position, task in enumerate(tasks)}
-        self._noted: list[_Noted] = []
+        self._asked: Signals | None = None
+        self.tasks = tuple(tasks)
+        self._position = dict(zip(tasks, range(len(tasks)), strict=True))
+        self._noted: list[tuple[list[int], Reduced]] = []
         self._weighed: set[str] = set()
-
-    @property
-    def wanted(self) -> Wanted:
-        """What to measure before the weighting is asked."""
-        if self.weighting is None or not self.measures or self.weighting.measures == "losses":
-            return "nothing"
-        return self.weighting.measures
-
-    @property
-    def measures_at(self) -> str | tuple[str, ...]:
-        """Where gradients are measured."""
-        return "features" if self.weighting is None else self.weighting.at
-
-    @property
-    def passes_again(self) -> bool:
-        """Whether some step of the training may pass a part of the graph more than once."""
-        if self.weighting is None:
-            return self.shares is not None
-        return self.weighting.measures != "losses" or not self.weighting.weighs_heads or self.size > 1
-
-    @property
-    def weighs_heads(self) -> bool:
-        """Whether a task's weight scales the gradients of its head."""
-        return self.weighting is None or self.weighting.weighs_heads
 
     def positions(self, names: Sequence[str]) -> list[int]:
         """Where these tasks stand among all."""
@@ -117,23 +117,25 @@ class Window:
     @property
     def present(self) -> list[str]:
         """The tasks seen so far, in the module's order."""
-        seen = {position for noted in self._noted for position in noted.positions}
-        return [self._tasks[position] for position in sorted(seen)]
+        seen = {position for positions, _ in self._noted for position in positions}
+        return [self.tasks[position] for position in sorted(seen)]
 
-    def note(self, agreed: Agreement, penalties: Mapping[str, Tensor], learned: int | None = None) -> None:
+    # The losses of the micro-batches
+
+    def note(self, reduced: Reduced, penalties: Mapping[str, Tensor], learned: int | None = None) -> None:
         """Remember what a micro-batch said; the first one decides whether the step's gradients are collected.
 
         Args:
-            agreed: Its losses over all ranks.
+            reduced: Its losses over all ranks.
             penalties: Its penalties.
             learned: How many tasks train; None for all.
         """
         self.micro_batches += 1
         self.penalties = {name: value.detach() for name, value in penalties.items()}
-        if agreed.names:
-            self._noted.append(_Noted(self.positions(agreed.names), agreed.losses, agreed.counts, agreed.scores))
+        if reduced.names:
+            self._noted.append((self.positions(reduced.names), reduced))
         if self.micro_batches == 1:
-            complete = len(agreed.names) == (len(self._tasks) if learned is None else learned)
+            complete = len(reduced.names) == (len(self.tasks) if learned is None else learned)
             self.collects = self._has_to_collect(complete=complete)
 
     def _has_to_collect(self, *, complete: bool) -> bool:
@@ -147,98 +149,89 @@ class Window:
             return self.way == "rows"
         return not (complete and self.weighting.known_beforehand(self.step))
 
-    def note_reached(self, losses: Sequence[Tensor]) -> None:
-        """Remember which parameters this rank's losses depend on."""
-        self.reached.update(reached_leaves(losses))
+    def mean_losses(self, names: Sequence[str]) -> Tensor:
+        """The mean loss over the window of tasks that were present in it."""
+        if len(self._noted) == 1 and self._noted[0][1].names == list(names):
+            return self._noted[0][1].losses
+        total, count = self._sums([reduced.losses for _, reduced in self._noted])
+        index = torch.tensor(self.positions(names), device=total.device)
+        return total[index] / count[index]
 
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """For all tasks, ``[K]``: the losses times their counts, and the counts."""
-        return self._sums([noted.losses for noted in self._noted])
-
-    def _sums(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        like = values[0]
-        like = like.to(torch.promote_types(like.dtype, torch.float32))  # wide enough for counts of pixels
-        total, count = like.new_zeros(len(self._tasks)), like.new_zeros(len(self._tasks))
-        for noted, value in zip(self._noted, values, strict=True):
-            index = torch.tensor(noted.positions, device=like.device)
-            weight = like.new_ones(len(value)) if noted.counts is None else noted.counts.to(like)
-            total.index_add_(0, index, value.to(like) * weight)
-            count.index_add_(0, index, weight)
-        return total, count
+    def mean_factors(self, names: Sequence[str]) -> Tensor | None:
+        """What makes the mean over the window of a sum over its micro-batches' samples, ``[K]``; None for 1."""
+        if self.size == 1 or not names:
+            return None
+        _, count = self._sums([reduced.losses for _, reduced in self._noted])
+        return self.micro_batches / self.size / count[self.positions(names)]
 
     def _mean_scores(self, names: Sequence[str]) -> Tensor | None:
         """The mean over the window of the metric that the weighting asked for."""
-        scores = [noted.scores for noted in self._noted if noted.scores is not None]
+        scores = [reduced.scores for _, reduced in self._noted if reduced.scores is not None]
         if not scores or len(scores) != len(self._noted):
             return None
         total, count = self._sums(scores)
         index = torch.tensor(self.positions(names), device=total.device)
         return total[index] / count[index]
 
-    def mean_losses(self, names: Sequence[str]) -> Tensor:
-        """The mean loss over the window of tasks that were present in it."""
-        if len(self._noted) == 1 and self._noted[0].positions == self.positions(names):
-            return self._noted[0].losses
-        total, count = self.sums()
-        index = torch.tensor(self.positions(names), device=total.device)
-        return total[index] / count[index]
+    def _sums(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """For all tasks, ``[K]``: the values times their counts, and the counts."""
+        like = values[0]
+        like = like.to(torch.promote_types(like.dtype, torch.float32))  # wide enough for counts of pixels
+        total, count = like.new_zeros(len(self.tasks)), like.new_zeros(len(self.tasks))
+        for (positions, reduced), value in zip(self._noted, values, strict=True):
+            index = torch.tensor(positions, device=like.device)
+            weight = like.new_ones(len(value)) if reduced.counts is None else reduced.counts.to(like)
+            total.index_add_(0, index, value.to(like) * weight)
+            count.index_add_(0, index, weight)
+        return total, count
 
-    def add_layer(self, module: MultiTaskModule, groups: Sequence[Sequence[Tensor]]) -> None:
-        """Find the parameters that gradients are measured at; those of several micro-batches add up."""
-        at = self.measures_at
-        if at == "last_layer":
-            found = last_layer(module.trunk, groups, self.ranks, among=module.shared_parameters())
-        elif at in ("trunk", "features"):
-            return
+    # The weights
+
+    def asks(self, names: Sequence[str]) -> bool:
+        """Whether the weighting has yet to be asked about one of these tasks."""
+        return not self._weighed.issuperset(names)
+
+    def decide(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Decision:
+        """Ask the weighting, or let the weights serve that were known at the step's first micro-batch."""
+        positions = self.positions(names)
+        if self.weights is None or self.asks(names):
+            decision = self._ask(names, positions, losses, measured)
         else:
-            found = named_parameters_at(module, [at] if isinstance(at, str) else at)
-        self.layer = list(dict.fromkeys([*(self.layer or []), *found]))
+            decision = Decision(self.weights[positions])
+            if self.weighting is not None:
+                decision = self.weighting.with_heads(decision.weights, self.step, positions)
+        if self.shares is None:
+            return decision
+        heads = decision.weights if decision.head_weights is None else decision.head_weights
+        shared = decision.weights * self.shares[positions].to(decision.weights)
+        return replace(decision, weights=shared, head_weights=heads)
 
-    def describe(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Signals:
-        """Put what is known of these tasks in the form that methods read."""
-        self._asked = Signals(
-            tuple(names),
-            losses.to(torch.promote_types(losses.dtype, torch.float32)),
-            self.step,
-            self.epoch,
-            norms=measured.norms,
-            gramian=measured.gramian,
-            scores=self._mean_scores(names),
-        )
-        return self._asked
+    def _ask(self, names: Sequence[str], positions: list[int], losses: Tensor, measured: Measured) -> Decision:
+        wide = losses.to(torch.promote_types(losses.dtype, torch.float32))
+        scores = self._mean_scores(names) if self.weighting is not None and self.weighting.step_metric else None
+        signals = Signals(tuple(names), wide, self.step, self.epoch, measured.norms, measured.gramian, scores)
+        self._asked = signals
+        if self.weighting is None:
+            decision = Decision(torch.ones_like(wide))
+        elif _is_finite(measured):
+            decision = self.weighting.decide(signals, positions, measured=self.measures, rows=measured.rows)
+        else:
+            # No method sees this; the gradients are as broken as what was measured, and the step will be skipped.
+            return Decision(torch.ones_like(wide))
+        if decision.directions is None:
+            self._weighed.update(names)
+            if len(names) == len(self.tasks):
+                self.weights = decision.weights
+            else:
+                if self.weights is None:
+                    self.weights = wide.new_full((len(self.tasks),), torch.nan)
+                self.weights[positions] = decision.weights
+        return decision
 
     @property
     def applied_weights(self) -> Tensor | None:
         """What multiplied each task's shared gradient, ``[K]``."""
         return self.weights if self.weights is None or self.shares is None else self.weights * self.shares
-
-    def decide(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Decision:
-        """Ask the weighting, or let the weights serve that were known at the step's first micro-batch."""
-        decision = self._decide(names, losses, measured)
-        if self.shares is None:
-            return decision
-        heads = decision.weights if decision.head_weights is None else decision.head_weights
-        shared = decision.weights * self.shares[self.positions(names)].to(decision.weights)
-        return replace(decision, weights=shared, head_weights=heads)
-
-    def _decide(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Decision:
-        if self.weights is not None and self._weighed.issuperset(names):
-            return self._with_heads(names, self.weights[self.positions(names)])
-        signals = self.describe(names, losses, measured)
-        ones = torch.ones_like(signals.losses)
-        if self.weighting is None:
-            return Decision(self._keep(names, ones))
-        judged = measured.norms if measured.gramian is None else measured.gramian
-        if judged is not None and not bool(torch.isfinite(judged).all()):
-            # No method sees this; the gradients are as broken as what was measured, and the step will be skipped.
-            return Decision(ones)
-        positions = self.positions(names)
-        if isinstance(self.weighting, Aggregator) and measured.rows:
-            with self.phases("solving"):
-                return Decision(ones, ones, _aggregate(self.weighting, signals, positions, measured.rows))
-        with self.phases("solving"):
-            weights = self.weighting.current_weights(signals, positions, measured=self.measures)
-        return self._with_heads(names, self._keep(names, weights))
 
     def summary(self) -> Signals | None:
         """The step as a whole: what was measured, with the losses averaged over all micro-batches."""
@@ -248,47 +241,8 @@ class Window:
         losses = self.mean_losses(names).to(self._asked.losses)
         return replace(self._asked, tasks=tuple(names), losses=losses, scores=self._mean_scores(names))
 
-    def asks(self, names: Sequence[str]) -> bool:
-        """Whether the weighting has yet to be asked about one of these tasks."""
-        return not self._weighed.issuperset(names)
 
-    def _with_heads(self, names: Sequence[str], weights: Tensor) -> Decision:
-        if self.weighting is None:
-            return Decision(weights)
-        own = self.weighting.current_head_weights(self.step, self.positions(names), weights)
-        return Decision(weights, torch.ones_like(weights) if own is None and not self.weighs_heads else own)
-
-    def _keep(self, names: Sequence[str], weights: Tensor) -> Tensor:
-        self._weighed.update(names)
-        if len(names) == len(self._tasks):
-            self.weights = weights
-            return weights
-        if self.weights is None:
-            self.weights = weights.new_full((len(self._tasks),), torch.nan)
-        self.weights[self.positions(names)] = weights
-        return weights
-
-
-def _way(weighting: Weighting | None, step: int, *, measures: bool) -> Way:
-    """The cheapest way that does what the weighting says in this step."""
-    if weighting is None:
-        return "losses"
-    if measures and weighting.measures != "losses":
-        return "rows" if weighting.at == "trunk" else "features"
-    if weighting.weighs_heads or (step < weighting.start_step and not weighting.importance):
-        return "losses"
-    return "features"
-
-
-def _aggregate(
-    weighting: Aggregator, signals: Signals, positions: Sequence[int], rows: Sequence[Tensor]
-) -> list[Tensor]:
-    """Combine gradients that lie in several matrices as if they were one."""
-    if len(rows) == 1:
-        return [weighting.direction(signals, positions, rows[0])]
-    widest = rows[0].dtype
-    for block in rows[1:]:
-        widest = torch.promote_types(widest, block.dtype)
-    whole = weighting.direction(signals, positions, torch.cat([block.to(widest) for block in rows], dim=1))
-    parts = whole.split([block.shape[1] for block in rows])
-    return [part.to(block.dtype) for part, block in zip(parts, rows, strict=True)]
+def _is_finite(measured: Measured) -> bool:
+    """Whether what a method would read is finite; a look at the device where norms alone were measured."""
+    judged = measured.norms if measured.gramian is None else measured.gramian
+    return judged is None or bool(torch.isfinite(judged).all())

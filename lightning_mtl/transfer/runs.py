@@ -155,12 +155,13 @@ def only_tasks(module: MultiTaskModule, tasks: Collection[str]) -> MultiTaskModu
         raise ValueError(f"only_tasks takes a list of one task or more among {list(module.tasks)}; found {named}.")
     # What a fit has left behind stays out of the copy: an unfinished window, schedulers, recorded scores.
     memo: dict[int, Any] = {
-        id(module.optimization): Optimization(),
+        id(module.optimization): None,
         id(module.schedules): [],
         id(module.recorder): None,
     }
     copy = deepcopy(module, memo)
     copy.recorder = Recorder(copy.tasks)
+    copy.optimization = Optimization(copy.recorder)
     copy.learned_tasks = None if set(tasks) == set(copy.tasks) else frozenset(tasks)
     return copy
 

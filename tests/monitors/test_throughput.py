@@ -63,10 +63,10 @@ def test_a_phase_within_a_phase_is_taken_out_of_it(monkeypatch: pytest.MonkeyPat
     now = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     phases = Phases()
-    with phases("unheard"):
+    with phases.during("unheard"):
         pass
     phases.listen(torch.device("cpu"))
-    with phases("outer"), phases("inner"):
+    with phases.during("outer"), phases.during("inner"):
         pass
     assert phases.stop() == {"rest": 1.0 + 5.0, "outer": 2.0 + 4.0, "inner": 3.0}
 

@@ -15,7 +15,7 @@ from lightning_mtl.weighting.graddrop import graddrop
 from lightning_mtl.weighting.gradvac import gradvac_weights
 from lightning_mtl.weighting.pcgrad import pcgrad_weights, random_orders
 from lightning_mtl.weighting.upgrad import upgrad_weights
-from tests.contract import ask, course, signals
+from tests.contract import ask, course, direction_of, signals
 from tests.contract_rows import J1, J2
 from tests.small import batches, small
 from tests.training import fit, flat_parameters, loader
@@ -201,10 +201,10 @@ def test_graddrop_draws_once_a_step_and_anew_in_the_next() -> None:
     aggregator, given = GradDrop(), signals(torch.ones(2))
     aggregator.reset(["a", "b"])
     rows = torch.stack([torch.ones(64), -torch.ones(64)])
-    first = aggregator.direction(given, [0, 1], rows)
-    assert torch.equal(aggregator.direction(given, [0, 1], rows), first)
+    first = direction_of(aggregator, given, rows)
+    assert torch.equal(direction_of(aggregator, given, rows), first)
     aggregator.observe(given, [0, 1])
-    assert not torch.equal(aggregator.direction(given, [0, 1], rows), first)
+    assert not torch.equal(direction_of(aggregator, given, rows), first)
 
 
 def test_graddrops_leak() -> None:

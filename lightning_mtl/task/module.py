@@ -1,0 +1,86 @@
+"""A module with tasks, as everything below it sees one: the step, the methods and the monitors."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from lightning_mtl.task.task import Task, TaskOutput
+
+
+class Depth(NamedTuple):
+    """Parameters that go by a learning rate of their own: ``factor`` times that of the part they belong to."""
+
+    name: str
+    parameters: frozenset[nn.Parameter]
+    factor: float
+
+
+class TaskModule(pl.LightningModule):
+    """What the training step asks of a module; users meet :class:`~lightning_mtl.MultiTaskModule`, which answers.
+
+    Attributes:
+        trunk: The shared part.
+        heads: One part a task.
+        tasks: What was declared of each task.
+        accumulate_grad_batches: Micro-batches an optimizer step, where the module takes the steps.
+        gradient_clip_val: What gradients are clipped to, likewise.
+        gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+        max_skipped_steps: How many steps in a row may be skipped because something is not finite.
+        schedules: The schedulers as they were asked for.
+        learned_tasks: The tasks that train; the others count as absent from every batch. None stands for all.
+        depths: Parts of the model with learning rates of their own, as a callback that unfreezes them gives them.
+    """
+
+    trunk: nn.Module
+    heads: nn.ModuleDict
+    tasks: dict[str, Task]
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: str
+    max_skipped_steps: int
+    schedules: list[LRSchedulerConfig]
+    learned_tasks: frozenset[str] | None = None
+    depths: tuple[Depth, ...] = ()
+    train_metrics: nn.ModuleDict
+
+    @abstractmethod
+    def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
+        """The checked outputs of the tasks that a batch has labels for, in order."""
+
+    @abstractmethod
+    def penalties(self) -> dict[str, Tensor]:
+        """Scalars added to the objective with weight 1."""
+
+    @abstractmethod
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """The parameters that tasks share."""
+
+    @abstractmethod
+    def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The shared parameters that need gradients now, and all other parameters that do."""
+
+    @property
+    @abstractmethod
+    def stage_scores(self) -> Mapping[str, Mapping[str, Mapping[str, float]]]:
+        """For each stage, what its last epoch gave each task that had samples."""
+
+    @property
+    @abstractmethod
+    def opens_window(self) -> bool:
+        """Whether the next micro-batch begins an optimizer step."""
+
+    @property
+    def micro_batches_a_step(self) -> int:
+        """How many micro-batches an optimizer step takes, whoever accumulates them."""
+        return self.trainer.accumulate_grad_batches if self.automatic_optimization else self.accumulate_grad_batches
+
+    def stage_metrics(self, stage: str) -> dict[str, MetricCollection]:
+        """The metrics of each task that has some, for ``"train"``, ``"val"`` or ``"test"``."""
+        return dict(getattr(self, f"{stage}_metrics").items())

@@ -1,0 +1,61 @@
+"""Who takes part in a fit is looked for once, not in every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lightning_mtl.distributed import Ranks
+from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
+from lightning_mtl.method.base import Weighting, weighting_of
+from lightning_mtl.monitors.base import Monitor
+from lightning_mtl.monitors.throughput import Phases
+from lightning_mtl.task.module import TaskModule
+from lightning_mtl.training.task_rates import Steering
+
+
+@dataclass
+class Cast:
+    """The parts that callbacks, processes and precision play in a fit.
+
+    Attributes:
+        weighting: The one weighting; None weighs all tasks equally.
+        monitors: All monitors.
+        steering: The learning rates of the tasks' own, where a callback gives them.
+        ranks: The processes with different data.
+        sharded: Whether parameters are sharded over the ranks (FSDP2).
+        scaler: The gradient scaler of half precision.
+        thaws: Whether a callback may unfreeze parameters.
+    """
+
+    weighting: Weighting | None
+    monitors: list[Monitor]
+    steering: Steering | None
+    ranks: Ranks
+    sharded: bool
+    scaler: Any
+    thaws: bool
+
+    @classmethod
+    def of(cls, module: TaskModule, phases: Phases) -> Cast:
+        """Look at a Trainer that is about to train."""
+        trainer, strategy = module.trainer, module.trainer.strategy
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        rates = task_rates_of(trainer)
+        ranks = Ranks.alone()
+        if trainer.world_size > 1:
+            mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None
+            ranks = Ranks(None if mesh is None else mesh["data_parallel"].get_group(), phases.waiting)
+        return cls(
+            weighting=weighting_of(trainer),
+            monitors=[callback for callback in callbacks if isinstance(callback, Monitor)],
+            steering=None if rates is None else Steering(rates, module),
+            ranks=ranks,
+            sharded=isinstance(strategy, ModelParallelStrategy),
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            thaws=any(isinstance(callback, BaseFinetuning) for callback in callbacks),
+        )
