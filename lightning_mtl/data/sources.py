@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    get_worker_info,
 )
 
 from lightning_mtl.data.mixing import Mixing
@@ -176,42 +175,6 @@ def check_shards(source: Source, shard: Shard, shard_iterables: bool | None) -> 
             f"{source.name} is a loader with an order of its own, which {shard.ranks} ranks would all read alike. Give "
             "the dataset itself, a DataLoader without a sampler of your own, or one with a DistributedSampler."
         )
-
-
-class EveryNth(IterableDataset[Any]):
-    """Reads all of an iterable dataset and keeps every n-th sample: the share of one worker of one rank."""
-
-    def __init__(self, samples: Iterable[Any], shard: Shard) -> None:
-        self.samples = samples
-        self.shard = shard
-        self.seen = 0  # samples of the pass under way, of all readers
-        self._start = 0  # where a pass that was interrupted goes on
-
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        readers, reader = self.shard.ranks * workers, self.shard.rank * workers + worker
-        self.seen, self._start = self._start, 0
-        for sample in self.samples:
-            self.seen += 1
-            if (self.seen - 1) % readers == reader:
-                yield sample
-
-    def go_on_after(self, seen: int) -> None:
-        """Start the next pass after this many samples."""
-        self.seen = self._start = seen
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the number of the pass on to the dataset, where it has ``set_epoch``."""
-        tell_pass(self.samples, epoch)
-
-
-def tell_pass(data: object, number: int) -> None:
-    """Call ``set_epoch`` of the data and of their sampler, which may shuffle by it."""
-    for part in (data, getattr(data, "sampler", None)):
-        set_epoch: Callable[[int], object] | None = getattr(part, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(number)
 
 
 def number_for_task(value: int | Mapping[str, int], task: str) -> int | None:

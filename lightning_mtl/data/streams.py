@@ -5,35 +5,14 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, Protocol, TypeGuard
+from typing import Any
 from weakref import WeakSet
 
 from torch.utils.data import DataLoader
 
+from lightning_mtl.data.iterables import EveryNth, ResumableSamples, State, StatefulIterable, is_stateful, tell_pass
 from lightning_mtl.data.order import Batches, DataPosition, PassOrder, Shard, generator_for
-from lightning_mtl.data.sources import (
-    DatasetSource,
-    EveryNth,
-    IterableSource,
-    LoaderSource,
-    check_shards,
-    tell_pass,
-)
-
-State = dict[str, Any]
-
-
-class StatefulIterable(Protocol):
-    """Marks a loader or an iterable dataset whose state can be saved and restored."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Begin a pass, or continue the restored one."""
-
-    def state_dict(self) -> State:
-        """Return what has been read, in plain numbers and tensors."""
-
-    def load_state_dict(self, state: State) -> object:
-        """Continue after what had been read."""
+from lightning_mtl.data.sources import DatasetSource, IterableSource, LoaderSource, check_shards
 
 
 class Stream(ABC):
@@ -99,7 +78,7 @@ def open_stream(
     if isinstance(source, DatasetSource):
         return OrderedStream(source, shard, seed, shuffle=shuffle)
     if isinstance(source, LoaderSource):
-        stateful = source.loader if _is_stateful(source.loader) else None
+        stateful = source.loader if is_stateful(source.loader) else None
         return PassingStream(source.name, source.loader, _length_if_known(source.loader), stateful)
     return _iterable_stream(source, shard, seed, divided=shard_iterables is not True)
 
@@ -261,29 +240,12 @@ class PassingStream(Stream):
             self._iterable._iterator = None
 
 
-class ResumableSamples(EveryNth):
-    """Reads a share of an iterable dataset that has a state, and remembers this rank's position in it."""
-
-    def __init__(self, samples: StatefulIterable, shard: Shard) -> None:
-        super().__init__(samples, shard)
-        self._state = samples
-
-    def state_dict(self) -> State:
-        """Return the dataset's own state, and how many samples it has given."""
-        return {"seen": self.seen, "samples": self._state.state_dict()}
-
-    def load_state_dict(self, state: State) -> None:
-        """Restore the dataset's state and the position in it."""
-        self.go_on_after(state["seen"])
-        self._state.load_state_dict(state["samples"])
-
-
 def _iterable_stream(source: IterableSource, shard: Shard, seed: int, *, divided: bool) -> PassingStream:
     """A stream of an iterable dataset; ``divided`` where the dataset tells ranks and workers apart itself."""
     samples, batch_size = source.samples, source.batch_size
     own = Shard() if divided else shard
     # A dataset's state is at hand in this process alone, not in workers'.
-    resumable = ResumableSamples(samples, own) if _is_stateful(samples) and source.num_workers == 0 else None
+    resumable = ResumableSamples(samples, own) if is_stateful(samples) and source.num_workers == 0 else None
     read = samples if divided else EveryNth(samples, own)
     read = read if resumable is None else resumable
     # Nobody knows whether the length of a dataset that divides itself is the whole or a share.
@@ -305,7 +267,3 @@ def _length_if_known(data: object) -> int | None:
         return len(data)
     except (TypeError, NotImplementedError):  # a loader has __len__, whether or not its dataset has
         return None
-
-
-def _is_stateful(data: Iterable[Any]) -> TypeGuard[StatefulIterable]:
-    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))

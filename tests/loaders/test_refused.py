@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
 
 from lightning_mtl.data import MultiTaskDataModule, RoundRobin
+from lightning_mtl.data.iterables import EveryNth
 from lightning_mtl.data.order import Shard
-from lightning_mtl.data.sources import EveryNth, LoaderSource, check_shards, read_source
+from lightning_mtl.data.sources import LoaderSource, check_shards, read_source
 from tests.loaders.samples import Flowing, Numbered, Sample, Sized, module, numbers
 from tests.training import quiet_trainer
 
