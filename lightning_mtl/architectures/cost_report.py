@@ -13,11 +13,10 @@ from torch import nn
 from lightning_mtl.architectures.costs import as_trained, latency_ms, multiply_adds, parameters_behind
 from lightning_mtl.monitors.tables import Grid
 from lightning_mtl.task.batches import call_trunk_with
+from lightning_mtl.task.module import TaskModule
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from lightning_mtl.module import MultiTaskModule
 
 COLUMNS = ("", "parameters", "shared", "own", "multiply-adds", "ms")
 
@@ -139,7 +138,7 @@ class ParameterReport:
 
 
 def parameter_report(
-    module: MultiTaskModule,
+    module: TaskModule,
     inputs: Any,  # noqa: ANN401 - whatever the trunk takes
     *,
     single_task: Mapping[str, nn.Module] | None = None,
@@ -183,11 +182,11 @@ def parameter_report(
         raise ValueError(f"parameter_report(single_task=...) names {sorted(single_task)}, but the tasks are {tasks}.")
     alone = {task: single_task[task] if single_task else _alone(module, task) for task in tasks}
     with as_trained(module, *alone.values()):
-        used = {task: parameters_behind(module, partial(module._predict_each, {task: inputs})) for task in tasks}
+        used = {task: parameters_behind(module, partial(_predict, module, task, inputs)) for task in tasks}
         users = Counter(parameter for parameters in used.values() for parameter in parameters)
         costs = {}
         for task, model in alone.items():
-            run = partial(module._predict_each, {task: inputs}) if model is module else partial(model, inputs)
+            run = partial(_predict, module, task, inputs) if model is module else partial(model, inputs)
             needed = parameters_behind(model, run)
             costs[task] = _cost(task, model, run, needed, users, repeats)
         whole = _cost("multi-task model", module, partial(module, inputs), list(users), users, repeats)
@@ -209,6 +208,11 @@ def _cost(
     return Cost(name, total, shared, total - shared, adds, latency_ms(model, run, repeats))
 
 
+def _predict(module: Any, task: str, inputs: Any) -> Any:  # noqa: ANN401 - a MultiTaskModule, of the layer above
+    """Predict one task alone."""
+    return module._predict_each({task: inputs})
+
+
 class _SingleTaskModel(nn.Module):
     """The part of a trunk that a task has to itself, and the task's head."""
 
@@ -221,12 +225,12 @@ class _SingleTaskModel(nn.Module):
         return self.head(self.trunk(*positional, **named))
 
 
-def _alone(module: MultiTaskModule, task: str) -> nn.Module:
+def _alone(module: TaskModule, task: str) -> nn.Module:
     own = getattr(module.trunk, "single_task", None)
     return _SingleTaskModel(own(task), module.heads[task]) if callable(own) else module
 
 
-def _assumption(module: MultiTaskModule, single_task: Mapping[str, nn.Module] | None) -> str:
+def _assumption(module: TaskModule, single_task: Mapping[str, nn.Module] | None) -> str:
     if single_task is not None:
         return "Single-task models: as given."
     if callable(getattr(module.trunk, "single_task", None)):

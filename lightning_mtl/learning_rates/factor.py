@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.method.task_state import TaskState
+from lightning_mtl.task.module import TaskModule
 
 Collected = Literal["targets", "predictions"]
 """What a factor may ask to see of the training batches."""
@@ -57,7 +58,7 @@ class Factor(TaskState, ABC):
         """Return what :meth:`update_samples` needs, ``"targets"`` or ``"predictions"``, and of how many samples."""
         return {}
 
-    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:
         """Refuse settings that cannot work, at setup."""
 
     def update(self, signals: Signals) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_mtl.learning_rates.factor import Factor, moved
 from lightning_mtl.method.base import weighting_of
 from lightning_mtl.method.signals import Signals
+from lightning_mtl.task.module import TaskModule
 
 SMALLEST_RATIO = 1e-3
 
@@ -75,7 +76,7 @@ class GradientNorm(Factor):
         self.add_state("norms", torch.tensor(torch.nan))
         self.norms: Tensor
 
-    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:
         """Refuse shared gradients that nothing measures."""
         if self.of == "head":
             return

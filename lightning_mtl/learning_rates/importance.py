@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_mtl.learning_rates.factor import Factor
 from lightning_mtl.task import Task
+from lightning_mtl.task.module import TaskModule
 
 SMALLEST_SCORE = 1e-3
 
@@ -101,9 +102,9 @@ class Importance(Factor):
         """Return the name of a task's metric."""
         return self.metric if isinstance(self.metric, str) else (self.metric or {})[task]
 
-    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:
         """Refuse unknown tasks, and metrics that no lag follows from."""
-        tasks: Mapping[str, Task] = pl_module.tasks  # type: ignore[assignment]  # setup has seen a mapping
+        tasks = pl_module.tasks
         for argument, named in (("weights", self.weights), ("metric", self.metric)):
             if isinstance(named, Mapping) and (unknown := named.keys() - tasks.keys()):
                 raise ValueError(
@@ -167,9 +168,10 @@ class Importance(Factor):
         """Read the validation's metrics."""
         if self.metric is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        tasks: Mapping[str, Task] = pl_module.tasks  # type: ignore[assignment]
-        scores: dict[str, dict[str, float]] = pl_module.recorder.scores["val"]  # type: ignore[union-attr,index,assignment]
-        newest = [self._lag(name, task, scores.get(name, {})) for name, task in tasks.items()]
+        if not isinstance(pl_module, TaskModule):  # for the type alone: setup has refused it
+            return
+        scores = pl_module.stage_scores["val"]
+        newest = [self._lag(name, task, scores.get(name, {})) for name, task in pl_module.tasks.items()]
         found = self.lags.new_tensor(newest)
         self.lags = torch.where(found.isnan(), self.lags, found)
 

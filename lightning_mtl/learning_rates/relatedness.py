@@ -17,6 +17,7 @@ from lightning_mtl.method.base import weighting_of
 from lightning_mtl.method.signals import Signals, cosines
 from lightning_mtl.method.task_state import Declared
 from lightning_mtl.task import TaskOutput
+from lightning_mtl.task.module import TaskModule
 
 
 def aligned(
@@ -199,9 +200,9 @@ class Relatedness(Factor):
             self._declare("seen", Declared(missing, task_dims=1, on_cpu=True))
             self._declare("taken", Declared(torch.tensor(0), task_dims=0, on_cpu=True))
 
-    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:
         """Refuse cosines that nothing measures, and a task without others."""
-        if len(pl_module.tasks) < 2:  # type: ignore[arg-type]  # setup has seen a mapping
+        if len(pl_module.tasks) < 2:
             raise ValueError("Relatedness compares tasks, and the module has one; leave it out.")
         weighting = weighting_of(trainer)
         if self.measure == "gradient_cosine" and (weighting is None or weighting.measures != "gramian"):

@@ -14,6 +14,7 @@ from lightning_mtl.learning_rates.factor import Collected, Factor
 from lightning_mtl.method.base import Aggregator
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.method.task_state import Declared, TaskState
+from lightning_mtl.task.module import TaskModule
 
 
 def multipliers(
@@ -139,8 +140,7 @@ class TaskLearningRate(TaskState):
             raise ValueError(
                 f"The Trainer holds {len(others)} callbacks for tasks' learning rates; give one of them all factors."
             )
-        tasks = getattr(pl_module, "tasks", None)
-        if not isinstance(tasks, Mapping):
+        if not isinstance(pl_module, TaskModule):
             raise TypeError(
                 f"{type(self).__name__} scales the learning rates of the tasks of a lightning_mtl.MultiTaskModule, "
                 f"found {type(pl_module).__name__}; subclass MultiTaskModule."
@@ -155,8 +155,8 @@ class TaskLearningRate(TaskState):
             )
         for factor in self.factors:
             factor.check(trainer, pl_module)
-        if trainer.global_step == 0 or self.tasks != tuple(tasks):
-            self.reset(list(tasks))
+        if trainer.global_step == 0 or self.tasks != tuple(pl_module.tasks):
+            self.reset(list(pl_module.tasks))
 
     # What happens, told to the factors.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Literal
 
@@ -14,6 +14,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lightning_mtl.method.signals import Signals
+from lightning_mtl.task import Task
+from lightning_mtl.task.module import TaskModule
 
 PLACES = ("trunk", "features", "last_layer")
 # A monitor is judged slow only once it has taken this long in all: less is nothing beside a training.
@@ -78,16 +80,25 @@ class Monitor(Callback):
         tasks that come with them.
         """
 
+    def tasks_of(self, pl_module: pl.LightningModule) -> dict[str, Task]:
+        """Return the module's tasks.
+
+        Raises:
+            TypeError: If it is no :class:`~lightning_mtl.MultiTaskModule`.
+        """
+        if not isinstance(pl_module, TaskModule):
+            raise TypeError(
+                f"{type(self).__name__} looks at the tasks of a lightning_mtl.MultiTaskModule, found "
+                f"{type(pl_module).__name__}; subclass MultiTaskModule."
+            )
+        return pl_module.tasks
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse settings that cannot work before training begins; turn the monitor on again for a new fit."""
         name = type(self).__name__
         self.off = self._gone = False
         self._began, self._spent = None, 0.0
-        if not isinstance(getattr(pl_module, "tasks", None), Mapping):
-            raise TypeError(
-                f"{name} looks at the tasks of a lightning_mtl.MultiTaskModule, found {type(pl_module).__name__}; "
-                "subclass MultiTaskModule."
-            )
+        self.tasks_of(pl_module)
         if self.measures == "losses":
             return
         if isinstance(trainer.strategy, ModelParallelStrategy):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,9 +15,7 @@ from lightning_mtl.method.signals import Signals
 from lightning_mtl.monitors.base import Monitor, guarding
 from lightning_mtl.monitors.course import Course, describe_course, table_of
 from lightning_mtl.task import Task
-
-if TYPE_CHECKING:
-    from lightning_mtl.training.logging import Recorder
+from lightning_mtl.task.module import TaskModule
 
 
 class LossHistory:
@@ -135,7 +133,7 @@ class Convergence(Monitor):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Read the module's tasks; refuse a metric that none of them has."""
         super().setup(trainer, pl_module, stage)
-        tasks: dict[str, Task] = dict(pl_module.tasks)  # type: ignore[arg-type]
+        tasks = dict(self.tasks_of(pl_module))
         if self.metric is not None and not any(self.metric in task.metric_collection() for task in tasks.values()):
             known = sorted({str(name) for task in tasks.values() for name in task.metric_collection()})
             raise ValueError(f"Convergence(metric={self.metric!r}) is no task's metric; the tasks have {known}.")
@@ -222,6 +220,5 @@ def _note(curves: Curves, task: str, step: int, value: float | None) -> None:
         curves.setdefault(task, []).append((step, float(value)))
 
 
-def _scores(pl_module: Any, stage: str) -> dict[str, dict[str, float]]:  # noqa: ANN401 - a MultiTaskModule
-    recorder: Recorder = pl_module.recorder
-    return recorder.scores[stage]
+def _scores(pl_module: pl.LightningModule, stage: str) -> Mapping[str, Mapping[str, float]]:
+    return pl_module.stage_scores[stage] if isinstance(pl_module, TaskModule) else {}

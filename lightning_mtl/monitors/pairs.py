@@ -99,7 +99,7 @@ class PairMonitor(Monitor):
                 raise ValueError(
                     f"Two monitors log under {self.name!r}; give one another name: {type(self).__name__}(name=...)."
                 )
-        tasks = tuple(pl_module.tasks)  # type: ignore[arg-type]
+        tasks = tuple(self.tasks_of(pl_module))
         if stage == "fit" and (trainer.global_step == 0 or tasks != self.tasks):
             self.tasks = tasks
             self.epoch, self.whole = PairMeans(len(tasks)), PairMeans(len(tasks))

@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from lightning_mtl.monitors.base import Monitor, guarding
-
-if TYPE_CHECKING:
-    from lightning_mtl.training.module import SteppedModule
 
 
 class Phases:
@@ -134,7 +131,7 @@ class Throughput(Monitor):
         super().setup(trainer, pl_module, stage)
         self._listens, self._ended, self._last, self._trained = False, None, None, 0.0
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: SteppedModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:  # noqa: ANN401
         """Start to measure where a step begins that is to be measured."""
         if self.off:
             return
@@ -142,24 +139,25 @@ class Throughput(Monitor):
             now = time.perf_counter()
             waited = 0.0 if self._ended is None else now - self._ended
             self._begun = now - waited
-            phases = pl_module.optimization.phases
+            phases, opens_window = _stepping(pl_module)
             if self._listens:
                 self._waited += waited
                 self._waited_within += waited
-            elif pl_module.opens_window and self.measures_in(trainer.global_step) and not phases.listening:
+            elif opens_window and self.measures_in(trainer.global_step) and not phases.listening:
                 self._listens, self._waited, self._waited_within = True, waited, 0.0
                 phases.listen(pl_module.device)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: SteppedModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:  # noqa: ANN401
         """Log the shares of a measured step that has ended."""
         if self.off:
             return
         with guarding([self]):
             self._ended = time.perf_counter()
             self._trained += self._ended - self._begun
-            if self._listens and pl_module.opens_window:
+            phases, opens_window = _stepping(pl_module)
+            if self._listens and opens_window:
                 self._listens = False
-                self._log(trainer, pl_module.optimization.phases.stop())
+                self._log(trainer, phases.stop())
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget when the last batch ended, so that validation does not count as waiting for data."""
@@ -183,3 +181,8 @@ class Throughput(Monitor):
             scalars["throughput/steps_per_second"] = torch.tensor(rate)
         self._last = trainer.global_step, self._trained
         trainer._logger_connector.log_metrics(scalars)
+
+
+def _stepping(pl_module: Any) -> tuple[Phases, bool]:  # noqa: ANN401 - a module of the layer above, which has both
+    """Return the phases of the module's steps, and whether its next micro-batch begins an optimizer step."""
+    return pl_module.optimization.phases, pl_module.opens_window
