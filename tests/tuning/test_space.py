@@ -14,7 +14,7 @@ from lightning_mtl.configured import ConfigurationError
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Choice, Range
 from lightning_mtl.task import Task
-from lightning_mtl.tuning.configuration import Base, locate, trial_configuration
+from lightning_mtl.tuning.configuration import BaseConfig, locate, trial_configuration
 from lightning_mtl.tuning.goals import Goal, read_goals
 from lightning_mtl.tuning.space import label, read_space
 from tests.contract_rows import ROWS
@@ -126,7 +126,7 @@ def test_numbers_are_drawn_from_what_their_range_says() -> None:
 def test_choices_of_lists_nulls_and_mappings_come_back_as_they_are(tmp_path: Any) -> None:
     values: list[Any] = [None, "null", 1, True, [4, 8], {"class_path": "MLP", "init_args": {"widths": [4]}}]
     space = read_space({"objective": "val/loss", "parameters": {"model.trunk": values}})
-    base = Base(configuration(tmp_path), {}, 1)
+    base = BaseConfig(configuration(tmp_path), {}, 1)
     for value in values:
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         study.enqueue_trial({"model.trunk": label(value)})
@@ -169,7 +169,7 @@ def test_directions_follow_from_names_or_are_asked_for() -> None:
         ("val/MulticlassAccuracy/a", "maximize"),
         ("val/MeanSquaredError/b", "minimize"),
     ):
-        assert Goal((metric,), None).towards(tasks) == expected
+        assert Goal((metric,), None).direction_for(tasks) == expected
     for objective, message in (
         ("speed", "does not say whether higher is better; write {speed: ...}"),
         ("val/Accuracy/a", "task 'a' has no metric 'Accuracy'. Did you mean MulticlassAccuracy"),
@@ -177,4 +177,4 @@ def test_directions_follow_from_names_or_are_asked_for() -> None:
         ({"mean": ["val/MulticlassAccuracy/a", "val/MeanSquaredError/b"]}, "does not say"),
     ):
         with pytest.raises(ConfigurationError, match=message):
-            read_goals(objective)[0].towards(tasks)
+            read_goals(objective)[0].direction_for(tasks)
