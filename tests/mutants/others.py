@@ -96,14 +96,14 @@ OTHERS = (
     ),
     Mutation(
         "a task's learning rate is not put back",
-        "training/group_rates.py",
+        "training/task_rates.py",
         'if group["lr"] is scaled:',
         'if group["lr"] is None:',
         f"{RATES}/test_schedules.py",
     ),
     Mutation(
         "the scaler's factor stays in the heads' norms",
-        "training/group_rates.py",
+        "training/task_rates.py",
         "return squares.sqrt() if scale is None else squares.sqrt() / scale",
         "return squares.sqrt()",
         f"{RATES}/test_steps.py",
