@@ -1,4 +1,4 @@
-"""The tasks' own learning rates reach the optimizer here, for the length of one step, and are told what it has shown."""
+"""The tasks' own learning rates reach the optimizer here for one optimizer step, and are told what it has shown."""
 
 from __future__ import annotations
 
