@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_mtl.method.arguments import NamedArguments
 from lightning_mtl.method.search_space import SearchSpace
 from lightning_mtl.method.signals import Decision, Signals
 from lightning_mtl.method.task_state import TaskState
@@ -19,7 +20,7 @@ from lightning_mtl.method.task_state import TaskState
 Measure = Literal["losses", "norms", "gramian", "rows"]
 
 
-class Weighting(TaskState, ABC):
+class Weighting(NamedArguments, TaskState, ABC):
     """Turns what one step measured into one weight a task; the base of every balancing method.
 
     A subclass says what it ``measures`` and implements :meth:`weigh`. What it remembers between steps it declares with

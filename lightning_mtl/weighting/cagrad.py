@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -49,11 +50,8 @@ class CAGrad(Weighting):
     Args:
         c: c; the paper uses 0.2 to 0.5.
         rescale: None as in the paper; the official code divides d by 1 + c² (``"c2"``) or 1 + c (``"c"``).
-        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
-        every_n_steps: Measure in one step of n and keep the weights in between.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -72,18 +70,8 @@ class CAGrad(Weighting):
     weighs_heads: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"c": Range(0.1, 0.9), "at": Choice(("trunk", "features"))}
 
-    def __init__(
-        self,
-        c: float = 0.5,
-        *,
-        rescale: Rescale | None = None,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+    def __init__(self, c: float = 0.5, *, rescale: Rescale | None = None, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
         if not 0 <= c < math.inf:
             raise ValueError(f"CAGrad(c={c}) must be at least 0 and finite.")
         if rescale not in (None, "c", "c2"):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Aggregator, Weighting
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -37,9 +39,7 @@ class CRMOGM(Weighting):
     Args:
         weighting: The method to smooth, constructed without ``importance``, ``start_step`` and ``total``.
         alpha: α; 0 changes nothing.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If ``alpha`` is out of its range, or ``weighting`` has an argument that belongs here.
@@ -58,15 +58,7 @@ class CRMOGM(Weighting):
 
     search_space: ClassVar[SearchSpace] = {"alpha": Range(0.5, 0.99)}
 
-    def __init__(
-        self,
-        weighting: Weighting,
-        alpha: float = 0.9,
-        *,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
+    def __init__(self, weighting: Weighting, alpha: float = 0.9, **common: Unpack[CommonArguments]) -> None:
         if isinstance(weighting, Aggregator) or not isinstance(weighting, Weighting):
             raise TypeError(
                 f"CRMOGM(weighting=...) smooths the weights of a Weighting, found {type(weighting).__name__}; pass an "
@@ -79,13 +71,7 @@ class CRMOGM(Weighting):
                 f"CRMOGM(weighting={type(weighting).__name__}(...)) ignores the importance, start_step and total of "
                 "what it wraps; pass them to CRMOGM."
             )
-        super().__init__(
-            importance=importance,
-            start_step=start_step,
-            total=total,
-            at=weighting.at,
-            every_n_steps=weighting.every_n_steps,
-        )
+        super().__init__(at=weighting.at, every_n_steps=weighting.every_n_steps, **common)
         self.weighting, self.alpha = weighting, alpha
         # What classes declare, this one has from its instance's partner.
         self.measures, self.weighs_heads = weighting.measures, weighting.weighs_heads  # type: ignore[misc]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -45,11 +46,8 @@ class FairGrad(Weighting):
 
     Args:
         alpha: α; the paper tries 1 to 10, most often 2.
-        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
-        every_n_steps: Measure in one step of n and keep the weights in between.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`.
 
     Attributes:
         stationary_steps: Steps taken at Pareto-stationary points, with the minimum-norm weights.
@@ -74,17 +72,8 @@ class FairGrad(Weighting):
         "at": Choice(("trunk", "features")),
     }
 
-    def __init__(
-        self,
-        alpha: float = 1.0,
-        *,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+    def __init__(self, alpha: float = 1.0, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
         if not 0 < alpha < math.inf:
             raise ValueError(f"FairGrad(alpha={alpha}) must be above 0 and finite.")
         self.alpha = alpha

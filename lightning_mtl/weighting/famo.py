@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -59,9 +61,7 @@ class FAMO(Weighting):
             numbers do not notice; only what an overridden ``task_losses`` logs is logged twice. ``"next_batch"`` is
             free: the next batch's losses serve, the same but for the difference between batches.
         min_losses: ``{task: b}``, the lowest loss a task can have; tasks not named have 0. Losses must not be lower.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range, or at setup if ``min_losses`` names an unknown task, or
@@ -90,11 +90,9 @@ class FAMO(Weighting):
         gamma: float = 0.01,
         losses_after: Literal["forward", "next_batch"] = "forward",
         min_losses: Mapping[str, float] | None = None,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
+        super().__init__(**common)
         if not lr > 0:
             raise ValueError(f"FAMO(lr={lr}) must be above 0.")
         if gamma < 0:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -55,9 +57,7 @@ class GradNorm(Weighting):
         min_weight: The lower clamp.
         at: W; the paper's is the last shared layer. See :class:`~lightning_mtl.Weighting`.
         every_n_steps: Measure, and move the weights, in one step of n.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -85,11 +85,9 @@ class GradNorm(Weighting):
         min_weight: float = 1e-3,
         at: str | Sequence[str] = "last_layer",
         every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+        super().__init__(at=at, every_n_steps=every_n_steps, **common)
         for name, value in (("lr", lr), ("min_weight", min_weight)):
             if not value > 0:
                 raise ValueError(f"GradNorm({name}={value}) must be above 0.")

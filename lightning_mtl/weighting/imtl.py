@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -44,11 +45,8 @@ class IMTL(Weighting):
 
     Args:
         lr: Step size of the Adam that learns s.
-        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
-        every_n_steps: Measure in one step of n and keep the weights in between.
-        importance: ``{task: factor}``, multiplied into the weights of the shared gradients.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`. The importance multiplies the weights of the shared gradients.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -69,17 +67,8 @@ class IMTL(Weighting):
         "at": Choice(("trunk", "features")),
     }
 
-    def __init__(
-        self,
-        *,
-        lr: float = 0.01,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+    def __init__(self, *, lr: float = 0.01, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
         if not lr > 0:
             raise ValueError(f"IMTL(lr={lr}) must be above 0.")
         self.lr = lr

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -46,9 +47,7 @@ class IMTLL(Weighting):
 
     Args:
         lr: Step size of the Adam that learns s.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -66,15 +65,8 @@ class IMTLL(Weighting):
     reads_losses: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"lr": Range(1e-3, 1e-1, log=True)}
 
-    def __init__(
-        self,
-        *,
-        lr: float = 0.01,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
+    def __init__(self, *, lr: float = 0.01, **common: Unpack[CommonArguments]) -> None:
+        super().__init__(**common)
         if not lr > 0:
             raise ValueError(f"IMTLL(lr={lr}) must be above 0.")
         self.lr = lr

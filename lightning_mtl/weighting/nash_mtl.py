@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -49,11 +50,8 @@ class NashMTL(Weighting):
 
     Args:
         max_norm: Scale the weights so that the shared gradient is at most this long; None leaves √K.
-        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
-        every_n_steps: Measure in one step of n and keep the weights in between; the paper tries 1 to 100.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`. For ``every_n_steps`` the paper tries 1 to 100.
 
     Attributes:
         stationary_steps: Steps taken at Pareto-stationary points, with the minimum-norm weights.
@@ -78,17 +76,8 @@ class NashMTL(Weighting):
         "at": Choice(("trunk", "features")),
     }
 
-    def __init__(
-        self,
-        max_norm: float | None = None,
-        *,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+    def __init__(self, max_norm: float | None = None, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"NashMTL(max_norm={max_norm}) must be above 0; None leaves the norm √K.")
         self.max_norm = max_norm

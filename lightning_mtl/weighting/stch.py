@@ -8,7 +8,9 @@ from typing import ClassVar
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -45,9 +47,7 @@ class STCH(Weighting):
         mu: μ; towards 0 only the worst task counts, large values count all alike.
         warmup_epochs: Epochs of the warm-up; with 0 the nadir is the loss of a task's first step.
         preference: ``{task: λ}``; tasks not named keep 1.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range, or at setup if ``preference`` names an unknown task.
@@ -75,11 +75,9 @@ class STCH(Weighting):
         warmup_epochs: int = 5,
         *,
         preference: Mapping[str, float] | None = None,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
+        super().__init__(**common)
         if not mu > 0:
             raise ValueError(f"STCH(mu={mu}) must be above 0.")
         if warmup_epochs < 0:

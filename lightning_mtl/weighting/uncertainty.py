@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -57,9 +59,7 @@ class UncertaintyWeighting(Weighting):
         lr: Step size of the Adam that learns s.
         regularizer: ``"log"`` is the paper's :math:`\log \sigma = s / 2`; ``"log1p"`` is :math:`\log(1 + \sigma^2)`,
             which keeps the weights from falling without end.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range, or a kind is neither of the two, or at setup if ``kinds`` names
@@ -89,11 +89,9 @@ class UncertaintyWeighting(Weighting):
         *,
         lr: float = 0.01,
         regularizer: Regularizer = "log",
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
+        super().__init__(**common)
         for task, kind in (kinds or {}).items():
             if kind not in FACTORS:
                 raise ValueError(f"UncertaintyWeighting calls task {task!r} a {kind!r}; use one of {sorted(FACTORS)}.")

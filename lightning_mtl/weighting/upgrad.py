@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -45,11 +47,8 @@ class UPGrad(Weighting):
 
     Args:
         preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the sum 1.
-        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
-        every_n_steps: Measure in one step of n and keep the weights in between.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If ``preference`` is not positive, or at setup if it names an unknown task.
@@ -67,17 +66,8 @@ class UPGrad(Weighting):
     weighs_heads: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
 
-    def __init__(
-        self,
-        *,
-        preference: Mapping[str, float] | None = None,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+    def __init__(self, *, preference: Mapping[str, float] | None = None, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
         self.preference = check_preference("UPGrad", preference)
 
     def check(self, pl_module: pl.LightningModule) -> None:
