@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -22,6 +22,8 @@ class TaskRates(TaskState, ABC):
     step has shown, the ``observe`` methods. Steps that are skipped are not observed.
     """
 
+    key_prefix: ClassVar[str] = "lightning_mtl.TaskRates:"
+    takes_any_checkpoint: ClassVar[bool] = True
     shares_trunk: bool = False
     """Whether a task's multiplier also multiplies its weight in the gradient of the shared parameters."""
 
@@ -73,21 +75,11 @@ class TaskRates(TaskState, ABC):
                 f"{type(self).__name__} scales the learning rates of the tasks of a lightning_mtl.MultiTaskModule, "
                 f"found {type(pl_module).__name__}; subclass MultiTaskModule."
             )
-        if stage != "fit":
-            return
-        self.check(trainer, pl_module)
-        if trainer.global_step == 0 or self.tasks != tuple(tasks):
-            self.reset(list(tasks))
-
-    @property
-    def state_key(self) -> str:
-        """The key of the state in a checkpoint; not that of a weighting's."""
-        return f"lightning_mtl.TaskRates:{type(self).__name__}"
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Take any checkpoint: one without learning rates of the tasks' own begins them anew."""
+        if stage == "fit":
+            self.check(trainer, pl_module)
+            if trainer.global_step == 0 or self.tasks != tuple(tasks):
+                self.reset(list(tasks))
+        super().setup(trainer, pl_module, stage=stage)
 
 
 def task_rates_of(trainer: pl.Trainer) -> TaskRates | None:

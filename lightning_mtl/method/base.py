@@ -142,6 +142,7 @@ class Weighting(NamedArguments, TaskState, ABC):
         self.check(pl_module)
         if stage == "fit" and (trainer.global_step == 0 or self.tasks != tuple(tasks)):
             self.reset(list(tasks))
+        super().setup(trainer, pl_module, stage=stage)
 
     def measures_in(self, step: int) -> bool:
         """Whether the method looks at optimizer step ``step``, or lets the last weights serve."""
@@ -235,7 +236,11 @@ class Weighting(NamedArguments, TaskState, ABC):
         """Multiply the weights of the present tasks by their importance."""
         if not self.importance:
             return weights
-        return weights * weights.new_tensor([self.importance.get(task, 1.0) for task in signals.tasks])
+        return self.scaled(weights, weights.new_tensor([self.importance.get(task, 1.0) for task in signals.tasks]))
+
+    def scaled(self, weights: Tensor, importance: Tensor) -> Tensor:
+        """Scale the weights of the present tasks by their importance, both ``[K]``."""
+        return weights * importance
 
 
 class Aggregator(Weighting):

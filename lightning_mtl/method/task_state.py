@@ -1,10 +1,13 @@
-"""State that a callback keeps for each task: declared once, then saved, restored, moved, cut to the present tasks."""
+"""State that a callback keeps for each task: declared once, then saved, restored, moved, cut to the present tasks.
+
+What one of these callbacks holds as a child takes part in all of that, and in every hook of Lightning.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -20,16 +23,57 @@ class Declared(NamedTuple):
     on_cpu: bool = False
 
 
-# Methods find each other's states in a checkpoint by it.
-_KEY = "lightning_mtl.Weighting:"
+class _Forwarding(Callback):
+    """A callback whose hooks do one thing: they call the same hook of each child, in order."""
+
+    _children: Sequence[Callback]
 
 
-class TaskState(Callback):
-    """The part of a weighting that remembers."""
+def _forwarded(name: str) -> Callable[..., None]:
+    def hook(self: _Forwarding, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - each hook has its own
+        for child in self._children:
+            getattr(child, name)(*arguments, **named)
+
+    hook.__name__ = name
+    return hook
+
+
+# Read off Lightning, so that none is missing, whatever hooks another release has.
+for _name in vars(Callback):
+    if _name in ("setup", "teardown") or _name.startswith("on_"):
+        setattr(_Forwarding, _name, _forwarded(_name))
+
+
+class TaskState(_Forwarding):
+    """The part of a weighting that remembers.
+
+    A subclass that overrides a hook and may have children calls ``super()`` in it, as for any base class.
+    """
+
+    key_prefix: ClassVar[str] = "lightning_mtl.Weighting:"
+    """How the keys of such callbacks begin in a checkpoint, where they find each other's states by it."""
+    state_key: str = ""
+    """The key of the state in a checkpoint. Lightning asks for it in each hook of each step: no property."""
+    takes_any_checkpoint: ClassVar[bool] = False
+    """Whether a checkpoint may lack this callback's state, which then begins anew."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:  # noqa: ANN401 - what a class statement may hold
+        """Give the class its key."""
+        super().__init_subclass__(**arguments)
+        cls.state_key = f"{cls.key_prefix}{cls.__name__}"
 
     def __init__(self) -> None:
         self.tasks: tuple[str, ...] = ()
         self._states: dict[str, Declared] = {}
+        self._children: list[TaskState] = []
+
+    def add_child(self, child: TaskState) -> None:
+        """Let another callback, which the Trainer does not hold, take part in all that happens to this one.
+
+        Every hook of Lightning reaches it with the same arguments, after this one's own; its state is saved, restored,
+        moved, reset and cut to the present tasks with this one's. What it decides is for this one to ask.
+        """
+        self._children.append(child)
 
     def add_state(self, name: str, default: Tensor, *, per_task: bool = True, per_pair: bool = False) -> None:
         """Declare what the method remembers; read and write it as the attribute ``name``.
@@ -87,11 +131,14 @@ class TaskState(Callback):
         for name, (default, task_dims, on_cpu) in self._states.items():
             value = default.expand((len(tasks),) * task_dims + default.shape)
             setattr(self, name, value.clone().to("cpu" if on_cpu else device))
+        for child in self._children:
+            child.reset(tasks, device)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the state to the module's device."""
         for name, declared in self._states.items():
             setattr(self, name, getattr(self, name).to("cpu" if declared.on_cpu else pl_module.device))
+        super().on_fit_start(trainer, pl_module)
 
     @contextmanager
     def only(self, present: Sequence[int]) -> Iterator[None]:
@@ -104,17 +151,15 @@ class TaskState(Callback):
         for name, value in whole.items():
             setattr(self, name, value[cut[name]])
         try:
-            yield
+            with ExitStack() as children:
+                for child in self._children:
+                    children.enter_context(child.only(present))
+                yield
         finally:
             for name, value in whole.items():
                 setattr(self, name, value.index_put(cut[name], getattr(self, name)))
 
     # Checkpoints.
-
-    @property
-    def state_key(self) -> str:
-        """The key of the state in a checkpoint."""
-        return f"{_KEY}{type(self).__name__}"
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -124,9 +169,12 @@ class TaskState(Callback):
         Raises:
             ValueError: Naming both methods.
         """
-        written = [key.removeprefix(_KEY) for key in checkpoint.get("callbacks", {}) if key.startswith(_KEY)]
-        if written and type(self).__name__ not in written:
+        prefix, name = self.key_prefix, type(self).__name__
+        written = [key.removeprefix(prefix) for key in checkpoint.get("callbacks", {}) if key.startswith(prefix)]
+        is_child = all(callback is not self for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if written and name not in written and not (is_child or self.takes_any_checkpoint):
             raise self._written_by(written[0])
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def _written_by(self, other: str) -> ValueError:
         name = type(self).__name__
@@ -136,11 +184,12 @@ class TaskState(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the method's name, the tasks' names and the declared states."""
+        """What a checkpoint keeps: the method's name, the tasks' names, the declared states and the children's."""
         return {
             "weighting": type(self).__name__,
             "tasks": list(self.tasks),
             "state": {name: getattr(self, name).detach().clone() for name in self._states},
+            "children": [child.state_dict() for child in self._children],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -162,6 +211,14 @@ class TaskState(Callback):
                 f"The checkpoint's {name} holds the states {sorted(state_dict['state'])}, this one has "
                 f"{sorted(self._states)}; construct it with the arguments of the interrupted run."
             )
+        names = [type(child).__name__ for child in self._children]
+        if (written := [state["weighting"] for state in state_dict["children"]]) != names:
+            raise ValueError(
+                f"The checkpoint's {name} held {written}, this one holds {names}; construct it as in the interrupted "
+                "run, or load the model's weights alone."
+            )
+        for child, state in zip(self._children, state_dict["children"], strict=True):
+            child.load_state_dict(state)
         self.tasks = tuple(state_dict["tasks"])
         for key, value in state_dict["state"].items():
             setattr(self, key, value.to(getattr(self, key).device))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -33,8 +30,8 @@ class CRMOGM(Weighting):
     .. math:: w(t) = \alpha \, w(t - 1) + (1 - \alpha) \, \hat w(t), \qquad w(1) = \hat w(1)
 
     with :math:`\hat w` the wrapped method's weights, a task's first being those of its first step. What is measured,
-    where, how often, and whether heads are weighted, is the wrapped method's affair; its state is saved and restored
-    with this one's.
+    where, how often, and whether heads are weighted, is the wrapped method's affair. Lightning's hooks reach it as if
+    the Trainer held it, and its state is saved and restored with this one's.
 
     Args:
         weighting: The method to smooth, constructed without ``importance``, ``start_step`` and ``total``.
@@ -73,6 +70,7 @@ class CRMOGM(Weighting):
             )
         super().__init__(at=weighting.at, every_n_steps=weighting.every_n_steps, **common)
         self.weighting, self.alpha = weighting, alpha
+        self.add_child(weighting)
         # What classes declare, this one has from its instance's partner.
         self.measures, self.weighs_heads = weighting.measures, weighting.weighs_heads  # type: ignore[misc]
         self.reads_losses = weighting.reads_losses  # type: ignore[misc]
@@ -84,8 +82,8 @@ class CRMOGM(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Mix the wrapped method's weights into the mean."""
-        newest = self.weighting.weigh(signals).to(self.average)
-        weights = crmogm_weights(self.average, newest, self.alpha)
+        newest = self.weighting.weigh(signals).detach().to(signals.losses)
+        weights = crmogm_weights(self.average.to(newest), newest, self.alpha)
         self._coming = signals.step, weights
         return weights
 
@@ -93,43 +91,12 @@ class CRMOGM(Weighting):
         """Ask the wrapped method, whose numbers for the heads are not smoothed."""
         return self.weighting.head_weights()
 
+    def scaled(self, weights: Tensor, importance: Tensor) -> Tensor:
+        """Let the wrapped method say what importance does to its weights."""
+        return self.weighting.scaled(weights, importance)
+
     def update(self, signals: Signals) -> None:
         """Keep the mean, and let the wrapped method update its state."""
         if self._coming is not None and self._coming[0] == signals.step:  # not one that was skipped
             self.average = self._coming[1]
         self.weighting.update(signals)
-
-    # What reaches a Trainer's callbacks, and their state, reaches the wrapped method through this one.
-
-    def check(self, pl_module: pl.LightningModule) -> None:
-        """Let the wrapped method check the module."""
-        self.weighting.check(pl_module)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass the hook on."""
-        super().on_fit_start(trainer, pl_module)
-        self.weighting.on_fit_start(trainer, pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass the hook on."""
-        self.weighting.on_validation_end(trainer, pl_module)
-
-    def reset(self, tasks: Sequence[str], device: torch.device | str = "cpu") -> None:
-        """Begin anew, the wrapped method as well."""
-        super().reset(tasks, device)
-        self.weighting.reset(tasks, device)
-
-    @contextmanager
-    def only(self, present: Sequence[int]) -> Iterator[None]:
-        """Cut both states to the present tasks."""
-        with super().only(present), self.weighting.only(present):
-            yield
-
-    def state_dict(self) -> dict[str, Any]:
-        """Save both states."""
-        return super().state_dict() | {"wrapped": self.weighting.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both states."""
-        super().load_state_dict(state_dict)
-        self.weighting.load_state_dict(state_dict["wrapped"])

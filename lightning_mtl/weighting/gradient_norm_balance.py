@@ -63,7 +63,7 @@ class GradientNormBalance(Weighting):
         assert signals.norms is not None  # noqa: S101 - for mypy: what the class measures
         return inverse_norm_weights(signals.norms, torch.ones_like(signals.norms), self.eps)
 
-    def with_importance(self, weights: Tensor, signals: Signals) -> Tensor:
+    def scaled(self, weights: Tensor, importance: Tensor) -> Tensor:
         """Multiply by the importance and keep the sum K."""
-        scaled = super().with_importance(weights, signals)
-        return scaled * (weights.sum() / scaled.sum()) if self.importance else weights
+        scaled = super().scaled(weights, importance)
+        return scaled * (weights.sum() / scaled.sum())

@@ -18,8 +18,8 @@ TRAINING = (
     Mutation(
         "importance is ignored",
         "method/base.py",
-        "return weights * weights.new_tensor([self.importance",
-        "return weights + 0 * weights.new_tensor([self.importance",
+        "return weights * importance",
+        "return weights + 0 * importance",
         BASE,
         "importance",
     ),
