@@ -13,7 +13,7 @@ from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.solvers import fairgrad_weights as solve
+from lightning_mtl.solvers import alpha_fair_weights
 
 
 def fairgrad_weights(gramian: Tensor, alpha: float) -> tuple[Tensor, bool]:
@@ -31,7 +31,7 @@ def fairgrad_weights(gramian: Tensor, alpha: float) -> tuple[Tensor, bool]:
         >>> fairgrad_weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]), alpha=2.0)
         (tensor([0.4714, 0.3195], dtype=torch.float64), False)
     """
-    solution = solve(gramian.detach().cpu().double().numpy(), alpha)
+    solution = alpha_fair_weights(gramian.detach().cpu().double().numpy(), alpha)
     return torch.from_numpy(solution.weights), solution.stationary
 
 

@@ -12,7 +12,7 @@ from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.solvers import Solution, nash_weights
+from lightning_mtl.solvers import alpha_fair_weights
 
 
 def nash_mtl_weights(gramian: Tensor, max_norm: float | None = None) -> tuple[Tensor, bool]:
@@ -31,7 +31,7 @@ def nash_mtl_weights(gramian: Tensor, max_norm: float | None = None) -> tuple[Te
         (tensor([0.5915, 0.4071], dtype=torch.float64), False)
     """
     G = gramian.detach().cpu().double()
-    solution: Solution = nash_weights(G.numpy())
+    solution = alpha_fair_weights(G.numpy())
     weights = torch.from_numpy(solution.weights)
     if max_norm is not None:
         length = max(float(weights @ G @ weights), 0.0) ** 0.5  # rounding may take it below zero
@@ -61,7 +61,7 @@ class NashMTL(Weighting):
 
     Source: Navon et al., Multi-Task Learning as a Bargaining Game, 2022, arXiv:2202.01017, equation 2.
 
-    Deviations: the official code approximates α by up to 20 conic programmes, begins each with the last α, and keeps
+    Deviations: the official code approximates α by up to 20 conic programs, begins each with the last α, and keeps
     that without notice where the solver fails. It also clips the shared gradient at norm 1 by default, and not the
     heads', while ``max_norm`` scales both.
 

@@ -39,13 +39,13 @@ class STCH(Weighting):
     .. math:: \min_\theta K \mu \log \sum_k \exp\!\left( \frac{\lambda_k}{\mu} \log \frac{L_k}{\nu_k} \right), \qquad
         w_k = \frac{K \lambda_k}{L_k} \operatorname{softmax}_k\!\left( \frac{\lambda}{\mu} \log \frac{L}{\nu} \right)
 
-    with ν the nadir: the mean losses over the last epoch of the warm-up, which itself descends
+    with ν the nadir: the mean losses over the last epoch of the warmup, which itself descends
     :math:`\sum_k \log L_k`. The task that has improved least since then gets most of the weight. Losses must not be
     negative.
 
     Args:
         mu: μ; towards 0 only the worst task counts, large values count all alike.
-        warmup_epochs: Epochs of the warm-up; with 0 the nadir is the loss of a task's first step.
+        warmup_epochs: Epochs of the warmup; with 0 the nadir is the loss of a task's first step.
         preference: ``{task: λ}``; tasks not named keep 1.
         **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
@@ -58,7 +58,7 @@ class STCH(Weighting):
     Deviations: the paper's scalarization is :math:`\mu \log \sum_k \exp(\lambda_k (f_k - z^*_k) / \mu)` with λ on the
     simplex and z* the ideal point. The released code for multi-task learning, followed here, puts
     :math:`\log (L_k / \nu_k)` for :math:`f_k - z^*_k`, warms up, drops λ (1 for every task) and multiplies by K, which
-    keeps the steps as long as the warm-up's. Its ``STCH_warmup_epoch=4`` is 5 here: it counts from 0. A loss of 0 has
+    keeps the steps as long as the warmup's. Its ``STCH_warmup_epoch=4`` is 5 here: it counts from 0. A loss of 0 has
     weight 0. With gradient accumulation the first micro-batch gives the weights.
 
     Example:
@@ -106,11 +106,11 @@ class STCH(Weighting):
         return signals.num_tasks * stch_weights(logarithms, preference, self.mu) * inverse
 
     def update(self, signals: Signals) -> None:
-        """Take the losses of the warm-up's last epoch into the nadir."""
+        """Take the losses of the warmup's last epoch into the nadir."""
         late = signals.epoch >= self.warmup_epochs
         if signals.epoch < self.warmup_epochs - 1:
             return
-        # After the warm-up: only of a task that was absent from its last epoch.
+        # After the warmup: only of a task that was absent from its last epoch.
         taken = (self.count == 0) | (not late)
         self.count = self.count + taken
         mean = self.nadir + (signals.losses.to(self.nadir) - self.nadir) / self.count
