@@ -62,6 +62,9 @@ class Weighting(NamedArguments, TaskState, ABC):
     """What a search may give the constructor's arguments: only those whose value changes what the method does."""
     takes_logarithms: bool = False
     """Whether the method takes the losses' logarithms; a negative loss then ends the training with an error."""
+    by_task: ClassVar[tuple[str, ...]] = ()
+    """Arguments, kept as attributes of the same names, that map tasks to something, besides ``importance``: at setup,
+    names of unknown tasks are refused."""
     step_metric: str | None = None
     """The metric whose value on each training batch :attr:`Signals.scores` must hold."""
     wants_losses_after: bool = False
@@ -135,10 +138,12 @@ class Weighting(NamedArguments, TaskState, ABC):
                 f"{type(self).__name__} balances the tasks of a lightning_mtl.MultiTaskModule, found "
                 f"{type(pl_module).__name__}; subclass MultiTaskModule."
             )
-        if unknown := self.importance.keys() - tasks.keys():
-            raise ValueError(
-                f"{type(self).__name__}(importance=...) names {sorted(unknown)}, but the tasks are {list(tasks)}."
-            )
+        for argument in ("importance", *self.by_task):
+            given = getattr(self, argument)
+            if unknown := [task for task in given if task not in tasks] if isinstance(given, Mapping) else []:
+                raise ValueError(
+                    f"{type(self).__name__}({argument}=...) names {unknown}, but the tasks are {list(tasks)}."
+                )
         self.check(pl_module)
         if stage == "fit" and (trainer.global_step == 0 or self.tasks != tuple(tasks)):
             self.reset(list(tasks))

@@ -24,7 +24,7 @@ def alpha_fair_weights(gramian: ArrayLike, alpha: float = 1.0) -> Solution:
 
     .. math:: \min_{w > 0} \; \tfrac12 w^\top G w - \sum_k \frac{w_k^{1 - 1/\alpha}}{1 - 1/\alpha} ,
 
-    which has none at a Pareto-stationary point. With :math:`\alpha = 1`, a logarithm in place of the power, they are the
+    which has none at a Pareto-stationary point. With :math:`\alpha = 1`, a logarithm in place of the power, this is the
     Nash bargaining solution (Navon et al. 2022, arXiv:2202.01017, equation 2), whose combined gradient has norm
     :math:`\sqrt K`; a larger one cares more for the task that improves least (Ban & Ji 2024, arXiv:2402.15638). Both
     papers approximate; here the weights are exact.

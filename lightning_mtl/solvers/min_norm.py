@@ -20,8 +20,8 @@ class Solution(NamedTuple):
         stationary: True if the point is Pareto-stationary: then ``weights`` are those of the minimum-norm point.
 
     Example:
-        >>> from lightning_mtl.solvers import nash_weights
-        >>> nash_weights([[1.0, -3.0], [-3.0, 9.0]]).stationary
+        >>> from lightning_mtl.solvers import alpha_fair_weights
+        >>> alpha_fair_weights([[1.0, -3.0], [-3.0, 9.0]]).stationary
         True
     """
 

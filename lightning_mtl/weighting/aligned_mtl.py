@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -14,7 +13,7 @@ from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.weighting.preference import check_preference, check_tasks, simplex_preference
+from lightning_mtl.weighting.preference import check_preference, simplex_preference
 
 Scale = Literal["min", "median", "rmse"]
 
@@ -82,6 +81,7 @@ class AlignedMTL(Weighting):
         "scale": Choice(("min", "median", "rmse")),
         "at": Choice(("trunk", "features")),
     }
+    by_task: ClassVar[tuple[str, ...]] = ("preference",)
 
     def __init__(
         self,
@@ -96,11 +96,8 @@ class AlignedMTL(Weighting):
         self.scale = scale
         self.preference = check_preference("AlignedMTL", preference)
 
-    def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse preferences of unknown tasks."""
-        check_tasks("AlignedMTL", "preference", self.preference, pl_module)
-
     def weigh(self, signals: Signals) -> Tensor:
         """Align this step's gradients."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        return aligned_mtl_weights(signals.gramian, simplex_preference(self.preference, signals), self.scale)
+        return aligned_mtl_weights(
+            signals.measured("gramian"), simplex_preference(self.preference, signals), self.scale
+        )

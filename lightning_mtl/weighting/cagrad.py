@@ -88,8 +88,7 @@ class CAGrad(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        return cagrad_weights(signals.gramian, self.c, self.rescale)
+        return cagrad_weights(signals.measured("gramian"), self.c, self.rescale)
 
 
 # The solver, on NumPy arrays.

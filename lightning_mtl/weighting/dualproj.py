@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -15,7 +14,7 @@ from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.solvers import project_on_dual_cone
-from lightning_mtl.weighting.preference import check_preference, check_tasks, simplex_preference
+from lightning_mtl.weighting.preference import check_preference, simplex_preference
 
 
 def dualproj_weights(gramian: Tensor, preference: Tensor) -> Tensor:
@@ -65,16 +64,12 @@ class DualProj(Weighting):
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
+    by_task: ClassVar[tuple[str, ...]] = ("preference",)
 
     def __init__(self, *, preference: Mapping[str, float] | None = None, **common: Unpack[GradientArguments]) -> None:
         super().__init__(**common)
         self.preference = check_preference("DualProj", preference)
 
-    def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse preferences of unknown tasks."""
-        check_tasks("DualProj", "preference", self.preference, pl_module)
-
     def weigh(self, signals: Signals) -> Tensor:
         """Project this step's mean gradient."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        return dualproj_weights(signals.gramian, simplex_preference(self.preference, signals))
+        return dualproj_weights(signals.measured("gramian"), simplex_preference(self.preference, signals))

@@ -83,8 +83,7 @@ class FairGrad(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        weights, self._stationary = fairgrad_weights(signals.gramian, self.alpha)
+        weights, self._stationary = fairgrad_weights(signals.measured("gramian"), self.alpha)
         return weights
 
     def update(self, signals: Signals) -> None:

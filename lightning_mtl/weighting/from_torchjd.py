@@ -65,10 +65,9 @@ class FromTorchJD(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Ask the weighting about this step's Gramian."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
         with torch.random.fork_rng(devices=[]):  # It draws from torch's own generator.
             torch.default_generator.set_state(self.random_numbers("random").get_state())
-            return self.weighting(signals.gramian)
+            return self.weighting(signals.measured("gramian"))
 
     def update(self, signals: Signals) -> None:
         """Go on to the next step's random numbers."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -14,7 +13,6 @@ from lightning_mtl.method.arguments import AggregatorArguments
 from lightning_mtl.method.base import Aggregator
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.weighting.preference import check_tasks
 
 
 def graddrop(rows: Tensor, leak: Tensor, uniform: Tensor) -> Tensor:
@@ -77,6 +75,7 @@ class GradDrop(Aggregator):
         "leak": Range(0.0, 0.9),
         "at": Choice(("trunk", "features")),
     }
+    by_task: ClassVar[tuple[str, ...]] = ("leak",)
 
     def __init__(
         self, leak: float | Mapping[str, float] = 0.0, *, seed: int = 0, **common: Unpack[AggregatorArguments]
@@ -87,10 +86,6 @@ class GradDrop(Aggregator):
                 raise ValueError(f"GradDrop(leak={leak}) must be at least 0 and at most 1.")
         self.leak = dict(leak) if isinstance(leak, Mapping) else leak
         self.add_generator("random", seed)
-
-    def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse leaks of unknown tasks."""
-        check_tasks("GradDrop", "leak", self.leak if isinstance(self.leak, dict) else {}, pl_module)
 
     def combine(self, signals: Signals, rows: Tensor) -> Tensor:
         """Drop the losing sign of each element."""

@@ -60,8 +60,7 @@ class GradientNormBalance(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Weigh by the inverse norms of this step."""
-        assert signals.norms is not None  # noqa: S101 - for mypy: what the class measures
-        return inverse_norm_weights(signals.norms, torch.ones_like(signals.norms), self.eps)
+        return inverse_norm_weights(signals.measured("norms"), torch.ones_like(signals.measured("norms")), self.eps)
 
     def scaled(self, weights: Tensor, importance: Tensor) -> Tensor:
         """Multiply by the importance and keep the sum K."""

@@ -108,9 +108,8 @@ class GradVac(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Turn the gradients in this step's orders."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
         orders = random_orders(signals.num_tasks, self.random_numbers("random"))
-        weights, cosines = gradvac_weights(signals.gramian, self.targets, orders)
+        weights, cosines = gradvac_weights(signals.measured("gramian"), self.targets, orders)
         self.cosines = cosines.to(self.cosines)
         return weights
 

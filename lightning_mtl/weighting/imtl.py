@@ -9,12 +9,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_mtl.method.arguments import GradientArguments
-from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.base import Measure
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.solvers.adam import AdamState
 from lightning_mtl.weighting.imtlg import imtlg_weights
-from lightning_mtl.weighting.imtll import learn_scales
+from lightning_mtl.weighting.imtll import imtll_gradient
+from lightning_mtl.weighting.learned import LARGEST_LOGARITHM, Learned
 
 
 def imtl_weights(gramian: Tensor, log_scales: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def imtl_weights(gramian: Tensor, log_scales: Tensor) -> Tensor:
     return scales * imtlg_weights(gramian.detach().cpu().double() * torch.outer(scales, scales))
 
 
-class IMTL(Weighting):
+class IMTL(Learned):
     r"""Scale each loss as IMTL-L does, then balance the shared gradients as IMTL-G does: impartial learning.
 
     .. math:: \min_s \sum_k e^{s_k} L_k - s_k, \qquad w_k = e^{s_k} \alpha_k, \qquad
@@ -68,21 +68,12 @@ class IMTL(Weighting):
     }
 
     def __init__(self, *, lr: float = 0.01, **common: Unpack[GradientArguments]) -> None:
-        super().__init__(**common)
-        if not lr > 0:
-            raise ValueError(f"IMTL(lr={lr}) must be above 0.")
-        self.lr = lr
-        for name in ("log_scales", "mean", "spread", "steps"):
-            self.add_state(name, torch.tensor(0.0))
+        super().__init__("log_scales", lr=lr, **common)
         self.log_scales: Tensor
-        self.mean: Tensor
-        self.spread: Tensor
-        self.steps: Tensor
 
     def weigh(self, signals: Signals) -> Tensor:
         """Balance this step's gradients, scaled as learned so far."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        return imtl_weights(signals.gramian, self.log_scales)
+        return imtl_weights(signals.measured("gramian"), self.log_scales)
 
     def head_weights(self) -> Tensor:
         """Weigh the heads by the scales alone."""
@@ -90,7 +81,5 @@ class IMTL(Weighting):
 
     def update(self, signals: Signals) -> None:
         """Take one Adam step on the scales."""
-        adam = AdamState(self.mean, self.spread, self.steps)
-        self.log_scales, (self.mean, self.spread, self.steps) = learn_scales(
-            self.log_scales, signals.losses, adam, self.lr
-        )
+        gradient = imtll_gradient(self.log_scales, signals.losses.to(self.log_scales))
+        self.log_scales = self.descended(self.log_scales, gradient).clamp(-LARGEST_LOGARITHM, LARGEST_LOGARITHM)

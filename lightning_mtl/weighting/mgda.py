@@ -91,5 +91,4 @@ class MGDA(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        return mgda_weights(signals.gramian, signals.losses, self.normalize)
+        return mgda_weights(signals.measured("gramian"), signals.losses, self.normalize)

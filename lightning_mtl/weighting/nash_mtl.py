@@ -87,8 +87,7 @@ class NashMTL(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        weights, self._stationary = nash_mtl_weights(signals.gramian, self.max_norm)
+        weights, self._stationary = nash_mtl_weights(signals.measured("gramian"), self.max_norm)
         return weights
 
     def update(self, signals: Signals) -> None:

@@ -87,8 +87,9 @@ class PCGrad(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Project in this step's orders."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        return pcgrad_weights(signals.gramian, random_orders(signals.num_tasks, self.random_numbers("random")))
+        return pcgrad_weights(
+            signals.measured("gramian"), random_orders(signals.num_tasks, self.random_numbers("random"))
+        )
 
     def update(self, signals: Signals) -> None:
         """Go on to the next step's orders."""

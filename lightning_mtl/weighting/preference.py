@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
@@ -18,13 +17,6 @@ def check_preference(method: str, preference: Mapping[str, float] | None) -> dic
         if not (math.isfinite(number) and number > 0):
             raise ValueError(f"{method}(preference=...) gives task {task!r} {number}; use a finite number above 0.")
     return dict(preference or {})
-
-
-def check_tasks(method: str, argument: str, named: Mapping[str, object], pl_module: pl.LightningModule) -> None:
-    """Refuse what was given for tasks that the module does not have."""
-    known = list(pl_module.tasks)  # type: ignore[arg-type]  # setup has seen that it is a mapping
-    if unknown := [task for task in named if task not in known]:
-        raise ValueError(f"{method}({argument}=...) names the tasks {unknown}, but the module has {known}.")
 
 
 def simplex_preference(preference: Mapping[str, float], signals: Signals) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -14,7 +13,7 @@ from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.weighting.preference import check_preference, check_tasks
+from lightning_mtl.weighting.preference import check_preference
 from lightning_mtl.weighting.scale_invariant import scale_invariant_weights
 
 
@@ -68,6 +67,7 @@ class STCH(Weighting):
 
     takes_logarithms = True
     search_space: ClassVar[SearchSpace] = {"mu": Range(0.1, 10.0, log=True)}
+    by_task: ClassVar[tuple[str, ...]] = ("preference",)
 
     def __init__(
         self,
@@ -88,10 +88,6 @@ class STCH(Weighting):
         self.add_state("count", torch.tensor(0.0))
         self.nadir: Tensor
         self.count: Tensor
-
-    def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse preferences of unknown tasks."""
-        check_tasks("STCH", "preference", self.preference, pl_module)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Differentiate the smooth maximum at this step's losses."""

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import mse_loss
 
-from lightning_mtl.solvers.adam import AdamState, adam_step
 from lightning_mtl.weighting import GradNorm, UncertaintyWeighting
 from lightning_mtl.weighting.gradnorm import gradnorm_gradient
+from lightning_mtl.weighting.learned import AdamState, adam_step
 from tests.contract import ask, course, names, run, signals
 from tests.gradients.oracle import rows_at, task_gradients
 from tests.small import batches, small
