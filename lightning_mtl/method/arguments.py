@@ -1,4 +1,4 @@
-"""Arguments that many methods have: declared once, taken as ``**common``, shown with each method's own."""
+"""Arguments that many methods have are declared once, taken as ``**common``, and shown with each method's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 
 class CommonArguments(TypedDict, total=False):
-    """What every method with weights takes: ``def __init__(self, ..., **common: Unpack[CommonArguments])``.
+    """Every method with weights takes these: ``def __init__(self, ..., **common: Unpack[CommonArguments])``.
 
     :class:`~lightning_mtl.Weighting` says what the arguments mean and has their defaults.
     """
@@ -36,7 +36,7 @@ class AggregatorArguments(TypedDict, total=False):
 
 
 class NamedArguments:
-    """A class whose signature names what its constructor hands on as ``**common``, and that takes nothing else."""
+    """Spells out, in the signature of a subclass, what its constructor takes as ``**common``; refuses anything else."""
 
     def __init_subclass__(cls, **arguments: Any) -> None:  # noqa: ANN401 - what a class statement may hold
         """Show the common arguments in the signature, for the command line, searches and ``help``."""

@@ -1,6 +1,6 @@
-"""State that a callback keeps for each task: declared once, then saved, restored, moved, cut to the present tasks.
+"""State of a callback for each task is declared once, then saved, restored, moved and cut to the present tasks.
 
-What one of these callbacks holds as a child takes part in all of that, and in every hook of Lightning.
+Another such callback that it holds as a child takes part in all of that, and in every hook of Lightning.
 """
 
 from __future__ import annotations

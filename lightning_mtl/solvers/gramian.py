@@ -1,4 +1,4 @@
-"""What every solver does to a Gramian first: check it, normalize its diagonal, factor it; and the error of all."""
+"""Gramians are checked, normalized and factored here before they are solved for; the error of all solvers."""
 
 from typing import NamedTuple
 

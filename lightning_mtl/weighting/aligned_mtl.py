@@ -10,10 +10,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_mtl.method.arguments import GradientArguments
-from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.weighting.preference import check_preference, simplex_preference
+from lightning_mtl.weighting.preference import Preferring
 
 Scale = Literal["min", "median", "rmse"]
 
@@ -45,7 +44,7 @@ def aligned_mtl_weights(gramian: Tensor, preference: Tensor, scale: Scale = "min
     return weights
 
 
-class AlignedMTL(Weighting):
+class AlignedMTL(Preferring):
     r"""Replace the gradients by the nearest ones that are orthogonal and equally long: independent component alignment.
 
     .. math:: w = \sqrt{\lambda} \, V \Lambda^{-1/2} V^\top p, \qquad G = V \Lambda V^\top
@@ -75,13 +74,10 @@ class AlignedMTL(Weighting):
         'median'
     """
 
-    measures: ClassVar[Measure] = "gramian"
-    weighs_heads: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {
         "scale": Choice(("min", "median", "rmse")),
         "at": Choice(("trunk", "features")),
     }
-    by_task: ClassVar[tuple[str, ...]] = ("preference",)
 
     def __init__(
         self,
@@ -90,14 +86,11 @@ class AlignedMTL(Weighting):
         preference: Mapping[str, float] | None = None,
         **common: Unpack[GradientArguments],
     ) -> None:
-        super().__init__(**common)
+        super().__init__(preference=preference, **common)
         if scale not in ("min", "median", "rmse"):
             raise ValueError(f"AlignedMTL(scale={scale!r}) must be 'min', 'median' or 'rmse'.")
         self.scale = scale
-        self.preference = check_preference("AlignedMTL", preference)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Align this step's gradients."""
-        return aligned_mtl_weights(
-            signals.measured("gramian"), simplex_preference(self.preference, signals), self.scale
-        )
+        return aligned_mtl_weights(signals.measured("gramian"), self.on_the_simplex(signals), self.scale)

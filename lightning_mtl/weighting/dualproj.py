@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
-from lightning_mtl.method.arguments import GradientArguments
-from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.solvers import project_on_dual_cone
-from lightning_mtl.weighting.preference import check_preference, simplex_preference
+from lightning_mtl.weighting.preference import Preferring
 
 
 def dualproj_weights(gramian: Tensor, preference: Tensor) -> Tensor:
@@ -34,7 +30,7 @@ def dualproj_weights(gramian: Tensor, preference: Tensor) -> Tensor:
     return torch.from_numpy(project_on_dual_cone(gramian.detach().cpu().double().numpy(), preference.double().numpy()))
 
 
-class DualProj(Weighting):
+class DualProj(Preferring):
     r"""Project the mean gradient on the cone of directions that conflict with no task.
 
     .. math:: d = \arg\min_{y : J y \ge 0} \Big\lVert y - \sum_k p_k g_k \Big\rVert
@@ -61,15 +57,8 @@ class DualProj(Weighting):
         False
     """
 
-    measures: ClassVar[Measure] = "gramian"
-    weighs_heads: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
-    by_task: ClassVar[tuple[str, ...]] = ("preference",)
-
-    def __init__(self, *, preference: Mapping[str, float] | None = None, **common: Unpack[GradientArguments]) -> None:
-        super().__init__(**common)
-        self.preference = check_preference("DualProj", preference)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Project this step's mean gradient."""
-        return dualproj_weights(signals.measured("gramian"), simplex_preference(self.preference, signals))
+        return dualproj_weights(signals.measured("gramian"), self.on_the_simplex(signals))

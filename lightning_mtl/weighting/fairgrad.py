@@ -10,10 +10,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_mtl.method.arguments import GradientArguments
-from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.solvers import alpha_fair_weights
+from lightning_mtl.weighting.nash_mtl import Bargaining
 
 
 def fairgrad_weights(gramian: Tensor, alpha: float) -> tuple[Tensor, bool]:
@@ -35,7 +35,7 @@ def fairgrad_weights(gramian: Tensor, alpha: float) -> tuple[Tensor, bool]:
     return torch.from_numpy(solution.weights), solution.stationary
 
 
-class FairGrad(Weighting):
+class FairGrad(Bargaining):
     r"""Share the step among the tasks fairly, in the sense of alpha-fairness.
 
     .. math:: \max_d \sum_k \frac{(g_k \cdot d)^{1 - \alpha}}{1 - \alpha} \text{ in a ball}, \qquad
@@ -65,7 +65,6 @@ class FairGrad(Weighting):
         2.0
     """
 
-    measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {
         "alpha": Range(0.5, 5.0, log=True),
@@ -77,16 +76,8 @@ class FairGrad(Weighting):
         if not 0 < alpha < math.inf:
             raise ValueError(f"FairGrad(alpha={alpha}) must be above 0 and finite.")
         self.alpha = alpha
-        self.add_state("stationary_steps", torch.tensor(0), per_task=False)
-        self.stationary_steps: Tensor
-        self._stationary = False
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        weights, self._stationary = fairgrad_weights(signals.measured("gramian"), self.alpha)
+        weights, self.stationary = fairgrad_weights(signals.measured("gramian"), self.alpha)
         return weights
-
-    def update(self, signals: Signals) -> None:
-        """Count the step if there was nothing to share."""
-        self.stationary_steps = self.stationary_steps + int(self._stationary)
-        self._stationary = False

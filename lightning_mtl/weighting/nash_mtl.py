@@ -39,7 +39,30 @@ def nash_mtl_weights(gramian: Tensor, max_norm: float | None = None) -> tuple[Te
     return weights, solution.stationary
 
 
-class NashMTL(Weighting):
+class Bargaining(Weighting):
+    """The base of methods whose weights do not exist at Pareto-stationary points, and are minimum-norm weights there.
+
+    A subclass keeps in ``stationary`` whether the step that it weighs is taken at such a point.
+
+    Attributes:
+        stationary_steps: Steps taken at Pareto-stationary points.
+    """
+
+    measures: ClassVar[Measure] = "gramian"
+
+    def __init__(self, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
+        self.add_state("stationary_steps", torch.tensor(0), per_task=False)
+        self.stationary_steps: Tensor
+        self.stationary = False
+
+    def update(self, signals: Signals) -> None:
+        """Count the step if there was nothing to bargain about."""
+        self.stationary_steps = self.stationary_steps + int(self.stationary)
+        self.stationary = False
+
+
+class NashMTL(Bargaining):
     r"""Weigh tasks by the Nash bargaining solution: no task can gain a share that others lose less than.
 
     .. math:: \max_d \sum_k \log (g_k \cdot d) \text{ in a ball}, \qquad d = \sum_k \alpha_k g_k, \qquad
@@ -70,7 +93,6 @@ class NashMTL(Weighting):
         True
     """
 
-    measures: ClassVar[Measure] = "gramian"
     search_space: ClassVar[SearchSpace] = {
         "max_norm": Choice((None, 1.0)),
         "at": Choice(("trunk", "features")),
@@ -81,16 +103,8 @@ class NashMTL(Weighting):
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"NashMTL(max_norm={max_norm}) must be above 0; None leaves the norm √K.")
         self.max_norm = max_norm
-        self.add_state("stationary_steps", torch.tensor(0), per_task=False)
-        self.stationary_steps: Tensor
-        self._stationary = False
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        weights, self._stationary = nash_mtl_weights(signals.measured("gramian"), self.max_norm)
+        weights, self.stationary = nash_mtl_weights(signals.measured("gramian"), self.max_norm)
         return weights
-
-    def update(self, signals: Signals) -> None:
-        """Count the step if there was nothing to bargain about."""
-        self.stationary_steps = self.stationary_steps + int(self._stationary)
-        self._stationary = False

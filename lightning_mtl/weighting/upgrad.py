@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
-from lightning_mtl.method.arguments import GradientArguments
-from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.solvers import project_rows_on_dual_cone
-from lightning_mtl.weighting.preference import check_preference, simplex_preference
+from lightning_mtl.weighting.preference import Preferring
 
 
 def upgrad_weights(gramian: Tensor, preference: Tensor) -> Tensor:
@@ -36,7 +32,7 @@ def upgrad_weights(gramian: Tensor, preference: Tensor) -> Tensor:
     )
 
 
-class UPGrad(Weighting):
+class UPGrad(Preferring):
     r"""Project each gradient on the cone of directions that conflict with no task, then take the mean.
 
     .. math:: d = \sum_i p_i \, \pi(g_i), \qquad \pi(x) = \arg\min_{y : J y \ge 0} \lVert y - x \rVert
@@ -61,15 +57,8 @@ class UPGrad(Weighting):
         {'depth': 2.0}
     """
 
-    measures: ClassVar[Measure] = "gramian"
-    weighs_heads: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
-    by_task: ClassVar[tuple[str, ...]] = ("preference",)
-
-    def __init__(self, *, preference: Mapping[str, float] | None = None, **common: Unpack[GradientArguments]) -> None:
-        super().__init__(**common)
-        self.preference = check_preference("UPGrad", preference)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Project this step's gradients."""
-        return upgrad_weights(signals.measured("gramian"), simplex_preference(self.preference, signals))
+        return upgrad_weights(signals.measured("gramian"), self.on_the_simplex(signals))

@@ -18,17 +18,22 @@ from typing_extensions import Unpack
 from lightning_mtl import MultiTaskModule, Signals, Task, Weighting
 from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.weighting import (
+    CRMOGM,
     DTP,
     DWA,
+    FAMO,
     LBTW,
     MGDA,
+    STCH,
+    GradDrop,
     GradientNormBalance,
     GradNorm,
     StaticWeights,
     UncertaintyWeighting,
+    UPGrad,
 )
 from tests.contract_rows import METHODS, ROWS
-from tests.small import batch, heads, trunk
+from tests.small import batch, heads, small, trunk
 from tests.training import fit, loader
 from tests.weightings import WeightedSum
 
@@ -176,3 +181,29 @@ def test_dtp_needs_a_validation() -> None:
     module = MultiTaskModule(trunk(), heads(), {task: Task(mse_loss, metrics) for task in ("a", "b")})
     with pytest.raises(ValueError, match=re.escape("DTP(stage='val') needs a validation loader")):
         fit(module, loader(batch()), callbacks=[DTP("accuracy")])
+
+
+@pytest.mark.parametrize(
+    ("weighting", "argument"),
+    [
+        (StaticWeights({"z": 1.0}), "weights"),
+        (UncertaintyWeighting({"z": "regression"}), "kinds"),
+        (GradDrop({"z": 0.5}), "leak"),
+        (STCH(preference={"z": 2.0}), "preference"),
+        (UPGrad(preference={"z": 2.0}), "preference"),
+        (FAMO(min_losses={"z": 2.0}), "min_losses"),
+        (MGDA(importance={"z": 2.0}), "importance"),
+        (CRMOGM(UPGrad(preference={"z": 2.0})), "preference"),
+    ],
+)
+def test_names_of_unknown_tasks(weighting: Weighting, argument: str) -> None:
+    with pytest.raises(ValueError, match=rf"\({argument}=...\) names \['z'\], but the tasks are \['a', 'b'\]"):
+        fit(small(), loader(batch()), callbacks=[weighting])
+
+
+def test_a_measurement_that_is_missing_is_named() -> None:
+    signals = Signals(("a", "b"), torch.ones(2), step=3, epoch=0)
+    with pytest.raises(ValueError, match="signals of step 3 lack the gramian"):
+        MGDA().weigh(signals)
+    with pytest.raises(ValueError, match="signals of step 3 lack the norms"):
+        GradientNormBalance().weigh(signals)
