@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_mtl.learning_rates.base import Collected, TaskRates
 from lightning_mtl.learning_rates.factor import Factor
-from lightning_mtl.method.base import Aggregator
+from lightning_mtl.method.aggregator import Aggregator
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.method.task_state import Declared
 

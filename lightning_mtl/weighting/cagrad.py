@@ -120,16 +120,13 @@ def solve_cagrad(gramian: ArrayLike, c: float) -> Array:
         Weights, ``[K]``, none below ``1 / K``.
 
     Raises:
-        ValueError: If ``gramian`` is not a square, finite matrix with a non-negative diagonal, or ``c`` is negative or
-            not finite.
+        ValueError: If ``gramian`` is not a square, finite matrix with a non-negative diagonal.
         SolverError: If the search does not converge.
 
     Example:
         >>> solve_cagrad([[18.0, -22.0], [-22.0, 38.0]], c=0.5).round(6)
         array([0.704124, 0.5     ])
     """
-    if not (0 <= c < math.inf):
-        raise ValueError(f"c must be finite and not negative, but is {c}.")
     cosines, norms = normalize(gramian)
     num_tasks = len(norms)
     mean = np.full(num_tasks, 1 / num_tasks)
@@ -161,8 +158,7 @@ def _search(rows: Array, norms: Array, center: Array, radius: float) -> Array | 
     # The piece of a single task, the one that would be best alone, is exact for the first guess.
     alone = int((center @ rows + radius * norms).argmin())
     point = target / norms[alone] ** 2 if norms[alone] > 0 else target
-    low, high = 0.0, math.inf
-    last_point, last_value = 0.0, 0.0
+    low, high, last_point, last_value = 0.0, math.inf, 0.0, 0.0
     for _ in range(MAX_ITERATIONS):
         shifted = rows + (center / math.sqrt(point))[:, None]
         lengths = np.sqrt(np.einsum("ij,ij->j", shifted, shifted))
@@ -184,9 +180,5 @@ def _search(rows: Array, norms: Array, center: Array, radius: float) -> Array | 
             return None if vanishes else w
         if not low < point < high:
             point = math.sqrt(low * high) if low > 0 and high < math.inf else (low * 16 if low > 0 else high / 16)
-    raise SolverError(
-        "solve_cagrad",
-        num_tasks=len(norms),
-        iterations=MAX_ITERATIONS,
-        residual=abs(last_value / target - 1),
-    )
+    residual = abs(last_value / target - 1)
+    raise SolverError("solve_cagrad", num_tasks=len(norms), iterations=MAX_ITERATIONS, residual=residual)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_mtl.method.aggregator import Aggregator
 from lightning_mtl.method.arguments import CommonArguments
-from lightning_mtl.method.base import Aggregator, Weighting
+from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_mtl.method.aggregator import Aggregator
 from lightning_mtl.method.arguments import AggregatorArguments
-from lightning_mtl.method.base import Aggregator
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
 

@@ -48,6 +48,22 @@ TRAINING = (
         "total",
     ),
     Mutation(
+        "a hook does not reach the method inside another",
+        "method/task_state.py",
+        "getattr(child, name)(*arguments, **named)",
+        "pass",
+        "tests/weighting/test_children.py",
+        "hook",
+    ),
+    Mutation(
+        "an argument that a method does not have is taken",
+        "method/arguments.py",
+        "if unknown and not any(",
+        "if False and not any(",
+        "tests/weighting/test_arguments.py",
+        "refused",
+    ),
+    Mutation(
         "a method's state is not restored",
         "method/task_state.py",
         "setattr(self, key, value.to(getattr(self, key).device))",

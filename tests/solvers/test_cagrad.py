@@ -146,12 +146,6 @@ def test_scale_of_the_gramian_does_not_matter(scale: float) -> None:
     np.testing.assert_allclose(solve_cagrad(scale * gramian, 0.5), solve_cagrad(gramian, 0.5), rtol=1e-10)
 
 
-@pytest.mark.parametrize("c", [-0.1, np.inf, np.nan])
-def test_a_wrong_c_is_refused_by_name_and_value(c: float) -> None:
-    with pytest.raises(ValueError, match=rf"c must be finite and not negative, but is {c}"):
-        solve_cagrad(J1 @ J1.T, c)
-
-
 def test_too_few_iterations_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cagrad, "MAX_ITERATIONS", 1)
     with pytest.raises(SolverError, match=r"solve_cagrad did not converge .* K=3 tasks: residual .* after 1 iter"):
