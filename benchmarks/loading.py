@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.step_time import environment
 from lightning_mtl.data import MultiTaskDataModule
-from lightning_mtl.data.mixed_loader import MixedLoader
+from lightning_mtl.data.loaders import MixedLoader
 
 TO_REACH = 0.95
 STEPS_A_ROUND = 60

@@ -30,7 +30,7 @@ from lightning_mtl.architectures import PLE, MMoE
 from lightning_mtl.metrics import delta_m
 from lightning_mtl.monitors import GateUsage
 from lightning_mtl.monitors.figures import heatmap
-from lightning_mtl.monitors.gate_statistics import GateTable
+from lightning_mtl.monitors.gates import GateTable
 from quickstart import margin_of, next_folder, positive, quieten, spread
 
 OUTPUTS = 16
@@ -174,7 +174,7 @@ def draw(results: Mapping[str, Sequence[Result]], log_to: Path) -> list[Path]:
                 gates.columns,
                 title=f"{name}: {key.replace('gates_', 'level ')}",
                 limits=gates.limits,
-                colours="viridis",
+                colors="viridis",
                 row_label="task",
                 column_label="expert",
             )

@@ -1,4 +1,4 @@
-"""How well tasks were learned together: pure functions over plain numbers."""
+"""Metrics of multi-task learning: pure functions of plain numbers."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def mean_rank(scores: Sequence[Sequence[float]], higher_is_better: Sequence[bool
 
 
 class Interval(NamedTuple):
-    """A mean and its confidence interval; the ends are not numbers where there is nothing to tell them from.
+    """Holds a mean and its confidence interval; the ends are nan where one value alone gives no interval.
 
     Args:
         mean: The mean.
@@ -136,7 +136,7 @@ class Interval(NamedTuple):
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether zero lies outside."""
+        """Return whether zero lies outside of the interval."""
         return self.low > 0 or self.high < 0
 
 

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 
-from lightning_mtl.learning_rates.base import task_rates_of
 from lightning_mtl.learning_rates.parameter_groups import Rate, apply_lr_factors, parameter_groups
+from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
 from lightning_mtl.task import Task, TaskOutput
 from lightning_mtl.task.batches import (
     as_pair,

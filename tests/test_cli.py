@@ -18,9 +18,7 @@ import yaml
 from lightning_mtl import weighting
 from lightning_mtl.cli import main
 from lightning_mtl.cli.method_table import methods
-from lightning_mtl.configured import MultiTaskCLI
-from lightning_mtl.configured.problems import condense
-from lightning_mtl.configured.short_names import load_short_names
+from lightning_mtl.configured import MultiTaskCLI, condense, load_short_names
 from tests.test_readme import commands_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

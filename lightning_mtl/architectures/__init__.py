@@ -1,15 +1,14 @@
-"""Trunks for several tasks; each returns one tensor for all heads, or a dict with an entry a task."""
+"""Trunks for several tasks. Each returns one tensor for all heads, or a dict with an entry for each task."""
 
 from lightning_mtl.architectures.branch_schedule import Branching
 from lightning_mtl.architectures.branching import LTB
-from lightning_mtl.architectures.cgc import CGC
+from lightning_mtl.architectures.cost_report import Cost, ParameterReport, parameter_report
 from lightning_mtl.architectures.cross_stitch import CrossStitch
 from lightning_mtl.architectures.dselect_k import DSelectK
-from lightning_mtl.architectures.layers import MLP, Layers
+from lightning_mtl.architectures.mlp import MLP, Layers
 from lightning_mtl.architectures.mmoe import MMoE
 from lightning_mtl.architectures.mtan import MTAN
-from lightning_mtl.architectures.ple import PLE
-from lightning_mtl.architectures.report import Cost, ParameterReport, parameter_report
+from lightning_mtl.architectures.ple import CGC, PLE
 from lightning_mtl.architectures.soft_sharing import SoftSharing
 
 __all__ = [

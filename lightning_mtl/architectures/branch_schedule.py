@@ -1,4 +1,4 @@
-"""How a branching trunk goes from chance to a tree."""
+"""A callback that trains a branching trunk from random choices to a tree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_mtl.monitors.figures import has_tensorboard, heatmap, log_figure,
 
 
 class Branching(Callback):
-    r"""Draws the noise of every :class:`LTB` in the model, lowers its temperature, hardens it, shows its choices.
+    r"""Draws the noise of every :class:`LTB` in the model, lowers its temperature, hardens it and plots its choices.
 
     In warm-up epochs the nodes train while every parent stays equally likely. Then the logits train, too, at the
     temperature :math:`\tau_e = \tau_0 / \sqrt{1 + e}` in the e-th epoch after the warm-up. It has no state: all of it
@@ -65,7 +65,7 @@ class Branching(Callback):
         self._trunks: dict[str, LTB] = {}
 
     def temperature_in(self, epoch: int) -> float:
-        """The temperature in an epoch of the training."""
+        """Compute the temperature in an epoch of the training."""
         after = max(epoch - self.warmup_epochs, 0)
         return self.temperature(after) if callable(self.temperature) else self.temperature / math.sqrt(1 + after)
 
@@ -80,7 +80,7 @@ class Branching(Callback):
             )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Harden when it is time."""
+        """Harden the trunks at ``harden_epoch``."""
         if self.harden_epoch is not None and trainer.current_epoch >= self.harden_epoch:
             for trunk in self._trunks.values():
                 if not trunk.hardened:
@@ -110,7 +110,7 @@ class Branching(Callback):
                     [str(node) for node in range(trunk.sizes[depth])],
                     title="hardened" if trunk.hardened else "branching probability",
                     limits=(0, 1),
-                    colours="Blues",
+                    colors="Blues",
                     row_label="task" if last else f"node of stage {depth + 1}",
                     column_label=f"reads node of stage {depth}",
                 )

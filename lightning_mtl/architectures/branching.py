@@ -1,4 +1,4 @@
-"""A tree that learns where tasks part: nodes that choose their parent, by chance at first."""
+"""Learning to branch: a trunk whose nodes choose their parents, at random at first, and end as a tree."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import is_available, is_initialized
 
-from lightning_mtl.architectures.mixing import mix
-from lightning_mtl.architectures.stages import Chain, check_alike, wanted_tasks
+from lightning_mtl.architectures.stages import Chain, check_alike, checked_tasks, mix, wanted_tasks
 from lightning_mtl.task.task import check_task_name
 
 
@@ -39,7 +38,7 @@ class LTB(nn.Module):
     Args:
         stages: The nodes of each stage, in the order the stages run. Nodes of the first stage take the trunk's inputs,
             the others one tensor. All nodes of a stage return the same shape. Nodes that start alike stay alike for
-            long: initialise each anew.
+            long: initialize each anew.
         tasks: The tasks' names.
         seed: Of the noise.
 
@@ -83,11 +82,9 @@ class LTB(nn.Module):
             raise ValueError(f"LTB(stages=...) has {[len(stage) for stage in stages]} nodes a stage; each needs one.")
         if len({id(node) for node in nodes}) < len(nodes):
             raise ValueError("LTB(stages=...) holds the same module object twice; give each node its own.")
-        if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
-            raise ValueError(f"LTB(tasks={tasks!r}) must name each task once.")
-        for task in tasks:
+        self.tasks, self.seed = checked_tasks(tasks, "LTB"), seed
+        for task in self.tasks:
             check_task_name(task)
-        self.tasks, self.seed = tuple(tasks), seed
         self.stages = nn.ModuleList(nn.ModuleList(stage) for stage in stages)
         self.sizes = [len(stage) for stage in stages]
         children = [*self.sizes[1:], len(self.tasks)]
@@ -102,7 +99,7 @@ class LTB(nn.Module):
 
     @property
     def hardened(self) -> bool:
-        """Whether the choices are made."""
+        """Return whether every child has its one parent."""
         return self.tree is not None
 
     def sample(self, step: int, temperature: float, *, learns: bool = True) -> None:
@@ -125,15 +122,15 @@ class LTB(nn.Module):
         self.sampled = True
 
     def harden(self) -> None:
-        """Fix each child's likeliest parent, the first of equals."""
+        """Make each child's likeliest parent its only one; of equally likely ones the first."""
         self.tree = self.likeliest()
 
     def likeliest(self) -> list[list[int]]:
-        """Each child's likeliest parent, for each stage but the first and for the tasks."""
+        """Return each child's likeliest parent, for each stage but the first and for the tasks."""
         return self.tree or [logits.detach().argmax(dim=1).tolist() for logits in self.logits]
 
     def probabilities(self) -> list[Tensor]:
-        """The branching probabilities, ``[children, parents]`` each; 0 and 1 once hardened."""
+        """Return the branching probabilities, ``[children, parents]`` each; 0 and 1 once hardened."""
         if self.tree is None:
             return [logits.detach().softmax(dim=1) for logits in self.logits]
         return [
@@ -142,7 +139,7 @@ class LTB(nn.Module):
         ]
 
     def forward(self, *inputs: Any, tasks: Sequence[str] | None = None, **named: Any) -> dict[str, Any]:  # noqa: ANN401
-        """Run the stages; once hardened, the nodes that ``tasks`` need alone."""
+        """Run the stages; once hardened, only the nodes that ``tasks`` need."""
         wanted = wanted_tasks("LTB", self.tasks, tasks)
         if self.tree is not None:
             return self._run_tree(self.tree, wanted, inputs, named)
@@ -154,7 +151,7 @@ class LTB(nn.Module):
         return {task: value for task, value in zip(self.tasks, read, strict=True) if task in wanted}
 
     def single_task(self, task: str) -> nn.Module:
-        """The nodes on the likeliest way to one task.
+        """Return the nodes on the likeliest path to one task.
 
         Raises:
             ValueError: If there is no such task.
@@ -167,17 +164,15 @@ class LTB(nn.Module):
         return Chain([self._nodes(depth)[node] for depth, node in enumerate(reversed(path))])
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The tree, which no tensor holds."""
+        """Return the tree, which no tensor holds, for a checkpoint."""
         return {"tree": self.tree}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take the tree of a checkpoint over."""
+        """Restore the tree of a checkpoint."""
         self.tree = state["tree"]
 
-    def _nodes(self, depth: int) -> nn.ModuleList:
-        nodes = self.stages[depth]
-        assert isinstance(nodes, nn.ModuleList)  # noqa: S101 - for mypy: what __init__ made it
-        return nodes
+    def _nodes(self, depth: int) -> list[nn.Module]:
+        return list(self.stages[depth].children())
 
     def _read(self, depth: int, values: Sequence[Any]) -> list[Tensor]:
         """What each child reads of a stage's outputs."""
@@ -198,12 +193,14 @@ class LTB(nn.Module):
         noisy = logits + self.noise[first : first + logits.numel()].view_as(logits)
         soft = (noisy / self.temperature).softmax(dim=1)
         hard = nn.functional.one_hot(noisy.detach().argmax(dim=1), logits.shape[1]).to(soft.dtype)
+        # Straight through: the value is the hard choice, the gradient that of the soft one.
         choices: Tensor = hard + self.learns * (soft - soft.detach())
         return choices
 
     def _run_tree(
         self, tree: Sequence[Sequence[int]], wanted: Sequence[str], inputs: Sequence[Any], named: dict[str, Any]
     ) -> dict[str, Any]:
+        # From the tasks back to the inputs: the nodes of each stage that some wanted task reads.
         needed = [{tree[-1][self.tasks.index(task)] for task in wanted}]
         for parents in reversed(tree[:-1]):
             needed.insert(0, {parents[child] for child in needed[0]})

@@ -1,4 +1,4 @@
-"""Measurements of single forward passes: which parameters take part, how many multiply-adds, how long."""
+"""Measures single forward passes: the parameters that take part, the multiply-adds, the time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def as_trained(*modules: nn.Module) -> Iterator[None]:
 
 
 def parameters_behind(module: nn.Module, run: Callable[[], Any]) -> list[nn.Parameter]:
-    """The parameters of a module, frozen or not, that what ``run`` returns depends on; without compilation.
+    """Find the parameters of a module, frozen or not, that the result of ``run`` depends on, without compilation.
 
     Example:
         >>> used, unused = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -99,7 +99,7 @@ def _outermost_unneeded(module: nn.Module, needed: set[nn.Parameter]) -> Iterato
 
 
 def latency_ms(module: nn.Module, run: Callable[[], Any], repeats: int) -> float:
-    """The median time of ``run`` in milliseconds, without gradients, after a few passes to warm up.
+    """Measure the median time of ``run`` in milliseconds, without gradients, after a few passes to warm up.
 
     Example:
         >>> layer = nn.Linear(2, 2)

@@ -1,4 +1,4 @@
-"""Backbones side by side whose features are mixed between stages."""
+"""Cross-stitch networks: backbones side by side whose features are mixed between stages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.architectures.mixing import mix, mix_channels
-from lightning_mtl.architectures.stages import Backbone, Chain, check_alike, per_task, stages_of, wanted_tasks
+from lightning_mtl.architectures.stages import (
+    Backbone,
+    Chain,
+    backbone_per_task,
+    check_alike,
+    mix,
+    mix_channels,
+    stages_of,
+    wanted_tasks,
+)
 
 
 class CrossStitch(nn.Module):
-    r"""One backbone a task, and units that mix the backbones' features after their stages.
+    r"""Runs one backbone for each task, and mixes the backbones' features between their stages.
 
     .. math:: \tilde x_i = \sum_j \alpha_{ij}\, x_j
 
@@ -43,7 +51,7 @@ class CrossStitch(nn.Module):
     Source: Misra et al., Cross-stitch Networks for Multi-task Learning, 2016, arXiv:1604.03539.
 
     Deviations: for more than two tasks, which the paper leaves open, the rest 1 - alpha is shared evenly. Features are
-    not mixed after the last stage unless ``after`` says so. ``shared_parameters()`` leaves out the stages that follow
+    not mixed after the last stage unless ``after`` names it. ``shared_parameters()`` leaves out the stages that follow
     the last unit, since each of them serves one task alone.
 
     Example:
@@ -71,7 +79,7 @@ class CrossStitch(nn.Module):
         super().__init__()
         given = {
             task: stages_of("CrossStitch", task, backbone)
-            for task, backbone in per_task("CrossStitch", backbones, tasks).items()
+            for task, backbone in backbone_per_task("CrossStitch", backbones, tasks).items()
         }
         self.tasks = tuple(given)
         lengths = {task: len(stages) for task, stages in given.items()}
@@ -80,7 +88,9 @@ class CrossStitch(nn.Module):
             raise ValueError(f"CrossStitch needs as many stages for every task, at least one; found {lengths}.")
         self.after = tuple(range(self.num_stages - 1)) if after is None else tuple(sorted(after))
         if after is None and not self.after:
-            raise ValueError("CrossStitch has one stage, and units lie between stages; cut it up, or pass after=[0].")
+            raise ValueError(
+                "CrossStitch has one stage, and units lie between stages; divide it into stages, or pass after=[0]."
+            )
         if any(not 0 <= stage < self.num_stages for stage in self.after) or len(set(self.after)) < len(self.after):
             raise ValueError(
                 f"CrossStitch(after={list(self.after)}) must name stages from 0 to {self.num_stages - 1}, each once."
@@ -101,8 +111,9 @@ class CrossStitch(nn.Module):
         )
 
     def forward(self, *inputs: Any, tasks: Sequence[str] | None = None, **named: Any) -> dict[str, Any]:  # noqa: ANN401
-        """Run the stages; after the last unit those of ``tasks`` alone, of all tasks where None."""
+        """Run the stages; after the last unit only those of ``tasks``, of all tasks where None."""
         wanted = wanted_tasks("CrossStitch", self.tasks, tasks)
+        # Up to the last unit every backbone runs, since a unit mixes all of them; after it only the wanted ones run.
         values: dict[str, Any] = {}
         running = self.tasks if self.after else wanted
         for stage in range(self.num_stages):
@@ -118,14 +129,14 @@ class CrossStitch(nn.Module):
         return {task: values[task] for task in wanted}
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """The units and the stages before them; where there is no unit, all parameters."""
+        """Return the units and the parameters of the stages before them; where there is no unit, all parameters."""
         if not self.after or len(self.tasks) == 1:
             return list(self.parameters())
         before = [self._stage(task, stage) for task in self.tasks for stage in range(self.after[-1] + 1)]
         return [*self.units, *dict.fromkeys(p for stage in before for p in stage.parameters())]
 
     def single_task(self, task: str) -> nn.Module:
-        """The backbone of one task, without units.
+        """Return the backbone of one task, without units.
 
         Raises:
             ValueError: If there is no such task.
@@ -134,9 +145,7 @@ class CrossStitch(nn.Module):
         return Chain([self._stage(task, stage) for stage in range(self.num_stages)])
 
     def _stage(self, task: str, stage: int) -> nn.Module:
-        stages = self.backbones[task]
-        assert isinstance(stages, nn.ModuleList)  # noqa: S101 - for mypy: what __init__ made it
-        return stages[stage]
+        return self.backbones[task].get_submodule(str(stage))
 
     def _stitch(self, stage: int, unit: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
         check_alike("CrossStitch", stage, values, [f"task {task!r}" for task in self.tasks])
@@ -152,7 +161,7 @@ class CrossStitch(nn.Module):
 
 
 def near_identity(num_tasks: int, alpha: float) -> Tensor:
-    """``[K, K]`` with alpha on the diagonal and rows that sum to 1; the identity where there is one task.
+    """Make a ``[K, K]`` matrix with alpha on the diagonal and rows that sum to 1; with one task the identity.
 
     Example:
         >>> near_identity(2, 0.75)

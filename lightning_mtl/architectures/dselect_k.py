@@ -1,4 +1,4 @@
-"""Experts that all tasks share, of which each task's gate selects a few by a smooth binary code."""
+"""DSelect-k: shared experts, of which each task's gate selects a few by a smooth binary code."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.architectures.experts import Experts, expert_group, mix_experts
-from lightning_mtl.architectures.gates import flattened
+from lightning_mtl.architectures.experts import Experts, expert_group, flattened, mix_experts
 from lightning_mtl.architectures.mmoe import usage_of
-from lightning_mtl.architectures.shapes import check_tasks
-from lightning_mtl.monitors.gate_statistics import GateMeter, GateTable
+from lightning_mtl.architectures.stages import checked_tasks
+from lightning_mtl.monitors.gates import GateMeter, GateTable
 
 # Keeps logarithm and inverse of a probability of 0, which the smooth step reaches, finite.
 EPSILON = 1e-6
@@ -33,7 +32,7 @@ def smooth_step(t: Tensor, gamma: float = 1.0) -> Tensor:
 
 
 class DSelectGate(nn.Module):
-    r"""k single-expert selectors, each a code of ⌈log2 E⌉ smooth bits, and their softmax weights.
+    r"""Weighs k single-expert selectors, each a code of ⌈log2 E⌉ smooth bits, by a softmax.
 
     .. math:: q = \sum_{i=1}^{k} \mathrm{softmax}(\alpha)_i \, r(z_i), \qquad
         r(z)_e = \prod_{b} S(z_b)^{[\text{bit } b \text{ of } e]} (1 - S(z_b))^{1 - [\text{bit } b \text{ of } e]}
@@ -44,7 +43,7 @@ class DSelectGate(nn.Module):
         gamma: The width of the smooth step.
         in_features: The number of features that α and z are linear in; None for parameters that are the same for all
             samples.
-        who: Whom errors are to name.
+        who: The name of this part in errors.
     """
 
     codes: Tensor
@@ -82,7 +81,7 @@ class DSelectGate(nn.Module):
 
 
 class DSelectK(nn.Module):
-    r"""DSelect-k: every task mixes at most k of the shared experts, chosen by gradient descent.
+    r"""Mixes, for every task, at most k of the shared experts, which gradient descent chooses (DSelect-k).
 
     .. math:: z_k = \sum_e q_k(x)_e f_e(x)
 
@@ -141,7 +140,7 @@ class DSelectK(nn.Module):
         entropy: float = 1e-3,
     ) -> None:
         super().__init__()
-        self.tasks = check_tasks(tasks, "DSelectK")
+        self.tasks = checked_tasks(tasks, "DSelectK")
         self.experts = expert_group(experts, num_experts, "DSelectK")
         self.num_experts, self.entropy, self.gate_meter = self.experts.num_experts, entropy, GateMeter()
         if self.num_experts < 2:
@@ -184,7 +183,7 @@ class DSelectK(nn.Module):
         return dict(zip(self.tasks, mix_experts(weights, self.experts(x)), strict=True))
 
     def penalties(self) -> dict[str, Tensor]:
-        """The entropy and, unless E is a power of two, the reachability of the selectors."""
+        """Compute the entropy and, unless E is a power of two, the reachability of the selectors."""
         if self.depends_on_sample:
             passes, self._selectors = self._selectors, []
         else:
@@ -199,9 +198,9 @@ class DSelectK(nn.Module):
         return terms
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """The experts' parameters; each gate serves one task."""
+        """Return the experts' parameters; each gate serves one task."""
         return list(self.experts.parameters())
 
     def gate_statistics(self) -> dict[str, GateTable]:
-        """How much each task takes of each expert, the mean over the samples gathered."""
+        """Return each task's mean weights of the experts over the collected samples."""
         return {"gates": usage_of(self.gate_meter, self.tasks, self.num_experts)}

@@ -1,4 +1,4 @@
-"""Groups of experts that read the same input: equal MLPs as one batched operation a layer, others one by one."""
+"""Groups of experts that read the same input, and the gates that mix their outputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.architectures.shapes import call
+from lightning_mtl.architectures.stages import call
 
 Experts: TypeAlias = Sequence[nn.Module] | Callable[[], nn.Module]
 """Modules, used as they are, or a function that makes one."""
@@ -31,7 +31,7 @@ def expert_group(experts: Experts, number: int | None, who: str) -> ExpertList |
     Args:
         experts: Modules, or a function that makes one.
         number: How many to make; for modules their number or None.
-        who: Whom errors are to name.
+        who: The name of the group in errors.
 
     Raises:
         ValueError: If there is no expert, or the number contradicts the modules.
@@ -68,7 +68,7 @@ def _check_modules(modules: Sequence[object], who: str) -> None:
 
 
 class ExpertList(nn.ModuleList):
-    """Experts of any kind, run one after another; ``forward`` returns ``[E, B, ...]``."""
+    """Runs experts of any kind one after another; ``forward`` returns ``[E, B, ...]``."""
 
     def __init__(self, experts: Sequence[nn.Module], who: str) -> None:
         super().__init__(experts)
@@ -76,7 +76,7 @@ class ExpertList(nn.ModuleList):
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Return E, the number of experts."""
         return len(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class ExpertList(nn.ModuleList):
 
 
 class BatchedLinear(nn.Module):
-    r"""E linear layers at once: :math:`y_e = x_e W_e + b_e` for ``x`` of shape ``[E, N, in]``.
+    r"""Computes E linear layers at once: :math:`y_e = x_e W_e + b_e` for ``x`` of shape ``[E, N, in]``.
 
     The weights lie as ``[E, in, out]``, so that neither the product nor its gradient has to be transposed: for small
     batches that is a quarter of a step's time.
@@ -130,7 +130,7 @@ class BatchedLinear(nn.Module):
 
 
 class BatchedMLP(nn.Sequential):
-    """Equal MLPs with stacked parameters, named as in one of them; ``forward`` returns ``[E, B, ..., out]``."""
+    """Computes equal MLPs with stacked parameters, named as in one of them; returns ``[E, B, ..., out]``."""
 
     @classmethod
     def from_experts(cls, experts: Sequence[nn.Module]) -> BatchedMLP | None:
@@ -176,7 +176,7 @@ def _batch(modules: Sequence[nn.Module]) -> nn.Module | None:
         parameters = [parameter for module in modules for parameter in module.parameters()]
         kinds = {(p.requires_grad, p.dtype, p.device) for p in parameters}
         same = len(kinds) == 1 and len(set(parameters)) == len(parameters)
-        return BatchedLinear(modules) if same else None  # type: ignore[arg-type]  # all have the type of the first
+        return BatchedLinear([module for module in modules if isinstance(module, nn.Linear)]) if same else None
     return first if type(first) in ELEMENTWISE else None
 
 
@@ -203,3 +203,75 @@ def mix_experts(weights: Sequence[Tensor], outputs: Tensor) -> list[Tensor]:
         stacked = stacked.expand(outputs.shape[1], -1, -1)
     mixed = torch.bmm(stacked.to(flat.dtype), flat.transpose(0, 1)).unbind(1)
     return list(mixed) if outputs.ndim == 3 else [one.view(outputs.shape[1:]) for one in mixed]
+
+
+Gate: TypeAlias = int | Callable[[int], nn.Module]
+"""The number of features of a linear gate's input, or a function from a number of experts to a module of scores."""
+
+
+def flattened(x: Tensor, in_features: int, who: str) -> Tensor:
+    """Flatten all dimensions but the first, for a gate that is linear in all numbers of a sample.
+
+    Raises:
+        ValueError: If ``x`` has another number of features.
+    """
+    flat = x.flatten(1)
+    if flat.shape[1] != in_features:
+        raise ValueError(
+            f"{who} was built for {in_features} numbers a sample, but its input has shape {list(x.shape)}; pass "
+            f"gate={flat.shape[1]}."
+        )
+    return flat
+
+
+class LinearGate(nn.Linear):
+    """Scores experts linearly in the flattened input, without a bias, as in the papers."""
+
+    def __init__(self, in_features: int, num_experts: int, who: str) -> None:
+        super().__init__(in_features, num_experts, bias=False)
+        self.who = who
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Score each expert for each sample, ``[B, E]``.
+
+        Raises:
+            ValueError: If ``x`` has another number of features.
+        """
+        return super().forward(flattened(x, self.in_features, self.who))
+
+
+def build_gate(gate: Gate, num_experts: int, who: str) -> nn.Module:
+    """Build a module that scores ``num_experts`` experts.
+
+    Raises:
+        ValueError: If the number of features is not positive.
+        TypeError: If ``gate`` is neither a number nor a function that makes a module.
+    """
+    if isinstance(gate, int) and not isinstance(gate, bool):
+        if gate < 1:
+            raise ValueError(f"{who}: gate={gate} must be the number of features of the gate's input, at least 1.")
+        return LinearGate(gate, num_experts, who)
+    if isinstance(gate, nn.Module) or not callable(gate):
+        raise TypeError(
+            f"{who}: gate must be a number of features or a function from a number of experts to a module, found "
+            f"{type(gate).__name__}; each task needs a gate of its own."
+        )
+    made = gate(num_experts)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"{who}: gate({num_experts}) must return a torch.nn.Module, found {type(made).__name__}.")
+    return made
+
+
+def gate_weights(gate: nn.Module, x: Tensor, num_experts: int, who: str) -> Tensor:
+    """Take the softmax of a gate's scores, ``[B, E]``.
+
+    Raises:
+        ValueError: If the scores have another shape.
+    """
+    scores = gate(x) if isinstance(gate, LinearGate) else call(gate, x, who)
+    if scores.shape != (x.shape[0], num_experts):
+        raise ValueError(
+            f"{who} returned shape {list(scores.shape)}; {num_experts} experts and {x.shape[0]} samples need "
+            f"[{x.shape[0]}, {num_experts}]."
+        )
+    return scores.softmax(1)

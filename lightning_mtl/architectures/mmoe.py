@@ -1,4 +1,4 @@
-"""Experts that all tasks share, mixed by a gate a task."""
+"""MMoE: shared experts, mixed for each task by a gate of its own."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.architectures.experts import Experts, expert_group, mix_experts
-from lightning_mtl.architectures.gates import Gate, build_gate, gate_weights
-from lightning_mtl.architectures.shapes import check_tasks
-from lightning_mtl.monitors.gate_statistics import GateMeter, GateTable
+from lightning_mtl.architectures.experts import Experts, Gate, build_gate, expert_group, gate_weights, mix_experts
+from lightning_mtl.architectures.stages import checked_tasks
+from lightning_mtl.monitors.gates import GateMeter, GateTable
 
 
 class MMoE(nn.Module):
-    r"""Multi-gate mixture-of-experts: every task mixes the same experts by a gate of its own.
+    r"""Mixes the same experts for every task by a gate of its own (multi-gate mixture-of-experts).
 
     .. math:: z_k = \sum_{e=1}^{E} g_k(x)_e \, f_e(x), \qquad g_k(x) = \mathrm{softmax}(W_k x)
 
@@ -49,7 +48,7 @@ class MMoE(nn.Module):
 
     def __init__(self, experts: Experts, tasks: Sequence[str], gate: Gate, *, num_experts: int | None = None) -> None:
         super().__init__()
-        self.tasks = check_tasks(tasks, "MMoE")
+        self.tasks = checked_tasks(tasks, "MMoE")
         self.experts = expert_group(experts, num_experts, "MMoE")
         self.num_experts = self.experts.num_experts
         self.gates = nn.ModuleDict(
@@ -70,16 +69,16 @@ class MMoE(nn.Module):
         return dict(zip(weights, mix_experts(list(weights.values()), self.experts(x)), strict=True))
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """The experts' parameters; each gate serves one task."""
+        """Return the experts' parameters; each gate serves one task."""
         return list(self.experts.parameters())
 
     def gate_statistics(self) -> dict[str, GateTable]:
-        """How much each task takes of each expert, the mean over the samples gathered."""
+        """Return each task's mean weights of the experts over the collected samples."""
         return {"gates": usage_of(self.gate_meter, self.tasks, self.num_experts)}
 
 
 def usage_of(meter: GateMeter, tasks: Sequence[str], num_experts: int) -> GateTable:
-    """Bring gathered gates into a table of tasks and experts."""
+    """Arrange collected gate weights in a table of tasks and experts."""
     blank = torch.full((num_experts,), torch.nan)
     rows = [blank if (mean := meter.mean(task)) is None else mean.cpu() for task in tasks]
     return GateTable(torch.stack(rows), tuple(tasks), tuple(str(expert) for expert in range(num_experts)))

@@ -1,22 +1,72 @@
-"""A shared backbone whose features each task masks by attention, stage by stage."""
+"""MTAN: a shared backbone whose features each task masks by attention, stage by stage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_max_pool2d, interpolate
 
-from lightning_mtl.architectures.attention import AttentionMask, Layout, Passing, check_layout, resize_maps
-from lightning_mtl.architectures.shapes import call, check_tasks
-from lightning_mtl.monitors.gate_statistics import GateMeter, GateTable
+from lightning_mtl.architectures.stages import call, checked_tasks
+from lightning_mtl.monitors.gates import GateMeter, GateTable
+
+Layout: TypeAlias = Literal["maps", "tokens"]
+"""How features lie in a tensor: ``"maps"`` are ``[B, C, H, W]``, ``"tokens"`` ``[B, ..., C]``."""
+
+
+def check_layout(layout: Layout) -> Layout:
+    """Check a layout.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
+    if layout not in get_args(Layout):
+        raise ValueError(f"MTAN(layout={layout!r}) must be 'maps' for [B, C, H, W] or 'tokens' for [B, T, C].")
+    return layout
+
+
+def projection(layout: Layout, inputs: int, outputs: int, kernel: int = 1) -> list[nn.Module]:
+    """Make a linear map of the channels and a norm that suits the layout; tokens are mapped one by one."""
+    if layout == "maps":
+        # The norm takes out any bias.
+        return [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(outputs)]
+    return [nn.Linear(inputs, outputs), nn.LayerNorm(outputs)]
+
+
+class AttentionMask(nn.Sequential):
+    """Computes a mask by g and h: two maps of the channels, a ReLU between them and a sigmoid at the end."""
+
+    def __init__(self, layout: Layout, inputs: int, outputs: int) -> None:
+        super().__init__(
+            *projection(layout, inputs, outputs), nn.ReLU(), *projection(layout, outputs, outputs), nn.Sigmoid()
+        )
+
+
+class Passing(nn.Sequential):
+    """Maps masked features to the channels of the next stage, the paper's f; for maps with a 3x3 convolution."""
+
+    def __init__(self, layout: Layout, inputs: int, outputs: int) -> None:
+        super().__init__(*projection(layout, inputs, outputs, kernel=3), nn.ReLU())
+
+
+def resize_maps(maps: Tensor, like: Tensor) -> Tensor:
+    """Resize maps to the height and width of others: by max pooling where they shrink, bilinearly where they grow."""
+    size = list(like.shape[-2:])
+    if list(maps.shape[-2:]) == size:
+        return maps
+    if maps.shape[-2] >= size[0] and maps.shape[-1] >= size[1]:
+        return adaptive_max_pool2d(maps, size)
+    return interpolate(maps, size, mode="bilinear", align_corners=False)
+
 
 CLOSED = 0.1
 """Attention below this counts as closed in the statistics."""
 
 
 class MTAN(nn.Module):
-    r"""Multi-task attention network: soft masks, one a task and stage, on the features of a shared backbone.
+    r"""Masks the features of a shared backbone softly, for each task and stage (multi-task attention network).
 
     .. math:: \hat a_k^1 = h_k^1(g_k^1(u^1)) \odot p^1, \qquad
         \hat a_k^j = h_k^j(g_k^j([u^j; f^j(\hat a_k^{j-1})])) \odot p^j
@@ -66,7 +116,7 @@ class MTAN(nn.Module):
         layout: Layout = "maps",
     ) -> None:
         super().__init__()
-        self.tasks, self.layout = check_tasks(tasks, "MTAN"), check_layout(layout)
+        self.tasks, self.layout = checked_tasks(tasks, "MTAN"), check_layout(layout)
         self.stages = nn.ModuleList(_as_module(stage, number) for number, stage in enumerate(stages))
         self.channels = [_as_pair(entry, number) for number, entry in enumerate(channels)]
         if not self.stages or len(self.stages) != len(self.channels):
@@ -142,11 +192,11 @@ class MTAN(nn.Module):
             )
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the backbone and of what passes masked features on."""
+        """Return the parameters of the backbone and of f, which passes masked features on."""
         return [*self.stages.parameters(), *self.passing.parameters()]
 
     def gate_statistics(self) -> dict[str, Tensor | GateTable]:
-        """Each mask's mean, a table of tasks and stages; and for each task the share of its masks that is closed."""
+        """Return each mask's mean by task and stage, and for each task the share of its masks below 0.1."""
         table = torch.full((2, len(self.tasks), len(self.stages)), torch.nan)
         for row, task in enumerate(self.tasks):
             for column in range(len(self.stages)):

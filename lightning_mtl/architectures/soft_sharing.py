@@ -1,4 +1,4 @@
-"""A backbone of its own for each task, and a penalty that keeps their parameters close."""
+"""Soft sharing: a backbone for each task, and a penalty that keeps their parameters close."""
 
 from __future__ import annotations
 
@@ -10,14 +10,84 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_mtl.architectures.parameter_penalties import (
-    ValueAndGradients,
-    distance_to_mean,
-    pairwise_distance,
-    trace_norm,
-)
-from lightning_mtl.architectures.stages import per_task, wanted_tasks
+from lightning_mtl.architectures.stages import backbone_per_task, wanted_tasks
 from lightning_mtl.gradients.micro_batch import surrogate
+
+# Below this ratio to the largest eigenvalue of W W^T, in float64, a singular value of W is rounding.
+RANK_TOLERANCE = 1e-14
+
+ValueAndGradients = tuple[Tensor, list[list[Tensor]]]
+"""A penalty's value, a scalar, and its gradients, one list a network."""
+
+
+def distance_to_mean(networks: Sequence[Sequence[Tensor]], strengths: Sequence[float]) -> ValueAndGradients:
+    r"""Compute :math:`\sum_l s_l \sum_k \lVert\theta_{kl} - \bar\theta_l\rVert^2`.
+
+    Args:
+        networks: K lists of L tensors, alike in shape.
+        strengths: L numbers.
+
+    Example:
+        >>> value, gradients = distance_to_mean([[torch.tensor([1.0])], [torch.tensor([3.0])]], [0.5])
+        >>> value, gradients
+        (tensor(1.), [[tensor([-1.])], [tensor([1.])]])
+    """
+    roots = [strength**0.5 for strength in strengths]
+    means = list(networks[0])
+    for tensors in networks[1:]:
+        means = list(torch._foreach_add(means, list(tensors)))
+    means = list(torch._foreach_div(means, len(networks)))
+    scaled = []
+    for tensors in networks:
+        differences = list(torch._foreach_sub(list(tensors), means))
+        torch._foreach_mul_(differences, roots)
+        scaled.append(differences)
+    value = torch.nn.utils.get_total_norm([tensor for tensors in scaled for tensor in tensors]).square()
+    # The mean moves with each network, but the differences sum to zero, so that its part of the gradient does, too.
+    for tensors in scaled:
+        torch._foreach_mul_(tensors, [2 * root for root in roots])
+    return value, scaled
+
+
+def pairwise_distance(networks: Sequence[Sequence[Tensor]], strengths: Sequence[float]) -> ValueAndGradients:
+    r"""Compute :math:`\sum_l s_l \sum_{i<j} \lVert\theta_{il} - \theta_{jl}\rVert^2`, K times the distance to the mean.
+
+    Example:
+        >>> pairwise_distance([[torch.tensor([1.0])], [torch.tensor([3.0])]], [0.5])[0]
+        tensor(2.)
+    """
+    return distance_to_mean(networks, [len(networks) * strength for strength in strengths])
+
+
+def trace_norm(networks: Sequence[Sequence[Tensor]], strengths: Sequence[float]) -> ValueAndGradients:
+    r"""Compute :math:`\sum_l s_l \lVert[\mathrm{vec}\,\theta_{1l}, \dots, \mathrm{vec}\,\theta_{Kl}]\rVert_*`.
+
+    The singular values come from the K x K Gramian in float64, all layers at once. Where the matrix has not full rank,
+    as for copies of one network, the gradient is the subgradient of least norm, which leaves copies copies.
+
+    Example:
+        >>> value, gradients = trace_norm([[torch.tensor([3.0, 0.0])], [torch.tensor([0.0, 4.0])]], [1.0])
+        >>> value, gradients
+        (tensor(7.), [[tensor([1., 0.])], [tensor([0., 1.])]])
+    """
+    stacked = [torch.stack([tensor.flatten() for tensor in layer]) for layer in zip(*networks, strict=True)]
+    exact = torch.float32 if stacked[0].device.type == "mps" else torch.float64
+    wide = [matrix.to(exact) for matrix in stacked]
+    eigenvalues, vectors = torch.linalg.eigh(torch.stack([matrix @ matrix.T for matrix in wide]))
+    singular = eigenvalues.clamp(min=0).sqrt()
+    known = eigenvalues > RANK_TOLERANCE * eigenvalues[:, -1:]
+    inverse = torch.where(known, singular, torch.ones_like(singular)).reciprocal() * known
+    scales = singular.new_tensor(strengths)
+    value = (scales * singular.sum(1)).sum()
+    whiteners = scales[:, None, None] * (vectors * inverse[:, None, :]) @ vectors.mT
+    # W (W^T W)^(-1/2), with the networks as rows.
+    moves = [(whitener @ matrix).to(layer) for whitener, matrix, layer in zip(whiteners, wide, stacked, strict=True)]
+    gradients = [
+        [move[k].view_as(tensor) for move, tensor in zip(moves, tensors, strict=True)]
+        for k, tensors in enumerate(networks)
+    ]
+    return value.to(stacked[0].dtype), gradients
+
 
 Penalty = Literal["distance_to_mean", "pairwise", "trace_norm"]
 PENALTIES: Mapping[str, Callable[[Sequence[Sequence[Tensor]], Sequence[float]], ValueAndGradients]] = {
@@ -28,7 +98,7 @@ PENALTIES: Mapping[str, Callable[[Sequence[Sequence[Tensor]], Sequence[float]], 
 
 
 class SoftSharing(nn.Module):
-    r"""One backbone a task; what the tasks share is that a penalty keeps the backbones' parameters close.
+    r"""Runs one backbone for each task, and keeps the backbones' parameters close by a penalty.
 
     .. math:: \sum_k L_k + \sum_l s_l\, \Omega(\theta_{1l}, \dots, \theta_{Kl})
 
@@ -56,7 +126,7 @@ class SoftSharing(nn.Module):
 
     Raises:
         TypeError: If the backbones are no modules.
-        ValueError: If backbones differ in the name or shape of a parameter that is penalised, a prefix fits none, or an
+        ValueError: If backbones differ in the name or shape of a parameter that is penalized, a prefix fits none, or an
             argument is out of its range.
 
     Source: Duong et al., Low Resource Dependency Parsing: Cross-lingual Parameter Sharing in a Neural Network Parser,
@@ -88,7 +158,7 @@ class SoftSharing(nn.Module):
         super().__init__()
         if penalty not in PENALTIES:
             raise ValueError(f"SoftSharing(penalty={penalty!r}) must be one of {list(PENALTIES)}.")
-        given = per_task("SoftSharing", backbones, tasks)
+        given = backbone_per_task("SoftSharing", backbones, tasks)
         for task, backbone in given.items():
             if not isinstance(backbone, nn.Module):
                 raise TypeError(
@@ -110,7 +180,7 @@ class SoftSharing(nn.Module):
         return {task: self.backbones[task](*inputs, **named) for task in wanted}
 
     def penalties(self) -> dict[str, Tensor]:
-        """``{"soft_sharing": penalty}``; empty where nothing has a strength, or there is one task.
+        """Compute ``{"soft_sharing": penalty}``; empty where nothing has a strength, or there is one task.
 
         Raises:
             TypeError: If parameters are sharded.
@@ -131,7 +201,7 @@ class SoftSharing(nn.Module):
         return {"soft_sharing": surrogate(value, moved, lambda outer: torch._foreach_mul(known, outer))}
 
     def single_task(self, task: str) -> nn.Module:
-        """The backbone of one task.
+        """Return the backbone of one task.
 
         Raises:
             ValueError: If there is no such task.
@@ -172,7 +242,7 @@ def _fits(prefix: str, name: str) -> bool:
 
 
 def _check_alike(backbones: Mapping[str, nn.Module], strengths: Mapping[str, float]) -> None:
-    """Refuse backbones whose penalised parameters do not lie side by side."""
+    """Refuse backbones whose penalized parameters do not lie side by side."""
     shapes = {task: {name: p.shape for name, p in backbone.named_parameters()} for task, backbone in backbones.items()}
     for name in strengths:
         first = next(task for task in backbones if name in shapes[task])
@@ -180,7 +250,7 @@ def _check_alike(backbones: Mapping[str, nn.Module], strengths: Mapping[str, flo
             if name not in shapes[task]:
                 raise ValueError(
                     f"SoftSharing: parameter {name!r} of task {first!r} has no counterpart in the backbone of task "
-                    f"{task!r}, which has {list(shapes[task])}; penalise common layers alone with strength={{prefix: "
+                    f"{task!r}, which has {list(shapes[task])}; penalize common layers alone with strength={{prefix: "
                     "number}}."
                 )
             if shapes[task][name] != shapes[first][name]:

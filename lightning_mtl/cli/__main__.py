@@ -1,5 +1,5 @@
-"""``python -m lightning_mtl.cli``, for torchrun."""
+"""Runs the command line as ``python -m lightning_mtl.cli``, for torchrun."""
 
-from lightning_mtl.cli.main import main
+from lightning_mtl.cli import main
 
 main()

@@ -1,4 +1,4 @@
-"""The table of methods, read from the methods themselves."""
+"""Prints the table of methods, which is read from their classes and docstrings."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from lightning_mtl import weighting
 from lightning_mtl.method.base import Weighting
+from lightning_mtl.monitors.tables import console_for_lines
 
-PIPED_WIDTH = 180  # so that a line stays a line for grep
 LEAST_WIDTH_FOR_SUMMARIES = 110
 
 
 @dataclass(frozen=True)
 class Method:
-    """One line of the table."""
+    """Holds one line of the table."""
 
     name: str
     measures: str
@@ -32,7 +31,7 @@ class Method:
 
 
 def methods() -> list[Method]:
-    """Every exported method: name, what it measures and where, whether it weighs heads, paper, and its first sentence.
+    """Describe every exported method: name, what it measures and where, whether it weighs heads, paper, summary.
 
     Example:
         >>> next(method for method in methods() if method.name == "MGDA").paper
@@ -65,9 +64,7 @@ def print_methods(arguments: Sequence[str]) -> None:
     table = Table(title="Weightings: --trainer.callbacks+=NAME", title_justify="left", box=box.SIMPLE, padding=0)
     for header in ("name", "measures", "at", "heads", "paper"):
         table.add_column(header, no_wrap=True)
-    console = Console()
-    if not console.is_terminal:
-        console.width = PIPED_WIDTH
+    console = console_for_lines()
     has_room = console.width >= LEAST_WIDTH_FOR_SUMMARIES
     if has_room:
         table.add_column("in one line")

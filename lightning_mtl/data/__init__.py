@@ -1,4 +1,4 @@
-"""A dataset for each task: loaders that keep the tasks' names, and the ways to mix them."""
+"""A data module with a dataset for each task: loaders that keep the tasks' names, and ways to mix the tasks."""
 
 from lightning_mtl.data.datamodule import MultiTaskDataModule
 from lightning_mtl.data.mixing import Joint, Mixing, Proportional, Ratios, RoundRobin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -10,24 +11,23 @@ from weakref import WeakSet
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import Dataset
 
-from lightning_mtl.data.argument_checks import check_arguments, check_names, per_task
-from lightning_mtl.data.evaluation_loader import EvaluationLoader
-from lightning_mtl.data.mixed_loader import MixedLoader
+from lightning_mtl.data.loaders import EvaluationLoader, MixedLoader
 from lightning_mtl.data.mixing import Joint, Mixing
 from lightning_mtl.data.order import Shard
-from lightning_mtl.data.sources import read_source
+from lightning_mtl.data.sources import check_data_arguments, check_names, number_for_task, read_source
 from lightning_mtl.data.streams import Stream, open_stream
 from lightning_mtl.task.batches import as_pair
 from lightning_mtl.task.module import TaskModule
 
-Stage = Literal["train", "val", "test", "predict"]
-Data = Mapping[str, Dataset[Any] | Iterable[Any]]
+DataStage = Literal["train", "val", "test", "predict"]
+TaskData = Mapping[str, Dataset[Any] | Iterable[Any]]
 
 # The loaders that each of the Trainer's functions asks for.
-STAGES: dict[str, tuple[Stage, ...]] = {
+LOADED_STAGES: dict[str, tuple[DataStage, ...]] = {
     "fit": ("train", "val"),
     "validate": ("val",),
     "test": ("test",),
@@ -36,7 +36,7 @@ STAGES: dict[str, tuple[Stage, ...]] = {
 
 
 class MultiTaskDataModule(pl.LightningDataModule):
-    """A LightningDataModule with a dataset, or a loader, for each task.
+    """Loads a dataset, or a loader, for each task: a LightningDataModule.
 
     A training batch is ``{task: (inputs, target)}`` with the tasks that the mixing mode takes in that step. Validation,
     test and prediction take a batch of every task a step, until all are at their end, so that figures and predictions
@@ -57,7 +57,7 @@ class MultiTaskDataModule(pl.LightningDataModule):
         mixing: Which tasks a training step takes: ``Joint()``, ``RoundRobin()``, ``Proportional()``, ``Ratios(...)`` or
             ``Schedule(...)`` of :mod:`lightning_mtl.data`.
         batch_size: Samples a batch of each rank, one number or ``{task: number}``; loaders bring their own.
-        steps_per_epoch: Training steps an epoch; by default what the mode says. A task's next epoch goes on where the
+        steps_per_epoch: Training steps an epoch; by default the mode's number. A task's next epoch goes on where the
             last one stopped.
         drop_last: Leave the incomplete batch at the end of a training pass out.
         num_workers: Processes that load each task's data. Those of training live as long as the training; all end with
@@ -92,10 +92,10 @@ class MultiTaskDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        train: Data | None = None,
-        val: Data | None = None,
-        test: Data | None = None,
-        predict: Data | None = None,
+        train: TaskData | None = None,
+        val: TaskData | None = None,
+        test: TaskData | None = None,
+        predict: TaskData | None = None,
         *,
         mixing: Mixing | None = None,
         batch_size: int | Mapping[str, int] = 32,
@@ -117,31 +117,31 @@ class MultiTaskDataModule(pl.LightningDataModule):
         self.persistent_workers = persistent_workers
         self.shard_iterables = shard_iterables
         self.seed = seed
-        self._given: dict[str, Data | None] = {"train": train, "val": val, "test": test, "predict": predict}
-        check_arguments(self._given, self.mixing, batch_size, num_workers, steps_per_epoch, seed)
+        self._given: dict[str, TaskData | None] = {"train": train, "val": val, "test": test, "predict": predict}
+        check_data_arguments(self._given, self.mixing, batch_size, num_workers, steps_per_epoch, seed)
         for stage, data in self._given.items():
             for task, own in (data or {}).items():
-                read_source(task, stage, own, per_task(batch_size, task), {})
+                read_source(task, stage, own, number_for_task(batch_size, task), {})
         self._loader: MixedLoader | None = None
         self._opened: WeakSet[Stream] = WeakSet()
         self._restored: dict[str, Any] | None = None
 
-    def task_data(self, stage: Stage) -> Data | None:
-        """The datasets or loaders of a stage, ``{task: data}``, or None; override it to make them when they are needed.
+    def task_data(self, stage: DataStage) -> TaskData | None:
+        """Return the datasets or loaders of a stage, ``{task: data}``, or None; override it to make them late.
 
         It is called on every rank, after :meth:`prepare_data`, and may be called again.
         """
         return self._given[stage]
 
     def setup(self, stage: str) -> None:
-        """Refuse data whose names are not those of the module's tasks; begin the training data anew."""
+        """Refuse data whose names are not those of the module's tasks; start the training data from the beginning."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         if isinstance(module, TaskModule):
-            for part in STAGES[stage]:
+            for part in LOADED_STAGES[stage]:
                 if (data := self.task_data(part)) is not None:
                     check_names(part, list(data), list(module.tasks), complete=part == "train")
-        # Whether there is validation Lightning tells by this hook being overridden; as in LightningDataModule's own
-        # from_datasets, the instance says.
+        # Lightning validates where the hook val_dataloader is overridden. Whether there are validation data is known
+        # here only, so that the instance takes the override back, as LightningDataModule.from_datasets does.
         vars(self).pop("val_dataloader", None)
         if stage == "fit":
             self._loader = self._restored = None
@@ -167,7 +167,7 @@ class MultiTaskDataModule(pl.LightningDataModule):
     # The loaders
 
     def train_dataloader(self) -> MixedLoader:
-        """The loader that mixes the tasks."""
+        """Make the loader that mixes the tasks."""
         # By hand every loader begins anew; a Trainer may ask again in the midst of training.
         state = self.state_dict() if self._fitting else self._restored or {}
         seed = state.get("seed", self._seed())
@@ -181,23 +181,27 @@ class MultiTaskDataModule(pl.LightningDataModule):
         return self._loader
 
     def val_dataloader(self) -> EvaluationLoader:
-        """The loader of all tasks' validation data."""
+        """Make the loader of all tasks' validation data."""
         return self._evaluation("val")
 
     def test_dataloader(self) -> EvaluationLoader:
-        """The loader of all tasks' test data."""
+        """Make the loader of all tasks' test data."""
         return self._evaluation("test")
 
     def predict_dataloader(self) -> EvaluationLoader:
-        """The loader of all tasks' data to predict from."""
+        """Make the loader of all tasks' data to predict from."""
         return self._evaluation("predict", as_pair)
 
-    def _evaluation(self, stage: Stage, read: Callable[[Any], Any] | None = None) -> EvaluationLoader:
+    def _evaluation(self, stage: DataStage, read: Callable[[Any], Any] | None = None) -> EvaluationLoader:
         streams = self._streams(stage, self._seed(), shuffle=False)
-        unknown = any(not stream.alike_on_ranks for stream in streams.values())
-        return EvaluationLoader(streams, self._anyone if unknown and self._shard().ranks > 1 else None, read)
+        anyone = None
+        if self.trainer is not None and self._shard().ranks > 1:
+            # Where a stream's length is unknown, the ranks ask each other in each step whether any has a batch left.
+            unknown = any(not stream.alike_on_ranks for stream in streams.values())
+            anyone = functools.partial(_anyone, self.trainer.strategy) if unknown else None
+        return EvaluationLoader(streams, anyone, read)
 
-    def _streams(self, stage: Stage, seed: int, *, shuffle: bool) -> dict[str, Stream]:
+    def _streams(self, stage: DataStage, seed: int, *, shuffle: bool) -> dict[str, Stream]:
         data = self.task_data(stage)
         if data is None:
             raise ValueError(
@@ -206,13 +210,13 @@ class MultiTaskDataModule(pl.LightningDataModule):
             )
         streams = {}
         for task, given in data.items():
-            workers = per_task(self.num_workers, task) or 0
+            workers = number_for_task(self.num_workers, task) or 0
             options = {
                 "num_workers": workers,
                 "pin_memory": self.pin_memory,
                 "persistent_workers": self.persistent_workers and workers > 0,
             }
-            source = read_source(task, stage, given, per_task(self.batch_size, task), options, self.drop_last)
+            source = read_source(task, stage, given, number_for_task(self.batch_size, task), options, self.drop_last)
             streams[task] = open_stream(
                 source, self._shard(), seed, shuffle=shuffle, shard_iterables=self.shard_iterables
             )
@@ -232,21 +236,21 @@ class MultiTaskDataModule(pl.LightningDataModule):
     def _seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
 
-    def _anyone(self, more: bool) -> bool:
-        assert self.trainer is not None  # noqa: S101 - for mypy: several ranks come from a Trainer
-        strategy = self.trainer.strategy
-        answers: torch.Tensor = strategy.reduce(torch.tensor(float(more), device=strategy.root_device), reduce_op="sum")
-        return bool(answers)
-
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What training has consumed; all ranks have to ask for it together, as Lightning does."""
+        """Return what training has consumed; all ranks must call this together, as Lightning does."""
         return self._loader.state_dict() if self._loader is not None else self._restored or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Have the next training loader go on after what has been consumed."""
+        """Let the next training loader continue after what was consumed."""
         self._loader, self._restored = None, state_dict
+
+
+def _anyone(strategy: Strategy, more: bool) -> bool:
+    """Whether any rank has a batch left."""
+    answers: torch.Tensor = strategy.reduce(torch.tensor(float(more), device=strategy.root_device), reduce_op="sum")
+    return bool(answers)
 
 
 def _gather(own: Any) -> list[Any]:  # noqa: ANN401 - the states of some streams

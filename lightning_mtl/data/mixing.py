@@ -1,4 +1,4 @@
-"""Which tasks a training step takes a batch from."""
+"""Mixing modes: which tasks a training step takes a batch from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Until = Literal["longest", "shortest"]
 
 @dataclass(frozen=True)
 class Mixing(ABC):
-    """The base of the mixing modes: how many steps an epoch has, and which tasks give a batch in each of them.
+    """Decides how many steps an epoch has, and which tasks give a batch in each; the base class of mixing modes.
 
     Sizes are counted in batches of one pass over a task's data on all ranks together, None where that is unknown.
 
@@ -34,23 +34,23 @@ class Mixing(ABC):
 
     @abstractmethod
     def steps(self, sizes: Sizes) -> int:
-        """The number of steps of an epoch, where the user did not say ``steps_per_epoch``."""
+        """Return the number of steps of an epoch, where the user did not give ``steps_per_epoch``."""
 
     @abstractmethod
     def order(self, sizes: Sizes, steps: int, generator: torch.Generator) -> Iterator[tuple[str, ...]]:
-        """The tasks that give a batch, for each step of an epoch; random choices come from the generator alone."""
+        """Return the tasks that give a batch in each step of an epoch; random choices come from the generator alone."""
 
     def check(self, tasks: Sequence[str]) -> None:  # noqa: B027 - most modes have no names to check
         """Refuse names that are no task of the data."""
 
     def in_epoch(self, epoch: int) -> Mixing:
-        """The mode of an epoch."""
+        """Return the mode of an epoch."""
         return self
 
 
 @dataclass(frozen=True)
 class Joint(Mixing):
-    """Every step takes one batch from every task.
+    """Takes one batch from every task in every step.
 
     Args:
         until: An epoch lasts until the task with the most batches (``"longest"``) has been seen once, while the others
@@ -70,17 +70,17 @@ class Joint(Mixing):
         _check_until(self)
 
     def steps(self, sizes: Sizes) -> int:
-        """As many as the longest task has batches, or the shortest."""
+        """Return the batches of the longest task, or of the shortest."""
         return _TURNS_UNTIL[self.until](_known(sizes, self))
 
     def order(self, sizes: Sizes, steps: int, generator: torch.Generator) -> Iterator[tuple[str, ...]]:
-        """All tasks, always."""
+        """Return all tasks for every step."""
         return itertools.repeat(tuple(sizes), steps)
 
 
 @dataclass(frozen=True)
 class RoundRobin(Mixing):
-    """Each step takes a batch from one task; the tasks take turns, in the order of the data.
+    """Takes a batch from one task in each step; the tasks take turns, in the order of the data.
 
     With ``accumulate_grad_batches`` = K, an optimizer step has seen each of the K tasks once.
 
@@ -103,17 +103,17 @@ class RoundRobin(Mixing):
         _check_until(self)
 
     def steps(self, sizes: Sizes) -> int:
-        """K times the batches of the longest task, or of the shortest."""
+        """Return K times the batches of the longest task, or of the shortest."""
         return len(sizes) * _TURNS_UNTIL[self.until](_known(sizes, self))
 
     def order(self, sizes: Sizes, steps: int, generator: torch.Generator) -> Iterator[tuple[str, ...]]:
-        """One task after the other."""
+        """Return one task after the other."""
         return itertools.islice(itertools.cycle((task,) for task in sizes), steps)
 
 
 @dataclass(frozen=True)
 class Drawn(Mixing):
-    r"""The base of the modes that draw one task a step, with shares :math:`p_k` that sum to 1.
+    r"""Draws one task for each step with shares :math:`p_k` that sum to 1; a base class.
 
     An epoch of S steps has :math:`\lfloor S p_k \rfloor` or :math:`\lceil S p_k \rceil` steps of task k, S p_k in the
     mean over epochs, in random order: systematic sampling (Madow, 1949), which no small task falls out of and which
@@ -122,14 +122,14 @@ class Drawn(Mixing):
 
     @abstractmethod
     def weights(self, sizes: Sizes) -> list[float]:
-        """A number proportional to each task's share."""
+        """Return a number proportional to each task's share."""
 
     def steps(self, sizes: Sizes) -> int:
-        """As many as all tasks together have batches."""
+        """Return the batches of all tasks together."""
         return sum(_known(sizes, self))
 
     def order(self, sizes: Sizes, steps: int, generator: torch.Generator) -> Iterator[tuple[str, ...]]:
-        """The epoch's tasks, shuffled."""
+        """Return the epoch's tasks in random order."""
         weights = self.weights(sizes)
         offset = float(torch.rand((), generator=generator, dtype=torch.float64))
         # Of the points offset, offset + 1, ..., those below a bound; rounded, so that a whole number is one.
@@ -144,7 +144,7 @@ class Drawn(Mixing):
 
 @dataclass(frozen=True)
 class Proportional(Drawn):
-    r"""Each step takes a batch from one task, drawn with its size or a flattened form of it.
+    r"""Takes a batch from one task in each step, drawn in proportion to its size or to a power of it.
 
     .. math:: p_k = \frac{m_k^{1/T}}{\sum_j m_j^{1/T}}
 
@@ -175,13 +175,13 @@ class Proportional(Drawn):
             )
 
     def weights(self, sizes: Sizes) -> list[float]:
-        """Sizes to the power 1/T."""
+        """Return the sizes to the power 1/T."""
         return [float(size) ** (1 / self.temperature) for size in _known(sizes, self, at_all=True)]
 
 
 @dataclass(frozen=True)
 class Ratios(Drawn):
-    """Each step takes a batch from one task, drawn in fixed proportions.
+    """Takes a batch from one task in each step, drawn in fixed proportions.
 
     Args:
         ratios: ``{task: number}`` for every task; they need not sum to 1. A task with 0 is left out, for some epochs of
@@ -217,20 +217,11 @@ class Ratios(Drawn):
             )
 
     def weights(self, sizes: Sizes) -> list[float]:
-        """The ratios as they are."""
+        """Return the ratios in the order of the data."""
         return [float(self.ratios[task]) for task in sizes]
 
 
 _TURNS_UNTIL: dict[Until, Callable[[list[int]], int]] = {"longest": max, "shortest": min}
-
-
-def check_mixing(mixing: object) -> None:
-    """Refuse what is no mode."""
-    if not isinstance(mixing, Mixing):
-        raise TypeError(
-            f"mixing must be Joint(), RoundRobin(), Proportional(), Ratios({{task: number}}) or Schedule({{epoch: "
-            f"mode}}) from lightning_mtl.data, found {mixing!r}."
-        )
 
 
 def _check_until(mode: Joint | RoundRobin) -> None:

@@ -1,4 +1,4 @@
-"""Which samples of a dataset a rank reads, in which order: a function of seed, pass and place, of nothing else."""
+"""The order in which a rank reads a dataset's samples: a function of seed, pass and position only."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from torch.utils.data import Sampler
 
 
-def seeded(seed: int, *words: int | str) -> torch.Generator:
-    """A generator for one purpose: the same on every rank and machine, unlike that of any other words."""
+def generator_for(seed: int, *words: int | str) -> torch.Generator:
+    """Make a generator for one purpose: the same on every rank and machine, different from that of other words."""
     entropy = [seed, *(zlib.crc32(word.encode()) if isinstance(word, str) else word for word in words)]
     low, high = np.random.SeedSequence(entropy).generate_state(2).tolist()
     return torch.Generator().manual_seed(low + (high << 32))
 
 
-class Place(NamedTuple):
-    """How much of a dataset all ranks together have seen: whole passes, and samples of the one under way."""
+class DataPosition(NamedTuple):
+    """Counts what all ranks together have seen of a dataset: whole passes, and samples of the current one."""
 
     passes: int = 0
     samples: int = 0
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of how many ranks with data of their own this process is."""
+    """Holds this process's rank, and the number of ranks with data of their own."""
 
     rank: int = 0
     ranks: int = 1
@@ -36,7 +36,7 @@ class Shard:
 
 @dataclass
 class PassOrder:
-    """Passes over a dataset of n samples, each in a new order, cut into global batches of B x R samples.
+    """Orders each pass over a dataset of n samples anew, and divides it into global batches of B x R samples.
 
     Rank r of R takes every R-th sample of a global batch, from the r-th on: together they see what one process with
     batch size B x R would, no sample twice, and all take the same number of batches. A pass's last global batch may be
@@ -66,43 +66,43 @@ class PassOrder:
         self.used = self.size - self.size % self.global_batch if self.drop_last else self.size
         self.batches = -(-self.used // self.global_batch)
 
-    def after(self, place: Place) -> Place:
-        """Where the next global batch begins."""
-        samples = place.samples + self.global_batch
-        return Place(place.passes, samples) if samples < self.used else Place(place.passes + 1)
+    def after(self, position: DataPosition) -> DataPosition:
+        """Return where the next global batch begins."""
+        samples = position.samples + self.global_batch
+        return DataPosition(position.passes, samples) if samples < self.used else DataPosition(position.passes + 1)
 
-    def share(self, place: Place) -> int:
-        """How many samples of the global batch there are this rank's."""
-        return len(self._share(place))
+    def share(self, position: DataPosition) -> int:
+        """Return how many samples of the global batch at this position belong to this rank."""
+        return len(self._share(position))
 
-    def indices(self, place: Place) -> list[int]:
-        """This rank's samples of the global batch there."""
-        share = self._share(place)
+    def indices(self, position: DataPosition) -> list[int]:
+        """Return this rank's samples of the global batch at this position."""
+        share = self._share(position)
         if not self.shuffle:
             return list(share)
-        if self._permuted_pass != place.passes:
-            generator = seeded(self.seed, "order", self.name, place.passes)
+        if self._permuted_pass != position.passes:
+            generator = generator_for(self.seed, "order", self.name, position.passes)
             self._permutation = torch.randperm(self.size, generator=generator).numpy()
-            self._permuted_pass = place.passes
+            self._permuted_pass = position.passes
         found: list[int] = self._permutation[share.start : share.stop : share.step].tolist()
         return found
 
-    def _share(self, place: Place) -> range:
-        end = min(place.samples + self.global_batch, self.used)
-        return range(min(place.samples + self.shard.rank, end), end, self.shard.ranks)
+    def _share(self, position: DataPosition) -> range:
+        end = min(position.samples + self.global_batch, self.used)
+        return range(min(position.samples + self.shard.rank, end), end, self.shard.ranks)
 
 
 class Batches(Sampler[list[int]]):
-    """This rank's batches of samples from a place on, without end, or to the end of the pass; empty ones left out."""
+    """Yields this rank's batches from a position on, endlessly or to the end of the pass; empty ones are left out."""
 
-    def __init__(self, order: PassOrder, start: Place, *, one_pass: bool = False) -> None:
+    def __init__(self, order: PassOrder, start: DataPosition, *, one_pass: bool = False) -> None:
         self.order = order
         self.start = start
         self.one_pass = one_pass
 
     def __iter__(self) -> Iterator[list[int]]:
-        place = self.start
-        while not self.one_pass or place.passes == self.start.passes:
-            if indices := self.order.indices(place):
+        position = self.start
+        while not self.one_pass or position.passes == self.start.passes:
+            if indices := self.order.indices(position):
                 yield indices
-            place = self.order.after(place)
+            position = self.order.after(position)

@@ -12,7 +12,7 @@ from lightning_mtl.data.mixing import Mixing, Sizes
 
 @dataclass(frozen=True)
 class Schedule(Mixing):
-    """Another mode from some epoch on.
+    """Changes the mixing mode with the epoch.
 
     All epochs have the same number of steps, since Lightning asks once: ``steps_per_epoch``, or that of epoch 0's mode.
 
@@ -55,7 +55,7 @@ class Schedule(Mixing):
             mode.check(tasks)
 
     def in_epoch(self, epoch: int) -> Mixing:
-        """The mode with the latest first epoch, or what the function returns."""
+        """Return the mode with the latest first epoch, or what the function returns."""
         if isinstance(self.modes, Mapping):
             return self.modes[max(first for first in self.modes if first <= epoch)]
         mode = self.modes(epoch)
@@ -63,11 +63,11 @@ class Schedule(Mixing):
         return mode
 
     def steps(self, sizes: Sizes) -> int:
-        """Those of epoch 0."""
+        """Return the steps of epoch 0's mode."""
         return self.in_epoch(0).steps(sizes)
 
     def order(self, sizes: Sizes, steps: int, generator: torch.Generator) -> Iterator[tuple[str, ...]]:
-        """That of epoch 0: a loader asks the mode of its epoch instead."""
+        """Return the order of epoch 0's mode; a loader asks the mode of its own epoch instead."""
         return self.in_epoch(0).order(sizes, steps, generator)
 
 

@@ -1,9 +1,9 @@
-"""What a user gives for a task: a dataset, or a loader, which is taken apart where it can be."""
+"""Reads what a user gives for each task, a dataset or a loader, and refuses wrong names and numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import (
@@ -14,9 +14,9 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    get_worker_info,
 )
 
+from lightning_mtl.data.mixing import Mixing
 from lightning_mtl.data.order import Shard
 
 # What a DataLoader does with the batches that it is told to load; all of them are attributes of it, too.
@@ -34,32 +34,49 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Source:
-    """One task's data in one stage.
-
-    Exactly one of the three is there: a map-style ``dataset`` whose order is ours, an iterable dataset as ``samples``,
-    or a ``loader`` of ready-made batches that is used as it is.
-    """
+    """Holds one task's data in one stage; the base class of the three forms that data may have."""
 
     task: str
     stage: str
-    dataset: Any = None
-    samples: IterableDataset[Any] | None = None
-    loader: Iterable[Any] | None = None
-    batch_size: int | None = None
-    shuffle: bool = True
-    drop_last: bool = False
-    whole_batches: bool = False  # the dataset is asked for a list of indices at once
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """How errors call it."""
+        """Return the name of the data in errors."""
         return f"{self.stage}[{self.task!r}]"
+
+
+@dataclass(frozen=True)
+class DatasetSource(Source):
+    """Holds a map-style dataset, whose order this package decides."""
+
+    dataset: Any
+    batch_size: int
+    options: Mapping[str, Any]
+    drop_last: bool = False
+    shuffle: bool = True
+    whole_batches: bool = False  # the dataset is asked for a list of indices at once
+
+
+@dataclass(frozen=True)
+class IterableSource(Source):
+    """Holds an iterable dataset."""
+
+    samples: IterableDataset[Any]
+    batch_size: int
+    options: Mapping[str, Any]
+    drop_last: bool = False
 
     @property
     def num_workers(self) -> int:
-        """The worker processes that load it."""
+        """Return the number of worker processes that load it."""
         return int(self.options.get("num_workers", 0))
+
+
+@dataclass(frozen=True)
+class LoaderSource(Source):
+    """Holds a loader of ready-made batches, used as it is."""
+
+    loader: Iterable[Any]
 
 
 def read_source(
@@ -69,7 +86,7 @@ def read_source(
     batch_size: int | None,
     options: Mapping[str, Any],
     drop_last: bool = False,
-) -> Source:
+) -> DatasetSource | IterableSource | LoaderSource:
     """Tell a dataset from a loader, and a loader that is a dataset and settings from one to be used as it is.
 
     Args:
@@ -87,16 +104,12 @@ def read_source(
     if isinstance(given, DataLoader):
         return _of_loader(task, stage, given)
     if isinstance(given, IterableDataset):
-        return Source(
-            task, stage, samples=given, batch_size=_needed(batch_size, task), drop_last=drop_last, options=options
-        )
+        return IterableSource(task, stage, given, _needed(batch_size, task), options, drop_last)
     if isinstance(given, Dataset) or (hasattr(given, "__getitem__") and hasattr(given, "__len__")):
-        _refuse_empty(given, f"{stage}[{task!r}]")
-        return Source(
-            task, stage, dataset=given, batch_size=_needed(batch_size, task), drop_last=drop_last, options=options
-        )
+        _size(given, f"{stage}[{task!r}]")
+        return DatasetSource(task, stage, given, _needed(batch_size, task), options, drop_last)
     if isinstance(given, Iterable) and not isinstance(given, Iterator):
-        return Source(task, stage, loader=given)
+        return LoaderSource(task, stage, given)
     wanted = "a dataset, or a loader that can be read again and again"
     raise TypeError(f"{stage}[{task!r}] must be {wanted}; found {type(given).__name__}.")
 
@@ -107,7 +120,8 @@ def _needed(batch_size: int | None, task: str) -> int:
     return batch_size
 
 
-def _refuse_empty(sized: Any, name: str) -> None:  # noqa: ANN401 - any dataset
+def _size(sized: Any, name: str) -> int:  # noqa: ANN401 - any dataset
+    """The number of samples, which must be known and above 0."""
     try:
         size = len(sized)
     except TypeError as error:
@@ -116,36 +130,29 @@ def _refuse_empty(sized: Any, name: str) -> None:  # noqa: ANN401 - any dataset
         ) from error
     if size == 0:
         raise ValueError(f"{name} is empty: {type(sized).__name__} has no sample. Leave the task out, or fill it.")
+    return size
 
 
-def _of_loader(task: str, stage: str, loader: DataLoader[Any]) -> Source:
+def _of_loader(task: str, stage: str, loader: DataLoader[Any]) -> DatasetSource | IterableSource | LoaderSource:
     """Take a plain loader apart, so that ranks and resuming are served as for a dataset; leave others as they are."""
-    name = f"{stage}[{task!r}]"
     options = {option: getattr(loader, option) for option in OPTIONS}
+    as_it_is = LoaderSource(task, stage, loader)
     plain = type(loader) is DataLoader
     if isinstance(loader.dataset, IterableDataset):
         if not plain or loader.batch_size is None:
-            return Source(task, stage, loader=loader)
-        batch_size, drop_last = loader.batch_size, loader.drop_last
-        return Source(task, stage, samples=loader.dataset, batch_size=batch_size, drop_last=drop_last, options=options)
-    _refuse_empty(loader.dataset, name)
+            return as_it_is
+        return IterableSource(task, stage, loader.dataset, loader.batch_size, options, loader.drop_last)
+    size = _size(loader.dataset, as_it_is.name)
     whole_batches = loader.batch_size is None and type(loader.sampler) is BatchSampler
     batches = loader.sampler if whole_batches else loader.batch_sampler
     if not plain or type(batches) is not BatchSampler:
-        return Source(task, stage, loader=loader)
+        return as_it_is
     sampler = batches.sampler
-    drawn = type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]  # sized: seen above
+    drawn = type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == size
     if not drawn and type(sampler) is not SequentialSampler:
-        return Source(task, stage, loader=loader)
-    return Source(
-        task,
-        stage,
-        dataset=loader.dataset,
-        batch_size=batches.batch_size,
-        shuffle=drawn,
-        drop_last=batches.drop_last,
-        whole_batches=whole_batches,
-        options=options,
+        return as_it_is
+    return DatasetSource(
+        task, stage, loader.dataset, batches.batch_size, options, batches.drop_last, drawn, whole_batches
     )
 
 
@@ -155,53 +162,97 @@ def check_shards(source: Source, shard: Shard, shard_iterables: bool | None) -> 
     Raises:
         ValueError: If nobody said how to divide an iterable dataset, or a loader's own sampler does not divide it.
     """
-    readers = shard.ranks * max(1, source.num_workers)
-    if source.samples is not None and readers > 1 and shard_iterables is None:
+    if isinstance(source, IterableSource) and shard_iterables is None and shard.ranks * max(1, source.num_workers) > 1:
         raise ValueError(
             f"{source.name} is an iterable dataset, read by {shard.ranks} ranks with {source.num_workers} workers "
             "each. Set shard_iterables=True to give each of them every n-th sample, or shard_iterables=False if the "
             "dataset itself tells ranks and workers (get_worker_info) apart."
         )
-    if source.loader is None or shard.ranks == 1:
-        return
-    if not isinstance(getattr(source.loader, "sampler", None), DistributedSampler):
+    if isinstance(source, LoaderSource) and shard.ranks > 1:
+        if isinstance(getattr(source.loader, "sampler", None), DistributedSampler):
+            return
         raise ValueError(
             f"{source.name} is a loader with an order of its own, which {shard.ranks} ranks would all read alike. Give "
             "the dataset itself, a DataLoader without a sampler of your own, or one with a DistributedSampler."
         )
 
 
-class EveryNth(IterableDataset[Any]):
-    """The share of a rank's worker in an iterable dataset: it reads all, and keeps every n-th sample."""
+def number_for_task(value: int | Mapping[str, int], task: str) -> int | None:
+    """Return a task's number from one number for all tasks or from ``{task: number}``.
 
-    def __init__(self, samples: IterableDataset[Any], shard: Shard) -> None:
-        self.samples = samples
-        self.shard = shard
-        self.seen = 0  # samples of the pass under way, of all readers
-        self._start = 0  # where a pass that was interrupted goes on
-
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        readers, reader = self.shard.ranks * workers, self.shard.rank * workers + worker
-        self.seen, self._start = self._start, 0
-        for sample in self.samples:
-            self.seen += 1
-            if (self.seen - 1) % readers == reader:
-                yield sample
-
-    def go_on_after(self, seen: int) -> None:
-        """Begin the next pass as one of which so many samples have been seen."""
-        self.seen = self._start = seen
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the number of the pass on, where the dataset asks for it."""
-        tell_pass(self.samples, epoch)
+    Example:
+        >>> number_for_task(32, "a"), number_for_task({"a": 16}, "a"), number_for_task({"a": 16}, "b")
+        (32, 16, None)
+    """
+    return value.get(task) if isinstance(value, Mapping) else value
 
 
-def tell_pass(data: object, number: int) -> None:
-    """Call ``set_epoch`` of data, or of its sampler, which shuffle by it."""
-    for part in (data, getattr(data, "sampler", None)):
-        set_epoch: Callable[[int], object] | None = getattr(part, "set_epoch", None)
-        if callable(set_epoch):
-            set_epoch(number)
+def check_data_arguments(
+    given: Mapping[str, Any],
+    mixing: object,
+    batch_size: int | Mapping[str, int],
+    num_workers: int | Mapping[str, int],
+    steps_per_epoch: int | None,
+    seed: int | None,
+) -> None:
+    """Check the arguments of :class:`~lightning_mtl.data.MultiTaskDataModule`, the data themselves aside."""
+    for stage, data in given.items():
+        if data is None:
+            continue
+        if not isinstance(data, Mapping) or not data:
+            raise TypeError(f"{stage} must be {{task: dataset or loader}} with an entry or more, found {data!r}.")
+        for task in data:
+            if not isinstance(task, str):
+                raise TypeError(f"{stage} names the task {task!r}, which is no string.")
+    tasks = dict.fromkeys(task for data in given.values() if data for task in data)
+    train = given["train"]
+    for stage, data in given.items():
+        if train is not None and data is not None and (unknown := [task for task in data if task not in train]):
+            raise ValueError(
+                f"{stage} has data of {unknown}, which train does not know: its tasks are {list(train)}. Name them "
+                "alike, or evaluate other tasks with a data module of their own."
+            )
+    _check_numbers("batch_size", batch_size, tasks, 1)
+    _check_numbers("num_workers", num_workers, tasks, 0)
+    if steps_per_epoch is not None:
+        _check_number("steps_per_epoch", steps_per_epoch, 1)
+    if seed is not None:
+        _check_number("seed", seed, 0)
+    if not isinstance(mixing, Mixing):
+        raise TypeError(
+            f"mixing must be Joint(), RoundRobin(), Proportional(), Ratios({{task: number}}) or Schedule({{epoch: "
+            f"mode}}) from lightning_mtl.data, found {mixing!r}."
+        )
+    if train is not None:
+        mixing.check(list(train))
+
+
+def _check_numbers(name: str, value: int | Mapping[str, int], tasks: Mapping[str, None], least: int) -> None:
+    if not isinstance(value, Mapping):
+        _check_number(name, value, least)
+        return
+    if tasks and (unknown := [task for task in value if task not in tasks]):
+        raise ValueError(f"{name} names {unknown}, but the tasks of the data are {list(tasks)}.")
+    for task, number in value.items():
+        _check_number(f"{name}[{task!r}]", number, least)
+
+
+def _check_number(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, found {value!r}.")
+    if value < least:
+        raise ValueError(f"{name}={value} must be at least {least}.")
+
+
+def check_names(stage: str, found: Sequence[str], tasks: Sequence[str], *, complete: bool) -> None:
+    """Refuse data whose names are not those of the module's tasks."""
+    if unknown := [task for task in found if task not in tasks]:
+        raise ValueError(
+            f"{stage} has data of {unknown}, but the module's tasks are {list(tasks)}. Name both alike, or leave these "
+            "data out."
+        )
+    if complete and (missing := [task for task in tasks if task not in found]):
+        raise ValueError(
+            f"{stage} has no data of the module's tasks {missing}, only of {list(found)}. Add a dataset for each, or "
+            "give the module those tasks alone."
+        )

@@ -1,23 +1,22 @@
-"""Endless streams of one task's batches, which know what has been consumed and can go on from there."""
+"""Endless streams of one task's batches, which count what has been consumed and can continue from there."""
 
 from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 from weakref import WeakSet
 
 from torch.utils.data import DataLoader
 
-from lightning_mtl.data.order import Batches, PassOrder, Place, Shard, seeded
-from lightning_mtl.data.sources import EveryNth, Source, check_shards, tell_pass
-
-State = dict[str, Any]
+from lightning_mtl.data.iterables import EveryNth, ResumableSamples, State, StatefulIterable, is_stateful, tell_pass
+from lightning_mtl.data.order import Batches, DataPosition, PassOrder, Shard, generator_for
+from lightning_mtl.data.sources import DatasetSource, IterableSource, LoaderSource, check_shards
 
 
 class Stream(ABC):
-    """One task's batches, pass after pass."""
+    """Yields one task's batches, pass after pass; a base class."""
 
     batches: int | None
     """The batches of a pass over all ranks; None where unknown."""
@@ -29,23 +28,23 @@ class Stream(ABC):
 
     @abstractmethod
     def next(self) -> Any:  # noqa: ANN401 - whatever the dataset yields, collated
-        """The next batch of this rank; None where the last samples of a pass went to other ranks."""
+        """Return the next batch of this rank; None where the last samples of a pass went to other ranks."""
 
     @abstractmethod
     def one_pass(self) -> Iterator[Any]:
-        """The batches of a single pass, from its beginning."""
+        """Return the batches of a single pass, from its beginning."""
 
     @abstractmethod
     def rewind(self) -> None:
-        """Begin anew with the first pass."""
+        """Start again with the first pass."""
 
     @abstractmethod
     def state_dict(self) -> State:
-        """What has been consumed, in plain numbers."""
+        """Return what has been consumed, in plain numbers."""
 
     @abstractmethod
     def load_state_dict(self, state: State) -> None:
-        """Go on after what has been consumed."""
+        """Continue after what has been consumed."""
 
     def close(self) -> None:
         """End the worker processes; the state remains, and the next batch starts them anew."""
@@ -62,32 +61,38 @@ class Stream(ABC):
         return iterator
 
 
-def open_stream(source: Source, shard: Shard, seed: int, *, shuffle: bool, shard_iterables: bool | None) -> Stream:
-    """The stream of a source for a rank.
+def open_stream(
+    source: DatasetSource | IterableSource | LoaderSource,
+    shard: Shard,
+    seed: int,
+    *,
+    shuffle: bool,
+    shard_iterables: bool | None,
+) -> Stream:
+    """Open the stream of a source for a rank.
 
     Raises:
         ValueError: If the ranks cannot divide the source, or it has no batch.
     """
     check_shards(source, shard, shard_iterables)
-    if source.dataset is not None:
+    if isinstance(source, DatasetSource):
         return OrderedStream(source, shard, seed, shuffle=shuffle)
-    if source.loader is not None:
-        stateful = source.loader if _is_stateful(source.loader) else None
-        return PassingStream(source.name, source.loader, _length(source.loader), stateful)
+    if isinstance(source, LoaderSource):
+        stateful = source.loader if is_stateful(source.loader) else None
+        return PassingStream(source.name, source.loader, _length_if_known(source.loader), stateful)
     return _iterable_stream(source, shard, seed, divided=shard_iterables is not True)
 
 
 class OrderedStream(Stream):
-    """The batches of a map-style dataset, in an order that is a function of seed, pass and place.
+    """Yields the batches of a map-style dataset, in an order that is a function of seed, pass and position.
 
-    Workers may have loaded further than what has been consumed: the place counts what :meth:`next` has returned.
+    Workers may have loaded further than what has been consumed: the position counts what :meth:`next` has returned.
     """
 
     alike_on_ranks = True
 
-    def __init__(self, source: Source, shard: Shard, seed: int, *, shuffle: bool) -> None:
+    def __init__(self, source: DatasetSource, shard: Shard, seed: int, *, shuffle: bool) -> None:
         super().__init__()
-        assert source.batch_size is not None  # noqa: S101 - for mypy: read_source saw to it
         self.source = source
         shuffle = shuffle and source.shuffle
         drop_last = source.drop_last and source.stage == "train"
@@ -101,20 +106,21 @@ class OrderedStream(Stream):
                 "batch_size."
             )
         self.batches = self.order.batches
-        self.place = Place()
+        self.position = DataPosition()
         # Torch's global generator, from which workers would get their seed, is left as it is.
-        self._generator = seeded(seed, "workers", source.task, shard.rank)
+        self._generator = generator_for(seed, "workers", source.task, shard.rank)
         self._iterator: Iterator[Any] | None = None
         self._one_pass_loader: DataLoader[Any] | None = None
 
     def next(self) -> Any:  # noqa: ANN401
-        """The next batch of this rank."""
+        """Return the next batch of this rank."""
+        # A rank without a sample in the last batch of a pass returns None; its sampler skips that batch, too.
         batch = None
-        if self.order.share(self.place):
+        if self.order.share(self.position):
             if self._iterator is None:
-                self._iterator = self._begin_loading(self._loader(Batches(self.order, self.place)))
+                self._iterator = self._begin_loading(self._loader(Batches(self.order, self.position)))
             batch = next(self._iterator)
-        self.place = self.order.after(self.place)
+        self.position = self.order.after(self.position)
         return batch
 
     def _loader(self, batches: Batches) -> DataLoader[Any]:
@@ -124,25 +130,25 @@ class OrderedStream(Stream):
         return DataLoader(self.source.dataset, batch_sampler=batches, **options)
 
     def one_pass(self) -> Iterator[Any]:
-        """The batches of a single pass; None where the others alone have some."""
+        """Return the batches of a single pass; None where only other ranks have samples left."""
         if self._one_pass_loader is None:  # kept, for workers that persist
-            self._one_pass_loader = self._loader(Batches(self.order, Place(), one_pass=True))
-        loaded, place = self._begin_loading(self._one_pass_loader), Place()
-        while place.passes == 0:
-            yield next(loaded) if self.order.share(place) else None
-            place = self.order.after(place)
+            self._one_pass_loader = self._loader(Batches(self.order, DataPosition(), one_pass=True))
+        loaded, position = self._begin_loading(self._one_pass_loader), DataPosition()
+        while position.passes == 0:
+            yield next(loaded) if self.order.share(position) else None
+            position = self.order.after(position)
 
     def rewind(self) -> None:
-        """Begin anew with the first pass."""
+        """Start again with the first pass."""
         self.load_state_dict({"passes": 0, "samples": 0})
 
     def state_dict(self) -> State:
-        """Passes, and the samples of all ranks in the one under way: whatever the batch size or number of ranks."""
-        return {"passes": self.place.passes, "samples": self.place.samples}
+        """Return the passes, and the current one's samples on all ranks, independent of batch size and rank count."""
+        return {"passes": self.position.passes, "samples": self.position.samples}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on after what has been consumed."""
-        self.place = Place(state["passes"], state["samples"])
+        """Continue after what has been consumed."""
+        self.position = DataPosition(state["passes"], state["samples"])
         self._iterator = None
 
     def close(self) -> None:
@@ -152,7 +158,7 @@ class OrderedStream(Stream):
 
 
 class PassingStream(Stream):
-    """The batches of something that is read from its beginning in each pass: an iterable dataset, a user's own loader.
+    """Yields the batches of an iterable dataset or a user's own loader, read from the beginning in each pass.
 
     Args:
         name: How errors call it.
@@ -163,7 +169,9 @@ class PassingStream(Stream):
 
     alike_on_ranks = False
 
-    def __init__(self, name: str, batches_of_a_pass: Iterable[Any], batches: int | None, stateful: Any) -> None:  # noqa: ANN401 - has state_dict, load_state_dict
+    def __init__(
+        self, name: str, batches_of_a_pass: Iterable[Any], batches: int | None, stateful: StatefulIterable | None
+    ) -> None:
         super().__init__()
         if batches == 0:
             raise ValueError(f"{name} is empty: it has no batch. Leave the task out, or fill it.")
@@ -172,12 +180,12 @@ class PassingStream(Stream):
         self._iterable = batches_of_a_pass
         self._stateful = stateful
         self._passes = self._consumed = 0
-        self._restored: Any = None  # a state of the data, from which the pass that begins goes on
+        self._restored: State | None = None  # a state of the data, from which the pass that begins goes on
         self._iterator: Iterator[Any] | None = None
 
     def next(self) -> Any:  # noqa: ANN401
-        """The next batch of this rank, from a new pass where this one has ended."""
-        for _ in range(2):
+        """Return the next batch of this rank, from a new pass where this one has ended."""
+        for _ in range(2):  # the pass under way, then a new one
             if self._iterator is None:
                 self._iterator = self._begin()
             for batch in self._iterator:
@@ -193,7 +201,7 @@ class PassingStream(Stream):
 
     def _begin(self) -> Iterator[Any]:
         restored, self._restored = self._restored, None
-        if restored is not None:
+        if restored is not None and self._stateful is not None:
             self._stateful.load_state_dict(restored)
         tell_pass(self._iterable, self._passes)
         tell_pass(getattr(self._iterable, "dataset", None), self._passes)
@@ -204,21 +212,22 @@ class PassingStream(Stream):
         return iterator
 
     def one_pass(self) -> Iterator[Any]:
-        """The batches of a single pass."""
+        """Return the batches of a single pass."""
         return self._begin_loading(self._iterable)
 
     def rewind(self) -> None:
-        """Begin anew with the first pass."""
+        """Start again with the first pass."""
         self._passes, self._consumed, self._iterator, self._restored = 0, 0, None, None
 
     def state_dict(self) -> State:
-        """Passes, batches of the one under way, and the data's own state where it has one."""
-        begun = self._iterator is not None and self._stateful is not None
-        own = self._stateful.state_dict() if begun else self._restored
+        """Return the passes, the batches of the current one, and the data's own state where it has one."""
+        own = self._restored
+        if self._iterator is not None and self._stateful is not None:
+            own = self._stateful.state_dict()
         return {"passes": self._passes, "batches": self._consumed, "data": own}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on after what has been consumed."""
+        """Continue after what has been consumed."""
         self._passes, self._consumed, self._iterator = state["passes"], state["batches"], None
         self._restored = state["data"] if self._stateful is not None else None
 
@@ -231,47 +240,30 @@ class PassingStream(Stream):
             self._iterable._iterator = None
 
 
-class ResumableSamples(EveryNth):
-    """An iterable dataset with a state, and this rank's place in it."""
-
-    def state_dict(self) -> State:
-        """The dataset's own state, and how many samples it has given."""
-        own: State = self.samples.state_dict()  # type: ignore[attr-defined]  # seen to where it is made
-        return {"seen": self.seen, "samples": own}
-
-    def load_state_dict(self, state: State) -> None:
-        """Go on from there."""
-        self.go_on_after(state["seen"])
-        self.samples.load_state_dict(state["samples"])  # type: ignore[attr-defined]
-
-
-def _iterable_stream(source: Source, shard: Shard, seed: int, *, divided: bool) -> PassingStream:
+def _iterable_stream(source: IterableSource, shard: Shard, seed: int, *, divided: bool) -> PassingStream:
     """A stream of an iterable dataset; ``divided`` where the dataset tells ranks and workers apart itself."""
     samples, batch_size = source.samples, source.batch_size
-    assert samples is not None  # noqa: S101 - for mypy
-    assert batch_size is not None  # noqa: S101 - for mypy
+    own = Shard() if divided else shard
     # A dataset's state is at hand in this process alone, not in workers'.
-    resumable = _is_stateful(samples) and source.num_workers == 0
-    share = (ResumableSamples if resumable else EveryNth)(samples, Shard() if divided else shard)
-    read = samples if divided and not resumable else share
+    resumable = ResumableSamples(samples, own) if is_stateful(samples) and source.num_workers == 0 else None
+    read = samples if divided else EveryNth(samples, own)
+    read = read if resumable is None else resumable
     # Nobody knows whether the length of a dataset that divides itself is the whole or a share.
-    size = None if divided and shard.ranks > 1 else _length(samples)
+    size = None if divided and shard.ranks > 1 else _length_if_known(samples)
     if size == 0:
         raise ValueError(f"{source.name} is empty: {type(samples).__name__} has no sample. Leave the task out.")
-    options = {**source.options, "generator": seeded(seed, "workers", source.task, shard.rank)}
+    options = {**source.options, "generator": generator_for(seed, "workers", source.task, shard.rank)}
     # A new pass reaches workers with a new copy of the dataset.
     options["persistent_workers"] = False
     loader: DataLoader[Any] = DataLoader(read, batch_size=batch_size, drop_last=source.drop_last, **options)
     batches = None if size is None else -(-size // (batch_size * shard.ranks))
-    return PassingStream(source.name, loader, batches, share if resumable else None)
+    return PassingStream(source.name, loader, batches, resumable)
 
 
-def _length(sized: object) -> int | None:
+def _length_if_known(data: object) -> int | None:
+    if not isinstance(data, Sized):
+        return None
     try:
-        return len(sized)  # type: ignore[arg-type]  # asked here
+        return len(data)
     except (TypeError, NotImplementedError):  # a loader has __len__, whether or not its dataset has
         return None
-
-
-def _is_stateful(data: object) -> bool:
-    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))

@@ -1,4 +1,4 @@
-"""Using a trained model for more: its trunk for other tasks, thawed step by step, and its predictions elsewhere."""
+"""Fine-tuning: a trained trunk for other tasks, unfrozen step by step, and exported predictions."""
 
 from lightning_mtl.finetuning.checkpoints import LoadReport, LoadTrunk, load_trunk
 from lightning_mtl.finetuning.exporting import export

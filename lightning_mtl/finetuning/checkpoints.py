@@ -1,4 +1,4 @@
-"""A trunk's weights from wherever they were saved."""
+"""Loads a trunk's weights from a checkpoint, a state dict or a safetensors file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_LISTED = 6  # keys in an error message
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of each key when a trunk was loaded; keys as the trunk names them, but for ``unexpected``.
+    """Reports what became of each key when a trunk was loaded, by the trunk's names, but for ``unexpected``.
 
     Attributes:
         prefix: What the trunk's keys begin with in the source.
@@ -65,9 +65,9 @@ def load_trunk(
     """Load a trunk's weights, and nothing else, from a checkpoint of this or of another model.
 
     The source is a checkpoint of Lightning's, of a multi-task or of any other module, a state dict that torch saved,
-    or a safetensors file. Its keys may have a prefix, ``model.trunk.`` or ``module.backbone.`` say: the one below which
-    most of the trunk's keys are found with their shapes; of several, the one that ends in ``trunk.``. What
-    ``torch.compile`` puts into keys counts for nothing, on both sides.
+    or a safetensors file. Its keys may have a prefix, such as ``model.trunk.`` or ``module.backbone.``. It is the one
+    below which most of the trunk's keys are found with their shapes; of several, the one that ends in ``trunk.``. What
+    ``torch.compile`` adds to keys is ignored, on both sides.
 
     Args:
         target: A :class:`~lightning_mtl.MultiTaskModule`, whose trunk is loaded, or the trunk itself.
@@ -114,7 +114,7 @@ def load_trunk(
         mismatched=mismatched,
         ignored=len(found) - len(below),
     )
-    _check(report, name, strict=strict)
+    _check_report(report, name, strict=strict)
     trunk.load_state_dict({own[key][0]: below[key] for key in report.loaded}, strict=False)
     return report
 
@@ -147,7 +147,7 @@ class LoadTrunk(Callback):
         self.report: LoadReport | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Load; a checkpoint to resume from, of which nobody knows yet, replaces the weights afterwards."""
+        """Load the weights; a checkpoint that the fit resumes from, unknown yet, replaces them afterwards."""
         if not isinstance(pl_module, MultiTaskModule):
             raise TypeError(
                 f"LoadTrunk loads the trunk of a lightning_mtl.MultiTaskModule, found {type(pl_module).__name__}."
@@ -157,7 +157,7 @@ class LoadTrunk(Callback):
             self._load(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Insist on the file, unless the training is resumed."""
+        """Load the weights if they were not, unless the training is resumed; a missing file is an error now."""
         if self.report is None and trainer.global_step == 0 and trainer.ckpt_path is None:
             self._load(pl_module)
 
@@ -224,7 +224,7 @@ def _find_prefix(found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ..
     return named[0] if len(named) == 1 else best[0]
 
 
-def _check(report: LoadReport, name: str, *, strict: bool) -> None:
+def _check_report(report: LoadReport, name: str, *, strict: bool) -> None:
     shapes = [f"{key} {list(theirs)} for {list(own)}" for key, (theirs, own) in report.mismatched.items()]
     if report.loaded and (not strict or not (report.missing or report.unexpected or shapes)):
         return

@@ -1,4 +1,4 @@
-"""A model's predictions as a file that needs neither this package nor Lightning."""
+"""Exports a model's predictions to a file that needs neither this package nor Lightning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Predictor(nn.Module):
-    """The trunk and some heads, without losses, metrics and Lightning.
+    """Predicts with a copy of the trunk and of some heads, without losses, metrics and Lightning.
 
     Args:
         module: The model; its parts are copied, compiled ones without their compilation.
@@ -96,7 +96,7 @@ def export(
     """
     wanted = list(module.tasks) if tasks is None else list(tasks)
     path = Path(path)
-    _check(module, wanted, path, format)
+    _check_predictions(module, wanted, path, format)
     predictor = Predictor(module, wanted)
     examples = [example_inputs]
     if dynamic_batch:
@@ -119,7 +119,7 @@ def export(
     return path
 
 
-def _check(module: MultiTaskModule, tasks: Sequence[str], path: Path, format: str) -> None:  # noqa: A002
+def _check_predictions(module: MultiTaskModule, tasks: Sequence[str], path: Path, format: str) -> None:  # noqa: A002
     if format not in SUFFIXES:
         raise ValueError(f"export(format={format!r}) must be one of {list(SUFFIXES)}.")
     if path.suffix != SUFFIXES[format]:

@@ -13,7 +13,7 @@ from lightning_mtl.training.checks import check_arguments
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.step import Optimization
 
-STAGES = ("train", "val", "test")
+METRIC_STAGES = ("train", "val", "test")
 
 
 def add_task(module: MultiTaskModule, name: str, head: nn.Module, task: Task) -> None:
@@ -58,7 +58,7 @@ def add_task(module: MultiTaskModule, name: str, head: nn.Module, task: Task) ->
     if isinstance(task.loss, nn.Module):
         module.loss_modules[name] = task.loss
     if task.metrics is not None:
-        for stage in STAGES:
+        for stage in METRIC_STAGES:
             getattr(module, f"{stage}_metrics")[name] = task.metric_collection()
     if module.learned_tasks is not None:
         module.learned_tasks = module.learned_tasks | {name}
@@ -68,7 +68,7 @@ def add_task(module: MultiTaskModule, name: str, head: nn.Module, task: Task) ->
 def drop_task(module: MultiTaskModule, name: str) -> tuple[nn.Module, Task]:
     """Take a task out of a model; the trunk and the other heads stay as they are.
 
-    The module is changed in place, between fits; :func:`add_task` says what that means for checkpoints.
+    The module is changed in place, between fits; see :func:`add_task` for what that means for checkpoints.
 
     Args:
         module: The model.
@@ -97,7 +97,7 @@ def drop_task(module: MultiTaskModule, name: str) -> tuple[nn.Module, Task]:
     _check_trunk(module, f"would keep that of {name!r}")
     task, head = module.tasks.pop(name), module.heads[name]
     del module.heads[name]
-    for stored in (module.loss_modules, *(getattr(module, f"{stage}_metrics") for stage in STAGES)):
+    for stored in (module.loss_modules, *(getattr(module, f"{stage}_metrics") for stage in METRIC_STAGES)):
         if name in stored:
             del stored[name]
     if module.learned_tasks is not None:

@@ -15,8 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_mtl.finetuning.checks import check_groups, check_place
-from lightning_mtl.finetuning.plan import Stage, by_epoch, check_schedule, from_the_top
+from lightning_mtl.finetuning.plan import ThawingPart, by_epoch, check_groups, check_place, check_schedule, from_the_top
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task.module import Depth
 
@@ -41,12 +40,12 @@ class GradualUnfreezing(BaseFinetuning):
     reducer knows only what trained when the model was wrapped, the model is wrapped anew when a part thaws.
 
     Args:
-        schedule: ``{epoch: name or names}`` of modules as in ``module.named_modules()``, ``{1: "trunk.4", 3: "trunk"}``
-            say. A parameter thaws with the first that names it; what of the trunk is never named stays frozen, and what
-            is named outside of it is frozen until then, too.
-        every_n_epochs: In place of a schedule: the parts of ``layers``, from the last one to the first, one every so
-            many epochs, the first of them after so many epochs; then whatever else the trunk has.
-        layers: The module whose children are these parts, ``"trunk.encoder.layer"`` say.
+        schedule: ``{epoch: name or names}`` of modules as in ``module.named_modules()``, such as
+            ``{1: "trunk.4", 3: "trunk"}``. A parameter thaws with the first that names it; what of the trunk is never
+            named stays frozen, and what is named outside of it is frozen until then, too.
+        every_n_epochs: In place of a schedule: the parts of ``layers`` thaw from the last one to the first, one every n
+            epochs, the first of them after n epochs; then whatever else the trunk has.
+        layers: The module whose children are these parts, such as ``"trunk.encoder.layer"``.
         lr_decay: d above, for the i-th part to thaw.
         lr_factors: In place of it, one factor for each part in the order in which they thaw.
         train_bn: Let batch normalization in frozen parts go on learning. Otherwise it is in evaluation mode until it
@@ -98,14 +97,14 @@ class GradualUnfreezing(BaseFinetuning):
         self.lr_decay, self.lr_factors = lr_decay, None if lr_factors is None else tuple(lr_factors)
         self.train_bn = train_bn
         self.thawed = 0
-        self._stages: list[Stage] = []
+        self._stages: list[ThawingPart] = []
         self._frozen: set[nn.Parameter] = set()
         self._modes: dict[nn.Module, bool] = {}
 
     # Before training
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Freeze, at the beginning of a fit, and unfreeze what its first epoch trains."""
+        """Freeze the trunk at the beginning of a fit, and unfreeze what its first epoch trains."""
         if stage != "fit":
             return
         if not isinstance(pl_module, MultiTaskModule):
@@ -164,7 +163,7 @@ class GradualUnfreezing(BaseFinetuning):
             self._thaw_next()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse an optimizer that lacks what thaws later, or whose groups cut across depths."""
+        """Refuse an optimizer that lacks what thaws later, or in which parts of different depth share a group."""
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         held = {parameter for group in groups for parameter in group["params"]}
         lacking = [stage.label for stage in self._stages if not held.issuperset(stage.parameters)]
@@ -225,7 +224,7 @@ class GradualUnfreezing(BaseFinetuning):
 
     # The plan
 
-    def _plan(self, module: MultiTaskModule) -> list[Stage]:
+    def _plan(self, module: MultiTaskModule) -> list[ThawingPart]:
         if self.schedule is not None:
             return by_epoch(module, self.schedule)
         return from_the_top(module, self.layers, self.every_n_epochs or 1)
@@ -243,11 +242,11 @@ class GradualUnfreezing(BaseFinetuning):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the parts in the order in which they thaw, and how many have."""
+        """Return what a checkpoint keeps: the parts in the order in which they thaw, and how many have."""
         return {"stages": [stage.label for stage in self._stages], "thawed": self.thawed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: :meth:`on_load_checkpoint`, which has the module, has read it."""
+        """Do nothing, because :meth:`on_load_checkpoint`, which has the module, has read the state."""
 
 
 def _wrap_anew(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Learning rates of the tasks' own: one callback, and the factors that it multiplies."""
+"""Learning rates for single tasks: one callback, and the factors that it multiplies."""
 
 from lightning_mtl.learning_rates.factor import Factor
 from lightning_mtl.learning_rates.gradient_norm import GradientNorm

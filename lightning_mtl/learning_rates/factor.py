@@ -1,21 +1,25 @@
-"""The base of whatever makes a task learn faster or slower than its neighbours."""
+"""The base class of factors of a task's learning rate."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.learning_rates.base import Collected
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.method.task_state import TaskState
+from lightning_mtl.task.module import TaskModule
+
+Collected = Literal["targets", "predictions"]
+"""What a factor may ask to see of the training batches."""
 
 
 class Factor(TaskState, ABC):
-    """One reason for a task's learning rate; a :class:`TaskLearningRate` multiplies several.
+    """Computes one factor of each task's learning rate; a :class:`TaskLearningRate` multiplies several.
 
     A subclass implements :meth:`values`. What it remembers between steps it declares with :meth:`add_state` and changes
     in :meth:`update`, or in one of the other methods that are told what happens; all of them see the same numbers on
@@ -51,29 +55,33 @@ class Factor(TaskState, ABC):
 
     @property
     def collects(self) -> Mapping[Collected, int]:
-        """What :meth:`update_samples` wants, ``"targets"`` or ``"predictions"``, and of how many samples."""
+        """Return what :meth:`update_samples` needs, ``"targets"`` or ``"predictions"``, and of how many samples."""
         return {}
 
-    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse, at setup, what cannot work."""
+    def check(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:
+        """Refuse settings that cannot work, at setup."""
 
     def update(self, signals: Signals) -> None:
-        """Take in an optimizer step's measurements; the tasks' states are cut to the present tasks meanwhile."""
+        """Read an optimizer step's measurements; the states hold only the present tasks in the meantime."""
 
     def update_heads(self, norms: Tensor) -> None:
-        """Take in the norm of the gradient of each task's head, ``[K]``, nan for a task that is absent."""
+        """Read the norm of the gradient of each task's head, ``[K]``, nan for a task that is absent."""
 
     def update_samples(self, what: Collected, values: Tensor) -> None:
-        """Take in targets or predicted classes of the same samples, ``[K, n]``, nan where a task has none."""
+        """Read targets or predicted classes of the same samples, ``[K, n]``, nan where a task has none."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a factor that nothing multiplies."""
-        name = type(self).__name__
-        raise TypeError(f"{name} is a factor, no callback; give the Trainer TaskLearningRate([{name}(...)]).")
+        """Refuse a factor that nothing multiplies, and what :meth:`check` refuses."""
+        if any(callback is self for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            name = type(self).__name__
+            raise TypeError(f"{name} is a factor, no callback; give the Trainer TaskLearningRate([{name}(...)]).")
+        if stage == "fit" and isinstance(pl_module, TaskModule):  # TaskLearningRate has refused other modules
+            self.check(trainer, pl_module)
+        super().setup(trainer, pl_module, stage=stage)
 
 
 def moved(before: Tensor, newest: Tensor, decay: float) -> Tensor:
-    """Compute the running mean after a new value; what is nan in either counts for nothing.
+    """Compute the running mean after a new value; where one of the two is nan, the other counts alone.
 
     Example:
         >>> moved(torch.tensor([1.0, torch.nan, 1.0]), torch.tensor([2.0, 2.0, torch.nan]), decay=0.9)

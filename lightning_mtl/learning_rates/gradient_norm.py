@@ -1,4 +1,4 @@
-"""Learning rates against gradient norms of unlike size."""
+"""Learning rates that even out gradient norms of different size."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor
 from lightning_mtl.learning_rates.factor import Factor, moved
 from lightning_mtl.method.base import weighting_of
 from lightning_mtl.method.signals import Signals
+from lightning_mtl.task.module import TaskModule
 
-SMALLEST = 1e-3
+SMALLEST_RATIO = 1e-3
 
 
 def inverse_norms(norms: Tensor, power: float) -> Tensor:
-    r"""Compute :math:`(\bar n / n_k)^p`; 1 where a norm is nan, that is not known yet.
+    r"""Compute :math:`(\bar n / n_k)^p`; 1 where a norm is nan because it is not known yet.
 
     Args:
         norms: ``[K]``. The mean is taken over those that are known; one below a thousandth of it counts as that.
@@ -27,7 +28,7 @@ def inverse_norms(norms: Tensor, power: float) -> Tensor:
         tensor([2.0000, 0.6667, 1.0000])
     """
     ratios = norms / norms.nanmean()
-    factors = ratios.clamp(min=SMALLEST) ** -power
+    factors = ratios.clamp(min=SMALLEST_RATIO) ** -power
     return torch.where(ratios.isnan(), torch.ones_like(factors), factors)
 
 
@@ -75,7 +76,7 @@ class GradientNorm(Factor):
         self.add_state("norms", torch.tensor(torch.nan))
         self.norms: Tensor
 
-    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:
         """Refuse shared gradients that nothing measures."""
         if self.of == "head":
             return
@@ -88,14 +89,14 @@ class GradientNorm(Factor):
             )
 
     def values(self) -> Tensor:
-        """The inverse of each task's smoothed norm, relative to the mean."""
+        """Compute the inverse of each task's smoothed norm, relative to the mean."""
         return inverse_norms(self.norms, self.power)
 
     def update(self, signals: Signals) -> None:
-        """Take in the norms of the shared gradients, where the step measured them."""
+        """Read the norms of the shared gradients, where the step measured them."""
         if self.of == "shared" and signals.norms is not None:
             self.norms = moved(self.norms, signals.norms, self.decay)
 
     def update_heads(self, norms: Tensor) -> None:
-        """Take in the norms of the heads' gradients."""
+        """Read the norms of the heads' gradients."""
         self.norms = moved(self.norms, norms, self.decay)

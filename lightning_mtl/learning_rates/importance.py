@@ -1,4 +1,4 @@
-"""Learning rates by what the tasks are worth, or by how far they lag behind."""
+"""Learning rates by the tasks' importance, or by how far they lag behind."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_mtl.learning_rates.factor import Factor
 from lightning_mtl.task import Task
+from lightning_mtl.task.module import TaskModule
 
-SMALLEST = 1e-3
+SMALLEST_SCORE = 1e-3
 
 
 def lag_factors(lags: Tensor, power: float, largest: float) -> Tensor:
@@ -34,7 +35,7 @@ def lag_factors(lags: Tensor, power: float, largest: float) -> Tensor:
 
 
 class Importance(Factor):
-    r"""Give tasks the learning rates that they deserve: by hand, or more to those that lag in validation.
+    r"""Give tasks larger or smaller learning rates: by hand, or larger ones where they lag in validation.
 
     By hand, :math:`f_k` is the given number. From a metric κ, once a validation:
 
@@ -44,7 +45,7 @@ class Importance(Factor):
 
     so that the lag :math:`l_k` of a task on a par with its ``Task.baseline`` b is 1, and of one twice as bad 2; where
     higher is better, a score at or below 0 counts as a thousandth of the baseline, a lag of 1,000. Where no task has a
-    baseline, κ must be a performance in [0, 1], accuracy say, and the lag is what is missing to 1. A task without a
+    baseline, κ must be a performance in [0, 1], such as accuracy, and the lag is what is missing to 1. A task without a
     value yet has the factor 1.
 
     Args:
@@ -98,12 +99,12 @@ class Importance(Factor):
         self.lags: Tensor
 
     def metric_of(self, task: str) -> str:
-        """The name of a task's metric."""
+        """Return the name of a task's metric."""
         return self.metric if isinstance(self.metric, str) else (self.metric or {})[task]
 
-    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse unknown tasks, and metrics that say nothing of a lag."""
-        tasks: Mapping[str, Task] = pl_module.tasks  # type: ignore[assignment]  # setup has seen a mapping
+    def check(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:
+        """Refuse unknown tasks, and metrics that no lag follows from."""
+        tasks = pl_module.tasks
         for argument, named in (("weights", self.weights), ("metric", self.metric)):
             if isinstance(named, Mapping) and (unknown := named.keys() - tasks.keys()):
                 raise ValueError(
@@ -158,18 +159,19 @@ class Importance(Factor):
             )
 
     def values(self) -> Tensor:
-        """The given factors, or those of the newest validation."""
+        """Return the given factors, or those of the newest validation."""
         if self.weights is not None:
             return torch.tensor([self.weights.get(task, 1.0) for task in self.tasks], dtype=torch.float64)
         return lag_factors(self.lags, self.power, self.largest)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take in the validation's metrics."""
+        """Read the validation's metrics."""
         if self.metric is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        tasks: Mapping[str, Task] = pl_module.tasks  # type: ignore[assignment]
-        scores: dict[str, dict[str, float]] = pl_module.recorder.scores["val"]  # type: ignore[union-attr,index,assignment]
-        newest = [self._lag(name, task, scores.get(name, {})) for name, task in tasks.items()]
+        if not isinstance(pl_module, TaskModule):  # for the type alone: setup has refused it
+            return
+        scores = pl_module.stage_scores["val"]
+        newest = [self._lag(name, task, scores.get(name, {})) for name, task in pl_module.tasks.items()]
         found = self.lags.new_tensor(newest)
         self.lags = torch.where(found.isnan(), self.lags, found)
 
@@ -181,4 +183,4 @@ class Importance(Factor):
         if not task.higher_is_better(metric):
             return max(value / baseline, 0.0)
         # A score of 0, or below, is no part of the baseline: as far behind as any finite one could be.
-        return baseline / max(value, baseline * SMALLEST)
+        return baseline / max(value, baseline * SMALLEST_SCORE)

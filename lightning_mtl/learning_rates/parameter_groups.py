@@ -1,4 +1,4 @@
-"""An optimizer's parameters, grouped by the part of the model that they belong to."""
+"""Groups an optimizer's parameters by the part of the model that they belong to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rate = float | Tensor
 
 
 def own_parameters(module: TaskModule) -> dict[str, list[nn.Parameter]]:
-    """Each head's own parameters: those that neither the shared part nor another head has, too."""
+    """Return each head's own parameters: those that neither the shared part nor another head has."""
     shared = {*module.trunk.parameters(), *module.shared_parameters()}
     heads = {task: list(module.heads[task].parameters()) for task in module.tasks}
     counts = Counter(parameter for parameters in heads.values() for parameter in parameters)
@@ -78,7 +78,7 @@ def _by_depth(
 
 
 def apply_lr_factors(optimizer: torch.optim.Optimizer) -> None:
-    """Scale the learning rates that the optimizer has given groups made without one; before any scheduler sees them."""
+    """Scale the optimizer's default learning rate in groups made without one; call it before any scheduler."""
     for group in optimizer.param_groups:
         factor = group.pop("lr_factor", None)
         if factor is not None:
@@ -86,7 +86,7 @@ def apply_lr_factors(optimizer: torch.optim.Optimizer) -> None:
 
 
 def groups_of_heads(module: TaskModule, optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
-    """Find the places of each head's groups among the optimizer's; none for a head that is not in it, a frozen one.
+    """Find the indices of each head's groups in the optimizer; a head that is not in it, a frozen one, has none.
 
     Raises:
         ValueError: If a head shares a group with other parameters, so that its learning rate is not its own.

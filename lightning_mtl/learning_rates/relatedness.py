@@ -1,20 +1,90 @@
-"""Learning rates by how much a task has to do with the others."""
+"""Learning rates by how related a task is to the others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torchmetrics.functional.clustering import normalized_mutual_info_score
+from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_mtl.learning_rates.base import Collected
-from lightning_mtl.learning_rates.factor import Factor, moved
+from lightning_mtl.distributed import Ranks
+from lightning_mtl.learning_rates.factor import Collected, Factor, moved
 from lightning_mtl.method.base import weighting_of
 from lightning_mtl.method.signals import Signals, cosines
 from lightning_mtl.method.task_state import Declared
+from lightning_mtl.task import TaskOutput
+from lightning_mtl.task.module import TaskModule
+
+
+def aligned(
+    outputs: Mapping[str, TaskOutput],
+    tasks: Sequence[str],
+    what: Literal["targets", "predictions"],
+    limit: int,
+    device: torch.device,
+) -> Tensor:
+    """Stack one micro-batch's targets, or predicted classes, of all tasks.
+
+    Args:
+        outputs: The outputs of the tasks that the batch has.
+        tasks: All tasks.
+        what: ``"targets"`` or ``"predictions"``.
+        limit: Take at most so many elements, evenly spread; dense targets have one for each pixel.
+        device: Where the result lies if the batch has no task.
+
+    Returns:
+        ``[K, n]``, float32, nan for the tasks that the batch lacks.
+
+    Raises:
+        ValueError: If a task has none, or not one for each sample of the others.
+    """
+    columns: dict[str, Tensor] = {}
+    for task, output in outputs.items():
+        value = output.target if what == "targets" else output.prediction
+        if value is None:
+            raise ValueError(
+                f"The relatedness of tasks is measured on their {what}, and task {task!r} came without; return "
+                "TaskOutput(loss, prediction, target) from task_losses."
+            )
+        value = value.detach()
+        columns[task] = (value if what == "targets" else _classes(value)).reshape(-1)
+    lengths = {task: column.numel() for task, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"The relatedness of tasks is measured on one number a task for each sample, but the {what} of a batch "
+            f"hold {lengths} of them; give every task a target for the same samples (nan where a label is missing, "
+            "or none at all), or measure the gradients' cosine."
+        )
+    length = next(iter(lengths.values()), 0)
+    if length > limit:
+        spread = torch.arange(limit, device=device) * length // limit
+        columns = {task: column[spread] for task, column in columns.items()}
+    values = torch.full((len(tasks), min(length, limit)), torch.nan, device=device)
+    for position, task in enumerate(tasks):
+        if task in columns:
+            values[position] = columns[task]
+    return values
+
+
+def _classes(prediction: Tensor) -> Tensor:
+    """The predicted class: the largest along dimension 1; of one number, whether it passes a half, or as a logit 0."""
+    if not prediction.is_floating_point():
+        return prediction
+    if prediction.ndim > 1 and prediction.shape[1] > 1:
+        return prediction.argmax(1)
+    probable = ((prediction >= 0) & (prediction <= 1)).all()
+    return prediction > torch.where(probable, 0.5, 0.0)
+
+
+def of_all_ranks(values: Sequence[Tensor], ranks: Ranks) -> Tensor:
+    """Concatenate the micro-batches' ``[K, n]`` of all ranks, to the same tensor on each of them."""
+    here = torch.cat(list(values), dim=1)
+    return here if ranks.size == 1 else torch.cat(gather_all_tensors(here, ranks.group), dim=1)
+
 
 RelatednessMeasure = Literal[
     "gradient_cosine", "target_correlation", "target_mutual_information", "prediction_mutual_information"
@@ -34,7 +104,7 @@ def correlation(x: Tensor, y: Tensor) -> float:
 
 
 def mutual_information(x: Tensor, y: Tensor) -> float:
-    """Compute the mutual information of two labellings over the mean of their entropies, in [0, 1].
+    """Compute the mutual information of two labelings divided by the mean of their entropies, in [0, 1].
 
     Example:
         >>> mutual_information(torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([7.0, 7.0, 3.0, 3.0]))
@@ -50,7 +120,7 @@ def relatedness_factors(similarity: Tensor, power: float) -> Tensor:
     r"""Compute :math:`(1 + r_k)^p`, where r_k is the mean of a task's known similarities to the others; 1 for none.
 
     Args:
-        similarity: ``[K, K]``, in [-1, 1], nan where unknown; the diagonal counts for nothing.
+        similarity: ``[K, K]``, in [-1, 1], nan where unknown; the diagonal is ignored.
         power: p.
 
     Example:
@@ -67,13 +137,13 @@ class Relatedness(Factor):
     .. math:: f_k = (1 + r_k)^p, \qquad r_k = \frac{1}{K - 1} \sum_{j \ne k} s_{kj}
 
     A task that has nothing to do with the others keeps the factor 1; one that agrees with all has :math:`2^p`; one
-    whose gradients are opposed to all others has 0. What the similarity s is, ``measure`` says:
+    whose gradients are opposed to all others has 0. ``measure`` decides what the similarity s is:
 
     - ``"gradient_cosine"``: the cosine between the gradients of the shared parameters, as a running mean. It needs a
       weighting that measures the Gramian, and moves in the steps in which that one does.
     - ``"target_correlation"``: the absolute value of Pearson's correlation of the targets. For regressions and two
       classes.
-    - ``"target_mutual_information"``: normalised mutual information of the targets, for classes, by torchmetrics.
+    - ``"target_mutual_information"``: normalized mutual information of the targets, for classes, by torchmetrics.
     - ``"prediction_mutual_information"``: the same of the predicted classes: the largest along dimension 1; of one
       number a sample, whether it is above a half where all are within [0, 1], and above 0 otherwise.
 
@@ -130,9 +200,9 @@ class Relatedness(Factor):
             self._declare("seen", Declared(missing, task_dims=1, on_cpu=True))
             self._declare("taken", Declared(torch.tensor(0), task_dims=0, on_cpu=True))
 
-    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:
         """Refuse cosines that nothing measures, and a task without others."""
-        if len(pl_module.tasks) < 2:  # type: ignore[arg-type]  # setup has seen a mapping
+        if len(pl_module.tasks) < 2:
             raise ValueError("Relatedness compares tasks, and the module has one; leave it out.")
         weighting = weighting_of(trainer)
         if self.measure == "gradient_cosine" and (weighting is None or weighting.measures != "gramian"):
@@ -148,22 +218,23 @@ class Relatedness(Factor):
 
     @property
     def collects(self) -> Mapping[Collected, int]:
-        """Targets until there are enough, or predictions."""
+        """Return ``"targets"`` until there are enough of them, or ``"predictions"``."""
         if self.measure == "gradient_cosine" or (self._what == "targets" and int(self.taken) >= self.samples):
             return {}
         return {self._what: self.samples}
 
     def values(self) -> Tensor:
-        """The factors by what is known of the tasks' similarity."""
+        """Compute the factors from the similarities known so far."""
         return relatedness_factors(self.similarity, self.power)
 
     def update(self, signals: Signals) -> None:
-        """Take in the cosines, where the step measured the Gramian."""
+        """Read the cosines, where the step measured the Gramian."""
         if self.measure == "gradient_cosine" and signals.gramian is not None:
             self.similarity = moved(self.similarity, cosines(signals.gramian), self.decay)
 
     def update_samples(self, what: Collected, values: Tensor) -> None:
         """Keep the samples: the first ones of the targets, the newest ones of the predictions."""
+        # A ring: predictions go on at its beginning when it is full, targets stop there.
         newest, taken = values.to(self.seen), int(self.taken)
         newest = newest[:, : self.samples - taken] if what == "targets" else newest[:, -self.samples :]
         places = (taken + torch.arange(newest.shape[1])) % self.samples
@@ -173,7 +244,7 @@ class Relatedness(Factor):
             self._compare()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compare what has been seen."""
+        """Compare the samples seen so far."""
         if self.collects:
             self._compare()
 
@@ -182,11 +253,11 @@ class Relatedness(Factor):
         if self.measure != "target_correlation":
             compare = mutual_information
             self._check_classes()
-        labelled = ~self.seen.isnan()
+        labeled = ~self.seen.isnan()
         similarity = self.similarity.cpu()
         for i in range(len(self.tasks)):
             for j in range(i):
-                both = labelled[i] & labelled[j]
+                both = labeled[i] & labeled[j]
                 if int(both.sum()) > 1:
                     similarity[i, j] = similarity[j, i] = compare(self.seen[i, both], self.seen[j, both])
         self.similarity = similarity.to(self.similarity)

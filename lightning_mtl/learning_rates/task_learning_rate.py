@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.learning_rates.base import Collected, TaskRates
-from lightning_mtl.learning_rates.factor import Factor
+from lightning_mtl.learning_rates.factor import Collected, Factor
 from lightning_mtl.method.aggregator import Aggregator
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.method.task_state import Declared
+from lightning_mtl.method.task_state import Declared, TaskState
+from lightning_mtl.task.module import TaskModule
 
 
 def multipliers(
-    factors: Sequence[Tensor], *, normalise: bool = False, bounds: tuple[float, float] | None = None
+    factors: Sequence[Tensor], *, normalize: bool = False, bounds: tuple[float, float] | None = None
 ) -> Tensor:
     r"""Compute :math:`m_k = \prod_j f_{jk}`, then rescale to a mean of 1, then clamp, the latter two if asked.
 
     Args:
         factors: Each ``[K]``.
-        normalise: Divide by the mean over the tasks, where it is above 0.
+        normalize: Divide by the mean over the tasks, where it is above 0.
         bounds: The smallest and the largest multiplier.
 
     Returns:
@@ -35,12 +35,12 @@ def multipliers(
         tensor([6.0000, 0.5000], dtype=torch.float64)
     """
     product = torch.stack([factor.detach().cpu().double() for factor in factors]).prod(0)
-    if normalise and product.mean() > 0:
+    if normalize and product.mean() > 0:
         product = product / product.mean()
     return product if bounds is None else product.clamp(*bounds)
 
 
-class TaskLearningRate(TaskRates):
+class TaskLearningRate(TaskState):
     r"""Scale the learning rate of each task's head, and if asked the task's share of the trunk's update.
 
     .. math:: \eta_k = \eta \, m_k, \qquad m_k = \prod_j f_{jk}, \qquad
@@ -60,13 +60,16 @@ class TaskLearningRate(TaskRates):
             weight w_k there, and there alone: the weighting decides as if it did not exist, and the head's gradient
             keeps w_k. A trunk has one learning rate; this is each task's part in it. Under Adam, which forgets the
             scale of a gradient, the tasks' parts relative to each other remain.
-        normalise: Rescale the multipliers to a mean of 1 over all tasks, so that they shift learning between tasks and
+        normalize: Rescale the multipliers to a mean of 1 over all tasks, so that they shift learning between tasks and
             leave its sum.
         bounds: The smallest and the largest multiplier, applied last; None for no bounds.
         every_n_steps: Compute the multipliers before one optimizer step of n and keep them in between.
 
+    The module calls it, in this order, once an optimizer step: :meth:`current` before the step, then, with what the
+    step has shown, the ``observe`` methods. Steps that are skipped are not observed.
+
     Raises:
-        TypeError: If a factor is no :class:`Factor`.
+        TypeError: If a factor is no :class:`Factor`, or at setup if the module has no tasks.
         ValueError: If an argument is out of its range; at setup if a head shares its group in the optimizer, if the
             Trainer holds several of these, or if ``shares_trunk`` meets an :class:`~lightning_mtl.Aggregator`, whose
             direction has no weights to multiply.
@@ -78,19 +81,22 @@ class TaskLearningRate(TaskRates):
         ['Importance', 'GradientNorm']
     """
 
+    key_prefix: ClassVar[str] = "lightning_mtl.TaskRates:"
+    takes_any_checkpoint: ClassVar[bool] = True
+
     def __init__(
         self,
         factors: Factor | Sequence[Factor],
         *,
         shares_trunk: bool = False,
-        normalise: bool = False,
+        normalize: bool = False,
         bounds: tuple[float, float] | None = None,
         every_n_steps: int = 1,
     ) -> None:
         super().__init__()
         self.factors = [factors] if isinstance(factors, Factor) else list(factors)
         if not self.factors:
-            raise ValueError("TaskLearningRate(factors=[]) needs one factor or more, Importance({task: 2.0}) say.")
+            raise ValueError("TaskLearningRate(factors=[]) needs one factor or more, such as Importance({task: 2.0}).")
         for factor in self.factors:
             if not isinstance(factor, Factor):
                 raise TypeError(f"TaskLearningRate(factors=...) must hold factors, found {type(factor).__name__}.")
@@ -100,18 +106,20 @@ class TaskLearningRate(TaskRates):
             raise ValueError(f"TaskLearningRate(bounds={bounds}) must be (smallest, largest), both at least 0.")
         if every_n_steps < 1:
             raise ValueError(f"TaskLearningRate(every_n_steps={every_n_steps}) must be at least 1.")
-        self.shares_trunk, self.normalise, self.every_n_steps = shares_trunk, normalise, every_n_steps
+        self.shares_trunk, self.normalize, self.every_n_steps = shares_trunk, normalize, every_n_steps
         self.bounds = None if bounds is None else (bounds[0], bounds[1])
         self._step: int | None = None
+        for factor in self.factors:
+            self.add_child(factor)
         self._declare("multipliers", Declared(torch.tensor(1.0, dtype=torch.float64), task_dims=1, on_cpu=True))
         self.multipliers: Tensor
 
     def current(self, step: int) -> Tensor:
-        """The multipliers of this step, computed where they are due."""
+        """Return the multipliers of this step; compute them where they are due."""
         if step != self._step:
             if step % self.every_n_steps == 0:
                 values = [self._checked(factor) for factor in self.factors]
-                self.multipliers = multipliers(values, normalise=self.normalise, bounds=self.bounds)
+                self.multipliers = multipliers(values, normalize=self.normalize, bounds=self.bounds)
             self._step = step
         return self.multipliers
 
@@ -124,28 +132,44 @@ class TaskLearningRate(TaskRates):
             )
         return values
 
-    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a trunk without weights, and what a factor refuses."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Read the module's tasks; refuse settings that cannot work.
+
+        Raises:
+            TypeError: If the module has no tasks.
+            ValueError: If the Trainer holds several, or an aggregator, or a factor refuses.
+        """
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        others = [callback for callback in callbacks if isinstance(callback, TaskLearningRate)]
+        if len(others) > 1:
+            raise ValueError(
+                f"The Trainer holds {len(others)} callbacks for tasks' learning rates; give one of them all factors."
+            )
+        if not isinstance(pl_module, TaskModule):
+            raise TypeError(
+                f"{type(self).__name__} scales the learning rates of the tasks of a lightning_mtl.MultiTaskModule, "
+                f"found {type(pl_module).__name__}; subclass MultiTaskModule."
+            )
         aggregators = [callback for callback in callbacks if isinstance(callback, Aggregator)]
-        if self.shares_trunk and aggregators:
+        if stage == "fit" and self.shares_trunk and aggregators:
             raise ValueError(
                 f"TaskLearningRate(shares_trunk=True) multiplies the tasks' weights in the shared gradient, and "
                 f"{type(aggregators[0]).__name__} has none; leave shares_trunk False, or take a weighting with weights."
             )
-        for factor in self.factors:
-            factor.check(trainer, pl_module)
+        super().setup(trainer, pl_module, stage=stage)
+        if stage == "fit" and (trainer.global_step == 0 or self.tasks != tuple(pl_module.tasks)):
+            self.reset(list(pl_module.tasks))
 
     # What happens, told to the factors.
 
     @property
     def reads_heads(self) -> bool:
-        """Whether a factor reads the heads' gradient norms."""
+        """Return whether a factor reads the heads' gradient norms."""
         return any(factor.reads_heads for factor in self.factors)
 
     @property
     def collects(self) -> Mapping[Collected, int]:
-        """What the factors want of the batches, and the most that one of them wants."""
+        """Return what the factors need from the batches, and the largest number of samples that one of them needs."""
         wanted: dict[Collected, int] = {}
         for factor in self.factors:
             for what, number in factor.collects.items():
@@ -153,52 +177,34 @@ class TaskLearningRate(TaskRates):
         return wanted
 
     def observe(self, signals: Signals, present: Sequence[int]) -> None:
-        """Let the factors take in a step's measurements of the present tasks."""
-        for factor in self.factors:
-            with factor.only(present):
+        """Pass a step's measurements of the present tasks to the factors."""
+        with self.only(present):
+            for factor in self.factors:
                 factor.update(signals)
 
     def observe_heads(self, norms: Tensor) -> None:
-        """Let the factors take in the norms of the heads' gradients."""
+        """Pass the norms of the heads' gradients, ``[K]``, nan for absent tasks, to the factors that read them."""
         for factor in self.factors:
             if factor.reads_heads:
                 factor.update_heads(norms)
 
     def observe_samples(self, what: Collected, values: Tensor) -> None:
-        """Let the factors that want them take in targets or predicted classes."""
+        """Pass targets or predicted classes of the same samples, ``[K, n]``, to the factors that need them."""
         for factor in self.factors:
             if what in factor.collects:
                 factor.update_samples(what, values)
 
+    # The number of the last step for which multipliers were computed belongs to one fit.
+
     def reset(self, tasks: Sequence[str], device: torch.device | str = "cpu") -> None:
-        """Begin anew, for these tasks."""
+        """Reset the state for these tasks, and the factors' state."""
         super().reset(tasks, device)
         self._step = None
-        for factor in self.factors:
-            factor.reset(tasks, device)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bring the state to the module's device."""
+        """Move the state to the module's device."""
         super().on_fit_start(trainer, pl_module)
         self._step = None
-        for factor in self.factors:
-            factor.on_fit_start(trainer, pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell the factors that a validation has ended."""
-        for factor in self.factors:
-            factor.on_validation_end(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell the factors that an epoch has ended."""
-        for factor in self.factors:
-            factor.on_train_epoch_end(trainer, pl_module)
-
-    # Checkpoints
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the multipliers and each factor's state."""
-        return super().state_dict() | {"factors": [factor.state_dict() for factor in self.factors]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave.
@@ -206,14 +212,11 @@ class TaskLearningRate(TaskRates):
         Raises:
             ValueError: If the state is of other factors, of other tasks, or of other arguments.
         """
-        written = [state["weighting"] for state in state_dict["factors"]]
-        names = [type(factor).__name__ for factor in self.factors]
-        if written != names:
-            raise ValueError(
-                f"The checkpoint's TaskLearningRate multiplied the factors {written}, this one has {names}; construct "
-                "it as in the interrupted run, or load the model's weights alone."
-            )
-        for factor, state in zip(self.factors, state_dict["factors"], strict=True):
-            factor.load_state_dict(state)
         super().load_state_dict(state_dict)
         self._step = None
+
+
+def task_rates_of(trainer: pl.Trainer) -> TaskLearningRate | None:
+    """Return the callback for tasks' learning rates among a Trainer's callbacks, if there is one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, TaskLearningRate)), None)

@@ -1,4 +1,4 @@
-"""Callbacks that only look: conflicts, affinities and groups of tasks, convergence, gates, where the time goes."""
+"""Monitors, which never change a training: gradient conflict, task affinity and groups, convergence, gates, time."""
 
 from lightning_mtl.method.signals import cosines
 from lightning_mtl.monitors.affinity import TaskAffinity, first_order_affinity, lookahead_affinity

@@ -1,4 +1,4 @@
-"""How much a step for one task helps another."""
+"""Monitors the affinity of tasks: how much a step for one task lowers another's loss."""
 
 from __future__ import annotations
 
@@ -128,15 +128,15 @@ class TaskAffinity(PairMonitor):
 
     @property
     def affinity(self) -> Tensor:
-        """The mean affinities over the training, ``[K, K]``, row i acting on column j, tasks in the module's order."""
+        """Return the mean affinities over the training, ``[K, K]``: row i acts on column j, in the order of tasks."""
         return self.whole.mean()
 
     def groups(self, num_groups: int) -> list[list[str]]:
-        """The tasks in at most so many groups that learn best together, by :func:`best_grouping`."""
+        """Return the at most ``num_groups`` groups of tasks that learn best together, by :func:`best_grouping`."""
         return [[self.tasks[i] for i in group] for group in best_grouping(self.affinity, num_groups)]
 
     def lookahead_rate(self, pl_module: pl.LightningModule) -> float:
-        """The step size η."""
+        """Return the step size η."""
         return _learning_rate(pl_module) if self.lr is None else self.lr
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

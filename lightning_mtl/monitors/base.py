@@ -1,10 +1,10 @@
-"""The base of the callbacks that only look, and the guard that keeps them from stopping a training."""
+"""The base class of monitors, and the guard that keeps a failing monitor from stopping a training."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Literal
 
@@ -14,6 +14,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lightning_mtl.method.signals import Signals
+from lightning_mtl.task import Task
+from lightning_mtl.task.module import TaskModule
 
 PLACES = ("trunk", "features", "last_layer")
 # A monitor is judged slow only once it has taken this long in all: less is nothing beside a training.
@@ -21,7 +23,7 @@ _SLOW_SECONDS = 30.0
 
 
 class Monitor(Callback):
-    """Looks at optimizer steps' measurements and changes nothing.
+    """Reads the measurements of optimizer steps and changes nothing in the training.
 
     The module calls :meth:`observe`. What goes wrong in there never stops the training: the monitor is turned off, with
     one warning. So is a monitor that has taken 30 seconds in all and more than :attr:`most_time` of the time since it
@@ -58,11 +60,11 @@ class Monitor(Callback):
     _spent: float = 0.0
 
     def measures_in(self, step: int) -> bool:
-        """Whether the monitor looks at optimizer step ``step``."""
+        """Return whether the monitor looks at optimizer step ``step``."""
         return step % self.every_n_steps == 0
 
     def lookahead_rate(self, pl_module: pl.LightningModule) -> float:
-        """The step size of the trial steps that lead to :attr:`Signals.losses_ahead`.
+        """Return the step size of the trial steps that lead to :attr:`Signals.losses_ahead`.
 
         Raises:
             TypeError: If a monitor that ``looks_ahead`` does not override it.
@@ -72,28 +74,37 @@ class Monitor(Callback):
     def observe(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, signals: Signals, weights: Tensor | None
     ) -> None:
-        """Called after an optimizer step with the window's measurements and the weights that were applied.
+        """Read one optimizer step: the measurements of its accumulation window, and the weights that were applied.
 
         Gradients that no weighting has measured are those of the window's first micro-batch, and so are the losses and
         tasks that come with them.
         """
 
+    def tasks_of(self, pl_module: pl.LightningModule) -> dict[str, Task]:
+        """Return the module's tasks.
+
+        Raises:
+            TypeError: If it is no :class:`~lightning_mtl.MultiTaskModule`.
+        """
+        if not isinstance(pl_module, TaskModule):
+            raise TypeError(
+                f"{type(self).__name__} looks at the tasks of a lightning_mtl.MultiTaskModule, found "
+                f"{type(pl_module).__name__}; subclass MultiTaskModule."
+            )
+        return pl_module.tasks
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work, before training begins; begin anew, if it was turned off in an earlier fit."""
+        """Refuse settings that cannot work before training begins; turn the monitor on again for a new fit."""
         name = type(self).__name__
         self.off = self._gone = False
         self._began, self._spent = None, 0.0
-        if not isinstance(getattr(pl_module, "tasks", None), Mapping):
-            raise TypeError(
-                f"{name} looks at the tasks of a lightning_mtl.MultiTaskModule, found {type(pl_module).__name__}; "
-                "subclass MultiTaskModule."
-            )
+        self.tasks_of(pl_module)
         if self.measures == "losses":
             return
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise ValueError(
                 f"{name} measures gradients beside the update, and sharded parameters (FSDP2) have none outside of the "
-                "one synchronised backward pass; leave the monitor out, or train with strategy='ddp'."
+                "one synchronized backward pass; leave the monitor out, or train with strategy='ddp'."
             )
         if self.at not in PLACES:
             named = [self.at] if isinstance(self.at, str) else list(self.at)
@@ -107,7 +118,7 @@ class Monitor(Callback):
 
 @contextmanager
 def guarding(monitors: Sequence[Monitor]) -> Iterator[None]:
-    """Run a block on behalf of monitors: if it fails, they are turned off with a warning; its time is theirs."""
+    """Run a block for some monitors: count its time as theirs, and turn them off with a warning if it fails."""
     began = time.perf_counter()
     try:
         yield
@@ -122,7 +133,7 @@ def guarding(monitors: Sequence[Monitor]) -> Iterator[None]:
 
 
 def turn_off_if_slow(monitor: Monitor) -> None:
-    """Judge a monitor that is about to look again by what it has taken since it first looked."""
+    """Turn a monitor off that has taken too much of the time since it first looked."""
     passed = 0.0 if monitor._began is None else time.perf_counter() - monitor._began
     if monitor._spent > max(_SLOW_SECONDS, monitor.most_time * passed):
         _turn_off(
@@ -133,7 +144,7 @@ def turn_off_if_slow(monitor: Monitor) -> None:
 
 
 def turned_off_elsewhere(monitor: Monitor) -> None:
-    """Follow another rank, whose monitor was turned off."""
+    """Turn a monitor off that was turned off on another rank."""
     _turn_off(monitor, "it was turned off on another rank, whose warning has the reason")
     monitor._gone = True
 

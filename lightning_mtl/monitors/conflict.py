@@ -1,4 +1,4 @@
-"""Whether the tasks' gradients pull in the same direction."""
+"""Monitors gradient conflict: whether the tasks' gradients point in the same direction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_mtl.monitors.pairs import PairMonitor
 
 
 def magnitude_similarity(gramian: Tensor) -> Tensor:
-    r"""Compute how alike in length each two gradients are: 1 for equal lengths, near 0 where one is tiny.
+    r"""Compare the lengths of each two gradients: 1 for equal lengths, near 0 where one is tiny.
 
     .. math:: \Phi_{ij} = \frac{2 \lVert g_i \rVert \lVert g_j \rVert}{\lVert g_i \rVert^2 + \lVert g_j \rVert^2}
 
@@ -38,7 +38,7 @@ def magnitude_similarity(gramian: Tensor) -> Tensor:
 
 
 def conflict_measures(gramian: Tensor) -> dict[str, Tensor]:
-    """Sum the pairs of K >= 2 gradients up in four numbers; pairs with a gradient of zero are left out.
+    """Summarize the pairs of K >= 2 gradients in four numbers; pairs with a gradient of zero are left out.
 
     Args:
         gramian: ``[K, K]``, the inner products.
@@ -116,7 +116,7 @@ class GradientConflict(PairMonitor):
 
     @property
     def cosines(self) -> Tensor:
-        """The mean cosines over the training, ``[K, K]``, tasks in the module's order."""
+        """Return the mean cosines over the training, ``[K, K]``, tasks in the module's order."""
         return self.whole.mean()
 
     def observe(

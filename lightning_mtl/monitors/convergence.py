@@ -1,8 +1,9 @@
-"""How each task's training went, in numbers and in words."""
+"""Reports how each task's training went, in numbers and in words."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -13,11 +14,63 @@ from torch import Tensor
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.monitors.base import Monitor, guarding
 from lightning_mtl.monitors.course import Course, describe_course, table_of
-from lightning_mtl.monitors.loss_history import LossHistory
 from lightning_mtl.task import Task
+from lightning_mtl.task.module import TaskModule
 
-if TYPE_CHECKING:
-    from lightning_mtl.training.logging import Recorder
+
+class LossHistory:
+    """Keeps losses of K tasks at regular steps in bounded memory: when it is full, every second one is dropped.
+
+    Args:
+        num_tasks: K.
+        every: Steps between two losses at the beginning.
+        capacity: How many losses of a task are kept at most.
+
+    Example:
+        >>> history = LossHistory(num_tasks=1, every=1, capacity=4)
+        >>> for step in range(6):
+        ...     history.add(step, torch.tensor([float(step)]), [0])
+        >>> history.steps.tolist(), history.losses[:, 0].tolist()
+        ([0, 2, 4], [0.0, 2.0, 4.0])
+    """
+
+    def __init__(self, num_tasks: int, every: int, capacity: int = 2048) -> None:
+        self.every, self.length = every, 0
+        self._steps = torch.zeros(capacity, dtype=torch.long)
+        self._losses = torch.zeros(capacity, num_tasks)
+
+    @property
+    def steps(self) -> Tensor:
+        """Return the steps that were kept, ``[T]``."""
+        return self._steps[: self.length]
+
+    @property
+    def losses(self) -> Tensor:
+        """Return their losses, ``[T, K]``, nan where a task was absent."""
+        return self._losses[: self.length]
+
+    def add(self, step: int, losses: Tensor, present: Sequence[int]) -> None:
+        """Keep the losses of the present tasks, if the step is one of those to keep."""
+        if step % self.every:
+            return
+        if self.length == len(self._steps):
+            self.every *= 2
+            kept = (self.steps % self.every == 0).nonzero().flatten()
+            self.length = len(kept)
+            self._steps[: self.length] = self._steps[kept]
+            self._losses[: self.length] = self._losses[kept]
+            if step % self.every:
+                return
+        self._steps[self.length] = step
+        self._losses[self.length] = torch.nan
+        self._losses[self.length, list(present)] = losses.to(self._losses)
+        self.length += 1
+
+    def restore(self, every: int, steps: Tensor, losses: Tensor) -> None:
+        """Take back what another history of the same tasks held."""
+        self.every, self.length = every, len(steps)
+        self._steps[: self.length], self._losses[: self.length] = steps, losses
+
 
 Curves = dict[str, list[tuple[int, float]]]
 
@@ -64,7 +117,7 @@ class Convergence(Monitor):
         self._epoch_taken: object = None
 
     def courses(self) -> list[Course]:
-        """What there is to say of each task by now."""
+        """Describe the course of each task so far."""
         return [self._course(position, name, task) for position, (name, task) in enumerate(self.tasks.items())]
 
     def _course(self, position: int, name: str, task: Task) -> Course:
@@ -78,9 +131,9 @@ class Convergence(Monitor):
     # What the training calls
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Meet the module's tasks."""
+        """Read the module's tasks; refuse a metric that none of them has."""
         super().setup(trainer, pl_module, stage)
-        tasks: dict[str, Task] = dict(pl_module.tasks)  # type: ignore[arg-type]
+        tasks = dict(self.tasks_of(pl_module))
         if self.metric is not None and not any(self.metric in task.metric_collection() for task in tasks.values()):
             known = sorted({str(name) for task in tasks.values() for name in task.metric_collection()})
             raise ValueError(f"Convergence(metric={self.metric!r}) is no task's metric; the tasks have {known}.")
@@ -92,12 +145,12 @@ class Convergence(Monitor):
     def observe(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, signals: Signals, weights: Tensor | None
     ) -> None:
-        """Note the step's losses."""
+        """Keep the step's losses."""
         names = list(self.tasks)
         self._history.add(signals.step, signals.losses.detach().cpu(), [names.index(task) for task in signals.tasks])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note what the validation found."""
+        """Keep the validation's losses and metrics."""
         if self.off or trainer.sanity_checking:
             return
         with guarding([self]):
@@ -106,11 +159,11 @@ class Convergence(Monitor):
                 _note(self._metric, name, trainer.global_step, scores.get(self.metric or ""))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the finished epoch's training losses, which are known once all callbacks have ended it."""
+        """Keep the finished epoch's training losses, which are known once all callbacks have ended it."""
         self._take_epoch(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report."""
+        """Write the report to the log, to the loggers and to TensorBoard."""
         self._take_epoch(trainer, pl_module)
         if self.off:
             return
@@ -138,7 +191,7 @@ class Convergence(Monitor):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The curves so far, and whose they are."""
+        """Return the curves so far, with the tasks' names."""
         return {
             "tasks": list(self.tasks),
             "every": self._history.every,
@@ -148,7 +201,7 @@ class Convergence(Monitor):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the curves of an interrupted training; begin anew where they are of other tasks."""
+        """Restore the curves of an interrupted training; curves of other tasks are ignored."""
         if self.tasks and state_dict["tasks"] != list(self.tasks):
             return
         self._history = LossHistory(len(state_dict["tasks"]), self.every_n_steps)
@@ -167,6 +220,5 @@ def _note(curves: Curves, task: str, step: int, value: float | None) -> None:
         curves.setdefault(task, []).append((step, float(value)))
 
 
-def _scores(pl_module: Any, stage: str) -> dict[str, dict[str, float]]:  # noqa: ANN401 - a MultiTaskModule
-    recorder: Recorder = pl_module.recorder
-    return recorder.scores[stage]
+def _scores(pl_module: pl.LightningModule, stage: str) -> Mapping[str, Mapping[str, float]]:
+    return pl_module.stage_scores[stage] if isinstance(pl_module, TaskModule) else {}

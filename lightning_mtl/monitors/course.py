@@ -1,4 +1,4 @@
-"""A task's course through a training: what its curves say of speed, noise and fit."""
+"""Describes a task's course through a training by its curves: speed, noise and fit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lightning_mtl.monitors.tables import Grid
 
 # Shares of the progress from the first loss to the last, or from the first validation to the best. What they decide is
 # a word in a table, not a step of the training.
@@ -23,7 +25,7 @@ Points = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Course:
-    """What one task's curves came to.
+    """Summarizes one task's curves.
 
     Attributes:
         task: Its name.
@@ -32,7 +34,7 @@ class Course:
         late_std: Its standard deviation there.
         train_loss: The last epoch's mean training loss, if an epoch was finished.
         val_loss: The last validation's loss, if there was one.
-        words: What is to be said of it; ``("converged",)`` if nothing.
+        words: What is remarkable about it; ``("converged",)`` if nothing is.
 
     Example:
         >>> Course("age", 40, late_loss=0.5, late_std=0.01, train_loss=0.5, val_loss=0.75, words=("converged",)).gap
@@ -49,7 +51,7 @@ class Course:
 
     @property
     def gap(self) -> float | None:
-        """By how much the validation's loss exceeds the training's."""
+        """Return by how much the validation loss exceeds the training loss."""
         return None if self.train_loss is None or self.val_loss is None else self.val_loss - self.train_loss
 
 
@@ -90,7 +92,7 @@ def steps_to_fraction(
 def describe_course(
     task: str, losses: Points, train: Points, val: Points, fraction: float, metric: tuple[Points, bool] | None = None
 ) -> Course:
-    """Sum a task's curves up.
+    """Summarize a task's curves in numbers and words.
 
     The words, and what they stand for:
 
@@ -176,7 +178,7 @@ def _overfits(losses: Points, val: Points) -> int | None:
 
 
 def table_of(courses: Sequence[Course], fraction: float) -> str:
-    """Lay courses out as a Markdown table whose columns are aligned, to be read on a console, too.
+    """Write courses as a Markdown table whose columns are aligned, so that a console can show it, too.
 
     Example:
         >>> print(table_of([Course("a", 40, 0.5, 0.01, 0.5, None, ("converged",))], 0.9))
@@ -184,30 +186,14 @@ def table_of(courses: Sequence[Course], fraction: float) -> str:
         | ---- | ------------- | --------- | -------- | ---------- | -------- | --- | --------- |
         | a    | 40            | 0.5       | 0.01     | 0.5        | -        | -   | converged |
     """
-    head = [
-        "task",
-        f"steps to {100 * fraction:g} %",
-        "late loss",
-        "late std",
-        "train loss",
-        "val loss",
-        "gap",
-        "course",
-    ]
-    lines = [
-        [
-            course.task,
-            "-" if course.steps_to_fraction is None else str(course.steps_to_fraction),
-            *(_short(x) for x in (course.late_loss, course.late_std, course.train_loss, course.val_loss, course.gap)),
-            ", ".join(course.words),
-        ]
-        for course in courses
-    ]
-    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
-    rows = [head, ["-" * width for width in widths], *lines]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    )
+    numbers = ["late loss", "late std", "train loss", "val loss", "gap"]
+    header = ["task", f"steps to {100 * fraction:g} %", *numbers, "course"]
+    grid = Grid(header, left=range(len(header)))
+    for course in courses:
+        values = (course.late_loss, course.late_std, course.train_loss, course.val_loss, course.gap)
+        steps = "-" if course.steps_to_fraction is None else str(course.steps_to_fraction)
+        grid.add(course.task, steps, *map(_short, values), ", ".join(course.words))
+    return grid.markdown()
 
 
 def _short(value: float | None) -> str:

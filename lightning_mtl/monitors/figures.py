@@ -1,15 +1,18 @@
-"""Pictures of tables of numbers, and the way into TensorBoard for them."""
+"""Draws tables and intervals as figures, and logs figures to TensorBoard."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+
+from lightning_mtl.metrics import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +35,7 @@ def require_matplotlib(who: str) -> None:
 
 
 def blank_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches that no global state of pyplot's knows of, so that nothing has to close it."""
+    """Make a figure of this size in inches outside of pyplot's global state, so that nothing has to close it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -48,22 +51,22 @@ def heatmap(
     *,
     title: str,
     limits: tuple[float, float] | None = None,
-    colours: str = "RdBu",
+    colors: str = "RdBu",
     row_label: str = "",
     column_label: str = "",
 ) -> Figure:
-    """Draw a matrix with a name to each row and column; numbers in the cells while they can be read.
+    """Draw a matrix with names for its rows and columns, and numbers in the cells where they are readable.
 
-    Numbers that two decimals would not tell apart, or that are long, are drawn in a power of ten that the colour scale
+    Numbers that two decimals would not tell apart, or that are long, are drawn in a power of ten that the color scale
     names.
 
     Args:
-        values: ``[R, C]``; what is not a number stays grey.
+        values: ``[R, C]``; what is not a number stays gray.
         rows: R names.
         columns: C names.
         title: What the matrix shows.
-        limits: The values at the ends of the colour scale; None takes the extremes found.
-        colours: One of matplotlib's colour maps.
+        limits: The values at the ends of the color scale; None takes the extremes found.
+        colors: One of matplotlib's color maps.
         row_label: What a row is.
         column_label: What a column is.
 
@@ -85,7 +88,7 @@ def heatmap(
     axes: Any = figure.add_subplot()
     axes.set_facecolor("0.8")  # where there is no number, unlike the middle of the scale
     low, high = (None, None) if limits is None else (limit / 10.0**exponent for limit in limits)
-    image = axes.imshow(table, cmap=colours, vmin=low, vmax=high, aspect="auto")
+    image = axes.imshow(table, cmap=colors, vmin=low, vmax=high, aspect="auto")
     upright = all(len(name) <= 4 for name in columns)
     axes.set_xticks(range(len(columns)), columns, rotation=0 if upright else 60, ha="center" if upright else "right")
     axes.set_yticks(range(len(rows)), rows)
@@ -135,12 +138,12 @@ def _cells(table: Any) -> list[tuple[tuple[int, int], float]]:  # noqa: ANN401
 
 
 def has_tensorboard(trainer: pl.Trainer) -> bool:
-    """Whether a figure would be seen."""
+    """Return whether a figure would reach TensorBoard."""
     return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
 
 
 def log_figure(trainer: pl.Trainer, name: str, figure: Figure) -> None:
-    """Show a figure in every TensorBoard logger, at the step where Lightning logs an epoch's end; rank 0 alone."""
+    """Log a figure to every TensorBoard logger, at the step where Lightning logs an epoch's end; on rank 0 only."""
     if not trainer.is_global_zero:
         return
     # The axis that Lightning's loggers use: batches that stepped, which is no other than global_step here but for
@@ -149,3 +152,91 @@ def log_figure(trainer: pl.Trainer, name: str, figure: Figure) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure(name, figure, step)
+
+
+MOST_MARKS = 60
+"""More intervals than this in one picture become a heatmap of their means."""
+
+
+def draw_intervals(values: Mapping[str, Sequence[Interval]], rows: Sequence[str], *, title: str) -> Figure:
+    """Draw a mark with its interval for each name and row, or a heatmap of the means where they are too many.
+
+    Args:
+        values: ``{name: [an interval for each row]}``.
+        rows: What each row is, from the top.
+        title: What the values are, with their unit; 0 is the line that they are compared with.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+
+    Example:
+        >>> figure = draw_intervals({"equal": [Interval(1.0, 0.5, 1.5)]}, ["age"], title="gain, %")
+        >>> figure.axes[0].get_title()
+        'gain, %'
+    """
+    require_matplotlib("draw_intervals")
+    if len(values) * len(rows) > MOST_MARKS:
+        table = torch.tensor([[interval.mean for interval in own] for own in values.values()], dtype=torch.float64)
+        largest = float(table.nan_to_num().abs().max()) or 1.0
+        return heatmap(table.T, rows, list(values), title=title, limits=(-largest, largest))
+    height = 1.2 + 0.3 * len(values) + len(rows) * max(0.32, 0.16 * len(values))
+    figure = blank_figure(6.4, height)
+    axes: Any = figure.add_subplot()
+    for position, (name, own) in enumerate(values.items()):
+        offset = ((position + 0.5) / len(values) - 0.5) * 0.7
+        places = [row + offset for row in range(len(rows))]
+        axes.errorbar(
+            [i.mean for i in own],
+            places,
+            xerr=_whiskers(own),
+            fmt="o",
+            markersize=4.5,
+            capsize=2.5,
+            linewidth=1.3,
+            label=name,
+        )
+    axes.axvline(0, color="0.4", linewidth=1, zorder=0)
+    for row in range(1, len(rows)):
+        axes.axhline(row - 0.5, color="0.9", linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_title(title, fontsize=11)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=min(len(values), 4), frameon=False, fontsize=9)
+    return figure
+
+
+def draw_curves(curves: Mapping[str, Sequence[Interval]], at: Sequence[int], *, title: str, axis: str) -> Figure:
+    """Draw one line with intervals for each name over a logarithmic axis of sample sizes.
+
+    Args:
+        curves: ``{name: [an interval for each size]}``.
+        at: The sizes.
+        title: What the values are.
+        axis: What the sizes are.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    require_matplotlib("draw_curves")
+    figure = blank_figure(5.2, 3.6)
+    axes: Any = figure.add_subplot()
+    for name, own in curves.items():
+        axes.errorbar(
+            at, [i.mean for i in own], yerr=_whiskers(own), marker="o", markersize=4.5, capsize=2.5, label=name
+        )
+    axes.set_xscale("log")
+    axes.set_xticks(at, [str(size) for size in at])
+    axes.minorticks_off()
+    axes.set_xlabel(axis)
+    axes.set_title(title, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _whiskers(intervals: Sequence[Interval]) -> list[list[float]]:
+    """Lengths below and above the means: 0 where there is no interval, or where rounding would make it negative."""
+    ends = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
+    return [[0.0 if math.isnan(length) else max(length, 0.0) for length in side] for side in ends]

@@ -1,6 +1,10 @@
-"""What gates, masks and branches do, in TensorBoard."""
+"""Collects statistics of gates, masks and branches without changing the training, and draws them in TensorBoard."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -8,7 +12,76 @@ from torch import Tensor, nn
 
 from lightning_mtl.monitors.base import Monitor
 from lightning_mtl.monitors.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
-from lightning_mtl.monitors.gate_statistics import GateMeter, GateTable, GathersGates, ReportsGates
+
+
+@dataclass(frozen=True)
+class GateTable:
+    """Holds a matrix with names for its rows and columns: how much each task uses of each expert, for instance.
+
+    Attributes:
+        values: ``[R, C]``; NaN where there is nothing to say.
+        rows: R names, those of tasks as a rule.
+        columns: C names, those of experts as a rule.
+        limits: The ends of the color scale; None takes the extremes found.
+    """
+
+    values: Tensor
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    limits: tuple[float, float] | None = (0.0, 1.0)
+
+
+@runtime_checkable
+class ReportsGates(Protocol):
+    """Marks a module that reports statistics of its gates, masks or branches."""
+
+    def gate_statistics(self) -> Mapping[str, Tensor | GateTable]:
+        """Return each statistic by name: a table, a ``[K]`` tensor in the order of the module's tasks, or a scalar."""
+
+
+class GateMeter:
+    """Keeps running means on the device, but only while a callback collects them.
+
+    Numbers are detached and added up where they are; nothing waits for the device before :meth:`mean` is read. The
+    meter is no part of a module's state: neither saved, nor sent between ranks, nor of any influence on training.
+
+    Example:
+        >>> import torch
+        >>> meter = GateMeter()
+        >>> meter.gathering = True
+        >>> meter.add("a", torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+        >>> meter.mean("a")
+        tensor([0.7500, 0.2500])
+    """
+
+    def __init__(self) -> None:
+        self.gathering = False
+        self._totals: dict[str, Tensor] = {}
+        self._samples: dict[str, Tensor] = {}
+
+    def start(self) -> None:
+        """Forget the collected values and start to collect."""
+        self.gathering = True
+        self._totals, self._samples = {}, {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Add ``[B, n]`` values, one row for each sample."""
+        found = values.detach().float()
+        total, samples = found.sum(0), found.new_full((), found.shape[0])
+        if name in self._totals:
+            total, samples = self._totals[name] + total, self._samples[name] + samples
+        self._totals[name], self._samples[name] = total, samples
+
+    def mean(self, name: str) -> Tensor | None:
+        """Return the mean over all samples, ``[n]``; None without a sample."""
+        return self._totals[name] / self._samples[name] if name in self._totals else None
+
+
+@runtime_checkable
+class GathersGates(ReportsGates, Protocol):
+    """Marks a module whose statistics are means over the samples that its meter has collected."""
+
+    gate_meter: GateMeter
 
 
 class GateUsage(Monitor):
@@ -20,7 +93,7 @@ class GateUsage(Monitor):
     to the bit. A resumed epoch shows what came after the interruption.
 
     Any module of the model may take part: it defines ``gate_statistics()``, which names tables, ``[K]`` tensors or
-    scalars; see :class:`~lightning_mtl.monitors.gate_statistics.ReportsGates`.
+    scalars; see :class:`~lightning_mtl.monitors.gates.ReportsGates`.
 
     Args:
         every_n_epochs: Show one epoch in n.
@@ -52,13 +125,13 @@ class GateUsage(Monitor):
             )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to gather."""
+        """Start to collect."""
         if self._shows(trainer):
             for meter in _meters(pl_module):
                 meter.start()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show what was gathered."""
+        """Draw and log what was collected."""
         if not self._shows(trainer):
             return
         for path, module in _reporters(pl_module).items():
@@ -67,11 +140,11 @@ class GateUsage(Monitor):
         self._stop(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gather no more."""
+        """Stop collecting."""
         self._stop(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Gather no more."""
+        """Stop collecting."""
         self._stop(pl_module)
 
     def _stop(self, pl_module: pl.LightningModule) -> None:
@@ -88,19 +161,17 @@ class GateUsage(Monitor):
             values = {f"{name}/{task}" if task else name: value.detach().float() for task, value in entries}
             pl_module.log_dict(values, on_epoch=True, sync_dist=True)
             return
-        table = found if isinstance(found, GateTable) else _named(found, tasks)
+        table = found if isinstance(found, GateTable) else _as_table(found, tasks)
         # NaN is blank on all ranks alike.
         values_on_all = trainer.strategy.reduce(table.values.detach().float().to(pl_module.device), reduce_op="mean")
         table = GateTable(torch.as_tensor(values_on_all).cpu(), table.rows, table.columns, table.limits)
         self.latest[name] = table
         if trainer.is_global_zero and has_tensorboard(trainer):
-            figure = heatmap(
-                table.values, table.rows, table.columns, title=name, limits=table.limits, colours="viridis"
-            )
+            figure = heatmap(table.values, table.rows, table.columns, title=name, limits=table.limits, colors="viridis")
             log_figure(trainer, name, figure)
 
 
-def _named(values: Tensor, tasks: tuple[str, ...]) -> GateTable:
+def _as_table(values: Tensor, tasks: tuple[str, ...]) -> GateTable:
     rows = tasks if len(tasks) == len(values) else tuple(str(row) for row in range(len(values)))
     return GateTable(values, rows, tuple(str(column) for column in range(values.shape[1])), None)
 

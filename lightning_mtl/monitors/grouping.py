@@ -1,4 +1,4 @@
-"""Which tasks should be learned together, from how much they help each other."""
+"""Groups tasks that should be learned together, by their affinities."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def best_grouping(affinity: Tensor, num_groups: int, *, alone: float = 0.0) -> l
     fewer groups is taken.
 
     Args:
-        affinity: ``[K, K]``, Z; row i, column j is what a step for task i does for task j. The diagonal has no say.
+        affinity: ``[K, K]``, Z; row i, column j is what a step for task i does for task j. The diagonal is ignored.
         num_groups: The most groups that may be made.
         alone: What a task by itself counts: 0 is neither help nor harm; ``-inf`` leaves no task by itself, as the
             paper's code does.
@@ -51,7 +51,7 @@ def best_grouping(affinity: Tensor, num_groups: int, *, alone: float = 0.0) -> l
         [[0, 1], [2]]
     """
     matrix = affinity.detach().cpu().double().numpy().copy()
-    _check(matrix, num_groups)
+    _check_matrix(matrix, num_groups)
     np.fill_diagonal(matrix, 0.0)
     alone = max(alone, -1 - 4 * float(np.abs(matrix).sum()))  # as good as -inf, and differences of it are numbers
     groups = _exact(matrix, num_groups, alone) if len(matrix) <= MOST_EXACT else _searched(matrix, num_groups, alone)
@@ -59,7 +59,7 @@ def best_grouping(affinity: Tensor, num_groups: int, *, alone: float = 0.0) -> l
 
 
 def grouping_score(affinity: Tensor, groups: Sequence[Sequence[int]], *, alone: float = 0.0) -> float:
-    """Compute the sum that :func:`best_grouping` maximises.
+    """Compute the sum that :func:`best_grouping` maximizes.
 
     Args:
         affinity: ``[K, K]``, Z.
@@ -76,7 +76,7 @@ def grouping_score(affinity: Tensor, groups: Sequence[Sequence[int]], *, alone: 
     return sum(_value(matrix, list(group), alone) for group in groups)
 
 
-def _check(matrix: _Matrix, num_groups: int) -> None:
+def _check_matrix(matrix: _Matrix, num_groups: int) -> None:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         raise ValueError(f"best_grouping needs a [K, K] matrix of affinities, found shape {list(matrix.shape)}.")
     beside = ~np.eye(len(matrix), dtype=bool)
@@ -97,17 +97,23 @@ def _value(matrix: _Matrix, group: list[int], alone: float) -> float:
 
 
 def _exact(matrix: _Matrix, num_groups: int, alone: float) -> _Groups:
-    """Best values of all subsets with one group more each time; the group with a subset's lowest task is split off."""
+    """Find the best partition by dynamic programming over subsets, with one group more in each round.
+
+    A subset of tasks is a number whose bit i is set where task i is in it.
+    """
     num_tasks = len(matrix)
     subsets = np.arange(1 << num_tasks)
     members = (subsets[:, None] >> np.arange(num_tasks)) & 1
     sizes = members.sum(1)
     inside = np.einsum("si,ij,sj->s", members, matrix, members, optimize=True)
     values = np.where(sizes < 2, alone, inside / np.maximum(sizes - 1, 1))
+    # best[s] is the value of the best partition of s into the groups allowed so far, chosen[r][s] the group that it
+    # splits off in round r. With one group that is s itself.
     best, chosen = values.copy(), [subsets.copy()]
     for _ in range(1, num_groups):
         better, choice = best.copy(), np.zeros_like(subsets)
         for subset in range(1, 1 << num_tasks):
+            # Some group holds the subset's lowest task: only those are tried, so that no partition is seen twice.
             lowest = subset & -subset
             parts = _parts_with(subset ^ lowest) | lowest
             parts = parts[parts != subset]
@@ -115,7 +121,7 @@ def _exact(matrix: _Matrix, num_groups: int, alone: float) -> _Groups:
                 continue
             sums = values[parts] + best[subset ^ parts]
             at = int(sums.argmax())
-            if sums[at] > better[subset] + 1e-12:
+            if sums[at] > better[subset] + 1e-12:  # of equally good partitions, the one with fewer groups stays
                 better[subset], choice[subset] = sums[at], parts[at]
         best = better
         chosen.append(choice)

@@ -1,4 +1,4 @@
-"""What monitors of pairs of tasks have in common: means over steps, a heatmap an epoch, state that is resumed."""
+"""The base class of monitors of pairs of tasks: means over steps, a heatmap for each epoch, state that resumes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_mtl.monitors.figures import has_tensorboard, heatmap, log_figure,
 
 
 class PairMeans:
-    """Means of a ``[K, K]`` matrix over steps that not all tasks are present in.
+    """Averages a ``[K, K]`` matrix over steps in which some tasks may be absent.
 
     Example:
         >>> means = PairMeans(2)
@@ -28,7 +28,7 @@ class PairMeans:
         self.sums = torch.zeros(2, num_tasks, num_tasks, dtype=torch.float64)
 
     def add(self, values: Tensor, present: Sequence[int]) -> None:
-        """Count the values of the present tasks; what is not finite is left out."""
+        """Add the values of the present tasks; values that are not finite are left out."""
         index = torch.tensor(list(present))
         grid = (index[:, None], index)
         known = values.isfinite()
@@ -36,17 +36,17 @@ class PairMeans:
         self.sums[1][grid] += known.cpu().double()
 
     def mean(self) -> Tensor:
-        """The means, ``[K, K]``, not a number for a pair that has not been seen."""
+        """Return the means, ``[K, K]``, nan for a pair that was never measured."""
         return self.sums[0] / self.sums[1]
 
     @property
     def empty(self) -> bool:
-        """Whether nothing has been counted."""
+        """Return whether no value was added."""
         return not bool(self.sums[1].any())
 
 
 class PairMonitor(Monitor):
-    """The base of monitors that measure a number for each pair of tasks from the Gramian of their gradients.
+    """Measures a number for each pair of tasks from the Gramian of their gradients; a base class.
 
     A subclass implements :meth:`Monitor.observe` and calls :meth:`count` and :meth:`write` there.
 
@@ -80,35 +80,36 @@ class PairMonitor(Monitor):
         self.epoch, self.whole = PairMeans(0), PairMeans(0)
 
     def count(self, values: Tensor, tasks: Sequence[str]) -> None:
-        """Count a step's values, ``[K, K]``, of the present tasks."""
+        """Add a step's values, ``[K, K]``, of the present tasks."""
         present = [self.tasks.index(task) for task in tasks]
         self.epoch.add(values, present)
         self.whole.add(values, present)
 
     def write(self, pl_module: pl.LightningModule, scalars: Mapping[str, Tensor]) -> None:
-        """Write scalars at this step, whenever other scalars are due: few are, and the step is the one measured."""
+        """Log scalars at this step, also between the steps at which Lightning logs: they belong to this step."""
         named = {f"{self.name}/{key}": value.float().cpu() for key, value in scalars.items()}
         pl_module.trainer.callback_metrics.update(named)
         pl_module.trainer._logger_connector.log_metrics(named)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Meet the module's tasks; refuse a second monitor that would log under the same names."""
+        """Read the module's tasks; refuse a second monitor that would log under the same names."""
         super().setup(trainer, pl_module, stage)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, PairMonitor) and other is not self and other.name == self.name:
                 raise ValueError(
                     f"Two monitors log under {self.name!r}; give one another name: {type(self).__name__}(name=...)."
                 )
-        tasks = tuple(pl_module.tasks)  # type: ignore[arg-type]
+        tasks = tuple(self.tasks_of(pl_module))
         if stage == "fit" and (trainer.global_step == 0 or tasks != self.tasks):
             self.tasks = tasks
             self.epoch, self.whole = PairMeans(len(tasks)), PairMeans(len(tasks))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw what the epoch's steps have shown, for TensorBoard."""
+        """Draw the epoch's means for TensorBoard."""
         if self.off or self.epoch.empty:
             return
         with guarding([self]):
+            # The means are the same on all ranks, so that rank 0 can draw them without asking the others.
             if self.figure and trainer.is_global_zero and has_tensorboard(trainer):
                 row, column = self.from_to
                 figure = heatmap(
@@ -130,22 +131,22 @@ class PairMonitor(Monitor):
 
     @property
     def state_key(self) -> str:
-        """The key of the state in a checkpoint."""
+        """Return the key of the state in a checkpoint."""
         return self._generate_state_key(name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums so far, and whose they are."""
+        """Return the sums so far, with the tasks' names."""
         return {"tasks": list(self.tasks), "epoch": self.epoch.sums.clone(), "whole": self.whole.sums.clone()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the sums of an interrupted training; begin anew where they are of other tasks."""
+        """Restore the sums of an interrupted training; sums of other tasks are ignored."""
         if not self.tasks or state_dict["tasks"] == list(self.tasks):
             self.tasks = tuple(state_dict["tasks"])
             self.epoch.sums, self.whole.sums = state_dict["epoch"].clone(), state_dict["whole"].clone()
 
 
 def _symmetric(values: Tensor) -> tuple[float, float]:
-    """Limits around 0, so that the middle colour means neither help nor harm; the diagonal has no say in them."""
+    """Limits around 0, so that the middle color means neither help nor harm; the diagonal is ignored."""
     beside = values[~torch.eye(len(values), dtype=torch.bool)]
     found = beside[beside.isfinite()].abs()
     largest = float(found.max()) if len(found) else 1.0

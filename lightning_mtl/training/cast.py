@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_mtl.distributed import Ranks
-from lightning_mtl.learning_rates.base import task_rates_of
+from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
 from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.monitors.base import Monitor
-from lightning_mtl.monitors.phases import Phases
+from lightning_mtl.monitors.throughput import Phases
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.task_rates import Steering
 

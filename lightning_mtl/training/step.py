@@ -19,7 +19,7 @@ from lightning_mtl.gradients.sharded import ShardedTrunkGradients
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.torch_internals import KEEPING_BUFFERS
 from lightning_mtl.gradients.trunk import TrunkGradients
-from lightning_mtl.monitors.phases import Phases
+from lightning_mtl.monitors.throughput import Phases
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_unreached
 from lightning_mtl.training.cast import Cast

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from lightning_mtl.learning_rates.base import TaskRates
-from lightning_mtl.learning_rates.samples import aligned, of_all_ranks
+from lightning_mtl.learning_rates.relatedness import aligned, of_all_ranks
+from lightning_mtl.learning_rates.task_learning_rate import TaskLearningRate
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import TaskOutput
 from lightning_mtl.task.batches import is_per_task
@@ -35,7 +35,7 @@ class Steering:
         effective: The tasks whose heads are in the optimizer, and the learning rates of the newest step.
     """
 
-    def __init__(self, rates: TaskRates, module: TaskModule) -> None:
+    def __init__(self, rates: TaskLearningRate, module: TaskModule) -> None:
         self.rates, self.groups = rates, GroupRates()
         self.effective: tuple[list[str], Tensor] | None = None
         self.groups.check(module, _optimizer_of(module), shares_trunk=rates.shares_trunk)

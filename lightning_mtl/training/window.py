@@ -13,7 +13,7 @@ from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.inner_products import Measured, Wanted
 from lightning_mtl.gradients.sharded import ShardedTrunkGradients
 from lightning_mtl.gradients.trunk import TrunkGradients
-from lightning_mtl.learning_rates.base import Collected
+from lightning_mtl.learning_rates.factor import Collected
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Decision, Signals
 

@@ -1,10 +1,9 @@
-"""Whether learning together helped: tasks trained alone, the comparison with them, and transfer to an unseen task."""
+"""Measures whether learning together helped: single-task baselines, a comparison with them, a transfer probe."""
 
 from lightning_mtl.transfer.baselines import SingleTaskBaselines, single_task_baselines
+from lightning_mtl.transfer.comparison import TransferReport
 from lightning_mtl.transfer.probe import ProbeResult, probe_transfer
-from lightning_mtl.transfer.report import TransferReport
-from lightning_mtl.transfer.scores import TaskScores, task_scores
-from lightning_mtl.transfer.training import only_tasks, train_and_score
+from lightning_mtl.transfer.runs import TaskScores, only_tasks, task_scores, train_and_score
 
 __all__ = [
     "ProbeResult",

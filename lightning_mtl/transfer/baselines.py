@@ -1,4 +1,4 @@
-"""Each task trained alone with the same budget: what learning together has to be compared with."""
+"""Trains each task alone with the same budget, for comparison with multi-task models."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task import Task
-from lightning_mtl.transfer.cache import ScoreCache
-from lightning_mtl.transfer.configuration import configuration
-from lightning_mtl.transfer.scores import Directions, Stage, TaskScores, chosen_scores, metric_directions
-from lightning_mtl.transfer.training import (
-    Data,
-    Module,
+from lightning_mtl.transfer.cache import ScoreCache, configuration
+from lightning_mtl.transfer.runs import (
+    DataOrFactory,
+    Directions,
+    EvaluationStage,
+    ModuleOrFactory,
+    TaskScores,
     TrainerFactory,
+    chosen_scores,
     fit_and_score,
     fresh,
     made_data,
+    metric_directions,
     only_tasks,
     seeded,
 )
@@ -30,7 +33,7 @@ from lightning_mtl.transfer.training import (
 
 @dataclass(frozen=True)
 class SingleTaskBaselines:
-    """What each task scored when trained alone; from :func:`single_task_baselines`, or from numbers at hand.
+    """Holds what each task scored when trained alone, from :func:`single_task_baselines` or from given numbers.
 
     Args:
         seeds: The seeds.
@@ -64,11 +67,11 @@ class SingleTaskBaselines:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The names of the tasks."""
+        """Return the names of the tasks."""
         return tuple(self.higher_is_better)
 
     def means(self) -> TaskScores:
-        """Each task's scores, averaged over the seeds."""
+        """Return each task's scores, averaged over the seeds."""
         return {
             task: {
                 metric: math.fsum(scores[task][metric] for scores in self.scores) / len(self.scores)
@@ -92,14 +95,14 @@ class SingleTaskBaselines:
 
 
 def single_task_baselines(
-    module: Module,
-    datamodule: Data,
+    module: ModuleOrFactory,
+    datamodule: DataOrFactory,
     trainer_factory: TrainerFactory,
     *,
     seeds: Sequence[int] = (0,),
     tasks: Sequence[str] | None = None,
     metrics: Sequence[str] | None = None,
-    stage: Stage = "val",
+    stage: EvaluationStage = "val",
     ckpt_path: str | None = None,
     cache_dir: str | Path | None = None,
     key: str | None = None,
@@ -107,7 +110,7 @@ def single_task_baselines(
     """Train each task alone, with the architecture, the budget and the data order of the whole model.
 
     For every seed and task a copy of the module is trained in which the other tasks are absent (see
-    :func:`only_tasks`, which also says what a subclass must see to), then evaluated. If ``module`` is a module and no
+    :func:`only_tasks`, also for what a subclass must do), then evaluated. If ``module`` is a module and no
     function, its ``Task.baseline`` are set to the means over the seeds.
 
     With ``cache_dir`` every run's scores are written when it ends, so that what was interrupted goes on where it was,
@@ -180,7 +183,7 @@ def single_task_baselines(
 
 
 def chosen_tasks(module: MultiTaskModule, names: Sequence[str] | None) -> dict[str, Task]:
-    """The tasks of these names.
+    """Return the tasks of these names.
 
     Raises:
         ValueError: If the module has not one of them.

@@ -1,4 +1,4 @@
-"""What a trunk has learned that a task it has never seen can use."""
+"""Measures how useful a trunk is for a task that it was not trained on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_mtl.metrics import Interval, bootstrap_interval, paired_bootstrap_interval
 from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.monitors.figures import draw_curves
+from lightning_mtl.monitors.tables import Cell, Grid, marked
 from lightning_mtl.task import Task
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
-from lightning_mtl.transfer.drawing import draw_curves
-from lightning_mtl.transfer.scores import chosen_scores, metric_directions
-from lightning_mtl.transfer.tables import Cell, Grid, marked, rich_table
-from lightning_mtl.transfer.training import TrainerFactory, fit_and_score, fresh, seeded
+from lightning_mtl.transfer.runs import TrainerFactory, chosen_scores, fit_and_score, fresh, metric_directions, seeded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +30,7 @@ ProbeTask = Mapping[str, Task]
 
 
 class FrozenTrunk(nn.Module):
-    """A trunk that stays as it is: no gradient, no dropout, no running statistics moved, whatever mode is asked for.
+    """Keeps a trunk as it is: in every mode no gradient, no dropout and no update of running statistics.
 
     Example:
         >>> frozen = FrozenTrunk(nn.Sequential(nn.Linear(2, 2), nn.Dropout())).train()
@@ -57,7 +56,7 @@ class FrozenTrunk(nn.Module):
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The scores of a new head on a frozen trunk, and of the same model trained from scratch.
+    """Holds the scores of a new head on a frozen trunk, and of the same model trained from scratch.
 
     Args:
         task: The new task's name.
@@ -81,7 +80,7 @@ class ProbeResult:
     scratch: Sequence[Sequence[float]]
 
     def advantage(self, num_samples: int) -> Interval:
-        """How much better the frozen trunk is, in the metric's own unit; pairs of a seed are compared.
+        """Return how much better the frozen trunk is, in the metric's own unit; pairs of a seed are compared.
 
         Raises:
             ValueError: If this number of samples was not tried.
@@ -93,7 +92,7 @@ class ProbeResult:
         return paired_bootstrap_interval(*((better, worse) if self.higher_is_better else (worse, better)))
 
     def table(self) -> Table:
-        """The scores for the console, as a table of rich's; green and red are beyond the noise of the seeds.
+        """Make a table of the package rich for the console; green and red are beyond the noise of the seeds.
 
         Raises:
             ModuleNotFoundError: If rich is not installed.
@@ -104,7 +103,7 @@ class ProbeResult:
             cell = marked(self.advantage(number), digits=3)
             grid.add(str(number), *(Cell(f"{score:.3f}") for score in scores), cell)
         way = "higher" if self.higher_is_better else "lower"
-        return rich_table(grid, title=f"{self.task}: {self.metric}, {way} is better", caption="positive is better")
+        return grid.rich(title=f"{self.task}: {self.metric}, {way} is better", caption="positive is better")
 
     def to_csv(self, path: str | Path) -> None:
         """Write every score, a row each: samples, trunk, place of the seed, and the score under the metric's name."""
@@ -191,7 +190,7 @@ def probe_transfer(
         for own in scores.values():
             own.append([])
         for seed in seeds:
-            order = torch.randperm(_length(samples), generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(_number_of_samples(samples), generator=torch.Generator().manual_seed(seed))
             subset = Subset(samples, order[:number].tolist())
             for kind in scores:
                 with seeded(seed):
@@ -213,7 +212,7 @@ class _Probe(MultiTaskModule):
     """A model of one task, whose batches may be ``(inputs, target)``."""
 
     def task_losses(self, batch: Any) -> Any:  # noqa: ANN401 - whatever the loader yields
-        """Name a target that has no name."""
+        """Give a target without a name the task's name."""
         if isinstance(batch, tuple | list) and len(batch) == 2 and not isinstance(batch[1], Mapping):
             batch = batch[0], {next(iter(self.tasks)): batch[1]}
         return super().task_losses(batch)
@@ -244,7 +243,7 @@ def _checked(
     return next(iter(task)), metric_directions(task, None if metric is None else [metric])
 
 
-def _length(samples: Any) -> int:  # noqa: ANN401 - torch's Dataset has no __len__ of its own
+def _number_of_samples(samples: Any) -> int:  # noqa: ANN401 - torch's Dataset has no __len__ of its own
     return len(samples)
 
 

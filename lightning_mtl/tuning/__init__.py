@@ -9,7 +9,7 @@ except ImportError as error:
     ) from error
 
 from lightning_mtl.method.search_space import Choice, Range
-from lightning_mtl.tuning.report import Result
+from lightning_mtl.tuning.result import Result
 from lightning_mtl.tuning.search import tune
 
 __all__ = ["Choice", "Range", "Result", "tune"]

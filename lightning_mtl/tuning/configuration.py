@@ -1,4 +1,4 @@
-"""A configuration and the values that a trial puts into it."""
+"""The configuration that trials begin with, and the values that a trial puts into it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from typing import Any
 
 import yaml
 
-from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
-from lightning_mtl.configured.problems import choices, in_one_line
+from lightning_mtl.configured import ConfigurationError, MultiTaskCLI, choices, in_one_line
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.task import Task
-from lightning_mtl.tuning.space import Space, unlabelled
+from lightning_mtl.tuning.space import Space, value_of_label
 
 
 @dataclass(frozen=True)
-class Base:
-    """The configuration that every trial begins with.
+class BaseConfig:
+    """Holds the configuration that every trial begins with.
 
     Args:
         values: All of it, defaults included, as plain values.
@@ -35,20 +34,20 @@ class Base:
 
     @property
     def seed(self) -> int:
-        """The seed of the configuration, 0 where it leaves it open."""
+        """Return the seed of the configuration, 0 where it has none."""
         found = self.values.get("seed_everything")
         return 0 if found is None or isinstance(found, bool) else int(found)
 
-    def with_baselines(self, means: Mapping[str, Mapping[str, float]]) -> Base:
-        """The same with what single-task models scored, from which ``val/delta_m`` follows."""
+    def with_baselines(self, means: Mapping[str, Mapping[str, float]]) -> BaseConfig:
+        """Add the scores of single-task models, from which ``val/delta_m`` follows."""
         values = deepcopy(dict(self.values))
         for task, scores in means.items():
             # 0 and what is not finite make no relative change.
             values["model"]["init_args"]["tasks"][task]["baseline"] = dict(scores)
-        return Base(values, self.tasks, self.world_size)
+        return BaseConfig(values, self.tasks, self.world_size)
 
 
-def read_base(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Base:
+def read_base(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> BaseConfig:
     """Read a configuration and make its objects once, so that mistakes show at once.
 
     Args:
@@ -62,11 +61,11 @@ def read_base(config: str | Path | Mapping[str, Any], overrides: Sequence[str] =
     cli = MultiTaskCLI(given, run=False, exit_on_error=False)
     values = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, format="yaml"))
     # YAML's aliases are one object in several places, of which a trial may change one: JSON has no such thing.
-    return Base(json.loads(json.dumps(values)), cli.model.tasks, cli.trainer.world_size)
+    return BaseConfig(json.loads(json.dumps(values)), cli.model.tasks, cli.trainer.world_size)
 
 
-def trial_configuration(base: Base, space: Space, drawn: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
-    """The configuration with a trial's values.
+def trial_configuration(base: BaseConfig, space: Space, drawn: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
+    """Return the configuration with a trial's values.
 
     Raises:
         ConfigurationError: If a path names no parameter.
@@ -74,24 +73,30 @@ def trial_configuration(base: Base, space: Space, drawn: Mapping[str, Any], *, s
     values = deepcopy(dict(base.values))
     values["seed_everything"] = seed
     for path, allowed in space.parameters.items():
-        holder, key = locate(values, path)
-        holder[key] = deepcopy(unlabelled(allowed, drawn[path]))
+        _put(values, path, value_of_label(allowed, drawn[path]))
     if space.weightings:
-        chosen = space.candidate(drawn).method
-        arguments = space.weighting_arguments(drawn, list(base.tasks))
-        entry = {"class_path": f"{chosen.__module__}.{chosen.__qualname__}", "init_args": arguments}
-        values["trainer"]["callbacks"] = [*other_callbacks(values, Weighting), entry]
+        _put_weighting(values, space.candidate(drawn).method, space.weighting_arguments(drawn, list(base.tasks)))
     return values
 
 
+def _put(values: dict[str, Any], path: str, value: Any) -> None:  # noqa: ANN401 - whatever YAML holds
+    holder, key = locate(values, path)
+    holder[key] = deepcopy(value)
+
+
+def _put_weighting(values: dict[str, Any], method: type[Weighting], arguments: Mapping[str, Any]) -> None:
+    entry = {"class_path": f"{method.__module__}.{method.__qualname__}", "init_args": arguments}
+    values["trainer"]["callbacks"] = [*other_callbacks(values, Weighting), entry]
+
+
 def other_callbacks(values: Mapping[str, Any], *left_out: type) -> list[dict[str, Any]]:
-    """The Trainer's callbacks but for those of some classes."""
+    """Return the Trainer's callbacks but for those of some classes."""
     callbacks = values["trainer"].get("callbacks") or []
     listed = callbacks if isinstance(callbacks, list) else [callbacks]
-    return [callback for callback in listed if not issubclass(_class(callback["class_path"]), left_out)]
+    return [callback for callback in listed if not issubclass(_imported_class(callback["class_path"]), left_out)]
 
 
-def _class(class_path: str) -> type:
+def _imported_class(class_path: str) -> type:
     module, _, name = class_path.rpartition(".")
     found: type = getattr(importlib.import_module(module), name)
     return found
@@ -136,7 +141,7 @@ def _nowhere(path: str, before: str, step: str, holder: Any) -> str:  # noqa: AN
     return f"{said}is {holder!r}; give it as class_path and init_args in the configuration."
 
 
-def check_space(base: Base, space: Space) -> None:
+def check_space(base: BaseConfig, space: Space) -> None:
     """Refuse, before any trial, a path that leads nowhere and a value that its parameter does not take.
 
     Every choice and both ends of every range are parsed, and every weighting: several at a time, since what is wrong
@@ -152,13 +157,10 @@ def check_space(base: Base, space: Space) -> None:
     for number in range(max([len(space.weightings), *map(len, listed)])):
         values = deepcopy(dict(base.values))
         for options in listed:
-            path, value = options[number % len(options)]
-            holder, key = locate(values, path)
-            holder[key] = deepcopy(value)
+            _put(values, *options[number % len(options)])
         if space.weightings:
             chosen = space.weightings[number % len(space.weightings)]
             arguments = {**chosen.fixed, **{name: allowed.examples()[0] for name, allowed in chosen.space.items()}}
-            entry = {"class_path": f"{chosen.method.__module__}.{chosen.name}", "init_args": arguments}
-            values["trainer"]["callbacks"] = [*other_callbacks(values, Weighting), entry]
+            _put_weighting(values, chosen.method, arguments)
         with in_one_line():
             parser.parse_object(values)

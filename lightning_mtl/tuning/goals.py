@@ -1,4 +1,4 @@
-"""What a search minimises or maximises."""
+"""The goals of a search: the metrics that it minimizes or maximizes."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-from lightning_mtl.configured.problems import ConfigurationError, choices
+from lightning_mtl.configured import ConfigurationError, choices
 from lightning_mtl.task import Task
 
 Direction = Literal["minimize", "maximize"]
 
 
 class NotLoggedError(ConfigurationError):
-    """A goal that the training does not log, and no trial will reach."""
+    """Is raised for a goal that the training does not log, so that no trial can reach it."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A logged metric, or the mean of several.
+    """Names a logged metric, or several whose mean counts.
 
     Args:
         metrics: Their names, as logged.
-        direction: Where to; None where the names say.
+        direction: Minimize or maximize; None where the names show it.
 
     Example:
         >>> Goal(("val/loss/a", "val/loss/b"), None).value({"val/loss/a": 1.0, "val/loss/b": 2.0})
@@ -35,11 +35,11 @@ class Goal:
 
     @property
     def name(self) -> str:
-        """The metric's name, or what the mean is of."""
+        """Return the metric's name, or ``mean(...)`` of several."""
         return self.metrics[0] if len(self.metrics) == 1 else f"mean({', '.join(self.metrics)})"
 
     def value(self, logged: Mapping[str, float]) -> float:
-        """The goal's value after a training.
+        """Compute the goal's value after a training.
 
         Raises:
             NotLoggedError: If the training has logged no such metric.
@@ -53,10 +53,10 @@ class Goal:
         return value
 
     def towards(self, tasks: Mapping[str, Task]) -> Direction:
-        """Where to, as given or as the metrics' names say.
+        """Return whether to minimize or maximize, as given or as the metrics' names show.
 
         Raises:
-            ConfigurationError: If neither says, or the names disagree.
+            ConfigurationError: If neither shows it, or the names disagree.
         """
         if self.direction is not None:
             return self.direction
@@ -70,7 +70,7 @@ class Goal:
 
 
 def _direction(metric: str, tasks: Mapping[str, Task]) -> Direction | None:
-    """Losses and delta_m are minimised; of a task's metric the task knows."""
+    """Losses and delta_m are minimized; of a task's metric the task knows."""
     parts = metric.split("/")
     if parts[0] in ("loss", "loss_epoch") or (len(parts) > 1 and parts[1] in ("loss", "delta_m")):
         return "minimize"

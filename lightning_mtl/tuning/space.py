@@ -1,4 +1,4 @@
-"""What a search varies, as its YAML file says it."""
+"""Reads what a search varies from a YAML file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lightning_mtl.configured.problems import ConfigurationError, choices
-from lightning_mtl.configured.short_names import load_short_names
+from lightning_mtl.configured import ConfigurationError, choices, load_short_names
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Choice, Range
 from lightning_mtl.tuning.goals import Goal, read_goals
@@ -31,7 +30,7 @@ UNIFORM = Range(1e-6, 1 - 1e-6)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the weightings to choose from.
+    """Holds one of the weightings to choose from.
 
     Args:
         method: The class.
@@ -45,21 +44,21 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """The class's name, under which the search knows it."""
+        """Return the class's name, which is its name in the search."""
         return self.method.__name__
 
     @property
     def importance_argument(self) -> str:
-        """The constructor's argument that takes a factor for each task."""
+        """Return the constructor's argument that takes a factor for each task."""
         return "importance" if "importance" in inspect.signature(self.method).parameters else "weights"
 
 
 @dataclass(frozen=True)
 class Space:
-    """What a search varies, and what it looks for.
+    """Holds what a search varies, and what it improves.
 
     Args:
-        goals: What is minimised or maximised; several make a Pareto front.
+        goals: What is minimized or maximized; several make a Pareto front.
         weightings: The candidates; none leaves the configuration's weighting.
         simplex: Whether the tasks' importances, which sum to their number, are searched, too.
         parameters: Other parameters of the configuration, by path.
@@ -85,11 +84,11 @@ class Space:
         return drawn
 
     def candidate(self, drawn: Mapping[str, Any]) -> Candidate:
-        """The weighting that was drawn."""
+        """Return the weighting that was drawn."""
         return next(candidate for candidate in self.weightings if candidate.name == drawn[WEIGHTING])
 
     def importances(self, drawn: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, float]:
-        """The tasks' importances, which sum to their number; empty where they are not searched."""
+        """Compute the tasks' importances, which sum to their number; empty where they are not searched."""
         if not self.simplex:
             return {}
         shares = {task: -math.log(drawn[f"importance.{task}"]) for task in tasks}
@@ -97,28 +96,28 @@ class Space:
         return {task: len(shares) * share / total for task, share in shares.items()}
 
     def in_words(self, drawn: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-        """What was drawn, as people read it: the tasks' importances for the numbers they come from."""
+        """Return the drawn values for people to read, with the tasks' importances computed."""
         importances = {f"importance.{task}": value for task, value in self.importances(drawn, tasks).items()}
         return {**drawn, **importances}
 
     def weighting_arguments(self, drawn: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-        """The arguments of the weighting that was drawn, its importances included."""
+        """Return the arguments of the weighting that was drawn, its importances included."""
         chosen = self.candidate(drawn)
         arguments = {**chosen.fixed}
         for argument, allowed in chosen.space.items():
-            arguments[argument] = unlabelled(allowed, drawn[f"{chosen.name}.{argument}"])
+            arguments[argument] = value_of_label(allowed, drawn[f"{chosen.name}.{argument}"])
         if self.simplex:
             arguments[chosen.importance_argument] = self.importances(drawn, tasks)
         return arguments
 
 
 def label(value: Any) -> Any:  # noqa: ANN401 - whatever a YAML file holds
-    """How Optuna, which takes plain values alone, knows a choice."""
+    """Return the plain value by which Optuna knows a choice: JSON for lists and dicts."""
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def unlabelled(allowed: Range | Choice, drawn: Any) -> Any:  # noqa: ANN401
-    """The value that was drawn."""
+def value_of_label(allowed: Range | Choice, drawn: Any) -> Any:  # noqa: ANN401
+    """Return the value that was drawn, from the plain value by which Optuna knows it."""
     if isinstance(allowed, Range):
         return drawn
     return next(value for value in allowed.values if type(label(value)) is type(drawn) and label(value) == drawn)
@@ -197,7 +196,7 @@ def _candidate(entry: Any, parameters: Mapping[str, Range | Choice]) -> Candidat
         path, fixed = entry.get("class_path"), entry.get("init_args") or {}
         if surplus := entry.keys() - {"class_path", "init_args"}:
             raise ConfigurationError(f"weighting: an entry has class_path and init_args, found {sorted(surplus)}.")
-    method = _class(path)
+    method = _weighting_class(path)
     accepted = inspect.signature(method).parameters
     own = {key.partition(".")[2]: spec for key, spec in parameters.items() if key.partition(".")[0] == method.__name__}
     for argument in (*fixed, *own):
@@ -215,7 +214,7 @@ def _candidate(entry: Any, parameters: Mapping[str, Range | Choice]) -> Candidat
     return Candidate(method, fixed, space)
 
 
-def _class(path: Any) -> type[Weighting]:  # noqa: ANN401
+def _weighting_class(path: Any) -> type[Weighting]:  # noqa: ANN401
     names = load_short_names()
     module, _, name = names.get(str(path), str(path)).rpartition(".")
     try:

@@ -1,10 +1,12 @@
-"""Where a study lives, so that many workers share it."""
+"""Opens the storage of a study, which workers share, and decides which of its trials count."""
 
 from __future__ import annotations
 
+import datetime
 import random
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import sqlalchemy
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
 
 from lightning_mtl.configured import ConfigurationError
 
@@ -22,7 +25,7 @@ LOCK_SECONDS = 120
 
 
 def open_storage(storage: str | Path | None, silence: int) -> BaseStorage:
-    """Open a storage, made where it does not exist.
+    """Open a storage, and create it where it does not exist.
 
     Args:
         storage: The URL of a database, ``sqlite:///study.db``; a journal file, ``journal:///path/to/file`` or a path
@@ -108,13 +111,13 @@ def _lock_at_once(connection: sqlalchemy.Connection) -> None:
 
 
 def sign_of_life(storage: BaseStorage, trial: optuna.Trial) -> None:
-    """Record a first heartbeat, before anything that takes time; storages without heartbeat leave it."""
+    """Record a first heartbeat, before anything that takes time, where the storage has heartbeats."""
     if isinstance(storage, RDBStorage):
         storage.record_heartbeat(trial._trial_id)
 
 
 def has_heartbeat(storage: BaseStorage) -> bool:
-    """Whether a worker's death shows."""
+    """Return whether the storage shows that a worker has died."""
     return isinstance(storage, RDBStorage)
 
 
@@ -125,3 +128,49 @@ def fail_silent_trials(study: optuna.Study, storage: BaseStorage) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
+
+
+# User attributes of a trial.
+ERROR = "error"
+SURPLUS = "surplus"
+WORKER = "worker"
+
+
+def counts(trial: FrozenTrial) -> bool:
+    """Return whether a trial is one of those asked for: it waits, runs, or has ended by itself.
+
+    A training that ended with an error is one of them; a trial whose worker was killed, or interrupted, is not.
+    """
+    if SURPLUS in trial.user_attrs:
+        return False
+    return trial.state != TrialState.FAIL or ERROR in trial.user_attrs
+
+
+def counting(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the trials that count."""
+    return [trial for trial in trials if counts(trial)]
+
+
+def is_surplus(trials: Sequence[FrozenTrial], number: int, total: int) -> bool:
+    """Return whether enough trials with lower numbers count already."""
+    return sum(counts(trial) for trial in trials if trial.number < number) >= total
+
+
+def without_sign(trials: Sequence[FrozenTrial], silence: int) -> list[FrozenTrial]:
+    """Return running trials without any sign of life: their worker died before it could give one."""
+    latest = datetime.datetime.now() - datetime.timedelta(seconds=silence)
+    return [
+        trial
+        for trial in trials
+        if trial.state == TrialState.RUNNING
+        and WORKER not in trial.user_attrs
+        and trial.datetime_start is not None
+        and trial.datetime_start < latest
+    ]
+
+
+def fail_and_repeat(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Mark a running trial as failed, and queue its values again."""
+    study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    if trial.params:
+        study.enqueue_trial(trial.params)

@@ -1,36 +1,36 @@
-"""One worker's way through a study: draw, train, tell, until there are as many trials as were asked for."""
+"""Runs one worker of a study: it draws, trains and tells trials until there are as many as were asked for."""
 
 from __future__ import annotations
 
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from lightning_mtl.configured import ConfigurationError
-from lightning_mtl.tuning.configuration import Base, trial_configuration
-from lightning_mtl.tuning.counting import (
+from lightning_mtl.tuning.configuration import BaseConfig, trial_configuration
+from lightning_mtl.tuning.goals import NotLoggedError
+from lightning_mtl.tuning.space import Space
+from lightning_mtl.tuning.storage import (
     ERROR,
     SURPLUS,
     WORKER,
     counting,
     fail_and_repeat,
+    fail_silent_trials,
+    has_heartbeat,
     is_surplus,
+    sign_of_life,
     without_sign,
 )
-from lightning_mtl.tuning.goals import NotLoggedError
-from lightning_mtl.tuning.ranks import Ranks
-from lightning_mtl.tuning.space import Space
-from lightning_mtl.tuning.storage import fail_silent_trials, has_heartbeat, sign_of_life
-from lightning_mtl.tuning.training import Job, train
+from lightning_mtl.tuning.trial import Job, TrialProcesses, train
 
 POLL_SECONDS = 1.0
 SEED_VALUES = "values_by_seed"
@@ -38,7 +38,7 @@ SEED_VALUES = "values_by_seed"
 
 @dataclass
 class Worker:
-    """One process, or one group of them, that works on a study.
+    """Works on a study as one process, or as one group of processes.
 
     Args:
         study: The study, on every rank.
@@ -55,9 +55,9 @@ class Worker:
 
     study: optuna.Study
     storage: BaseStorage
-    base: Base
+    base: BaseConfig
     space: Space
-    ranks: Ranks
+    ranks: TrialProcesses
     total: int
     seeds: int
     folder: Path
@@ -154,19 +154,19 @@ class Worker:
             self._end_if_pruned(pruning)
         return by_seed
 
-    def _pruning(self, trial: optuna.Trial) -> list[pl.Callback]:
+    def _pruning(self, trial: optuna.Trial) -> list[Any]:
         from optuna_integration import PyTorchLightningPruningCallback
 
         return [PyTorchLightningPruningCallback(trial, monitor=self.space.goals[0].metrics[0])]
 
-    def _end_if_pruned(self, pruning: list[pl.Callback]) -> None:
+    def _end_if_pruned(self, pruning: Sequence[Any]) -> None:
         """On several ranks the callback ends the training and leaves it to the caller to end the trial."""
         if self.ranks.size == 1 or not pruning:
             return
         message: str | None = None
         if self.ranks.leads:
             try:
-                pruning[0].check_pruned()  # type: ignore[attr-defined]
+                pruning[0].check_pruned()
             except optuna.TrialPruned as pruned:
                 message = str(pruned)
         if (message := self.ranks.broadcast(message)) is not None:
@@ -174,4 +174,4 @@ class Worker:
 
 
 class RankError(RuntimeError):
-    """What one of a trial's ranks has raised."""
+    """Is raised on all ranks of a trial for an error on one of them."""

@@ -154,7 +154,7 @@ NODE = nn.Linear(3, 3)
         ({"stages": [[NODE], []]}, "[1, 0] nodes"),
         ({"stages": [[NODE, NODE]]}, "same module object"),
         ({"stages": [[NODE]], "tasks": []}, "tasks=[]"),
-        ({"stages": [[NODE]], "tasks": ["a", "a"]}, "once"),
+        ({"stages": [[NODE]], "tasks": ["a", "a"]}, "twice"),
         ({"stages": [[NODE]], "tasks": ["a.b"]}, "cannot name a task"),
     ],
 )

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from lightning_mtl.monitors import GateUsage
-from lightning_mtl.monitors.gate_statistics import GateTable
+from lightning_mtl.monitors.gates import GateTable
 from tests.architectures.models import TASKS, TRUNKS, WIDTH, batch, build, expert, module
 from tests.training import fit, flat_parameters, loader
 

@@ -9,8 +9,8 @@ from tests.distributed.pairs import Pair
 from tests.finetuning.worker import CASES, train
 
 
-@pytest.mark.parametrize(("flavour", "weighting", "automatic"), CASES)
-def test_two_processes_follow_one(flavour: str, weighting: str, automatic: bool, pair: Pair) -> None:
-    first, second = pair.run(train, flavour, weighting, automatic)
+@pytest.mark.parametrize(("flavor", "weighting", "automatic"), CASES)
+def test_two_processes_follow_one(flavor: str, weighting: str, automatic: bool, pair: Pair) -> None:
+    first, second = pair.run(train, flavor, weighting, automatic)
     assert torch.equal(first, second)
-    torch.testing.assert_close(first, train(flavour, weighting, automatic), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(first, train(flavor, weighting, automatic), rtol=1e-6, atol=1e-8)

@@ -16,7 +16,7 @@ from tests.small import Batch, batches, small
 from tests.training import History, fit, loader
 
 DDP = functools.partial(DDPStrategy, process_group_backend="gloo")
-FLAVOURS: Mapping[str, Any] = {
+FLAVORS: Mapping[str, Any] = {
     "default": DDP,
     "find_unused_parameters": functools.partial(DDP, find_unused_parameters=True),
     "static_graph": functools.partial(DDP, static_graph=True),
@@ -46,7 +46,7 @@ def half(batch: Batch, rank: int, ranks: int) -> Batch:
     return inputs[rank::ranks].double(), {task: target[rank::ranks].double() for task, target in targets.items()}
 
 
-def train(flavour: str, weighting: str, automatic: bool, rank: int = 0, ranks: int = 1) -> Tensor:
+def train(flavor: str, weighting: str, automatic: bool, rank: int = 0, ranks: int = 1) -> Tensor:
     """Parameters after each of eight steps; a layer of the trunk thaws in the second and in the third epoch."""
     module = small(optimizer=functools.partial(torch.optim.SGD, lr=0.1)).double()
     module.automatic_optimization = automatic
@@ -57,7 +57,7 @@ def train(flavour: str, weighting: str, automatic: bool, rank: int = 0, ranks: i
         max_epochs=4,
         callbacks=[*WEIGHTINGS[weighting](), GradualUnfreezing(every_n_epochs=1, lr_decay=0.5), history],
         devices=ranks,
-        strategy="auto" if ranks == 1 else FLAVOURS[flavour](),
+        strategy="auto" if ranks == 1 else FLAVORS[flavor](),
         use_distributed_sampler=False,
     )
     return torch.stack(history.parameters)

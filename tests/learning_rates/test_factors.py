@@ -18,7 +18,7 @@ from lightning_mtl import MultiTaskModule, Task, TaskOutput
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.learning_rates import GradientNorm, Importance, Relatedness, TaskLearningRate
 from lightning_mtl.learning_rates.importance import lag_factors
-from lightning_mtl.learning_rates.samples import aligned, of_all_ranks
+from lightning_mtl.learning_rates.relatedness import aligned, of_all_ranks
 from lightning_mtl.weighting import MGDA
 from tests.small import batch, binary, small, trunk
 from tests.training import Steps, fit, loader
@@ -72,8 +72,8 @@ def test_power_zero_and_the_product_with_bounds() -> None:
         assert rates.current(0).tolist() == pytest.approx(clamped)
 
 
-def test_normalised_multipliers_have_the_mean_one() -> None:
-    rates = TaskLearningRate(Importance({"a": 3.0}), normalise=True)
+def test_normalized_multipliers_have_the_mean_one() -> None:
+    rates = TaskLearningRate(Importance({"a": 3.0}), normalize=True)
     rates.reset(["a", "b"])
     assert rates.current(0).tolist() == [1.5, 0.5]
 
@@ -81,7 +81,7 @@ def test_normalised_multipliers_have_the_mean_one() -> None:
 def test_bounds_come_after_the_mean_and_no_learning_at_all_has_none() -> None:
     for weights, expected in (({"a": 8.0}, [1.2, 0.5]), ({"a": 0.0, "b": 0.0}, [0.0, 0.0])):
         bounds = (0.5, 1.2) if any(weights.values()) else None
-        rates = TaskLearningRate(Importance(weights), normalise=True, bounds=bounds)
+        rates = TaskLearningRate(Importance(weights), normalize=True, bounds=bounds)
         rates.reset(["a", "b"])
         assert rates.current(0).tolist() == expected
 
@@ -156,7 +156,7 @@ def test_related_tasks_get_more_than_opposed_ones() -> None:
     assert values[0] > values[2]
 
 
-def partly_labelled(number: int) -> tuple[list[Any], dict[str, Tensor]]:
+def partly_labeled(number: int) -> tuple[list[Any], dict[str, Tensor]]:
     """Batches with a missing label, a missing task; and all targets in a row."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(number, 6, 3, generator=generator)
@@ -170,7 +170,7 @@ def partly_labelled(number: int) -> tuple[list[Any], dict[str, Tensor]]:
 @pytest.mark.parametrize("samples", [12, 24, 1000])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_correlation_of_targets(samples: int, accumulate: int) -> None:
-    drawn, targets = partly_labelled(5)
+    drawn, targets = partly_labeled(5)
     factor = Relatedness("target_correlation", samples=samples)
     module = three(accumulate_grad_batches=accumulate, optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
     fit(module, loader(*drawn), callbacks=[TaskLearningRate(factor)])

@@ -31,7 +31,7 @@ SAVED_AFTER = 9  # in the second epoch of three, of six batches each
 MAKES: dict[str, Callable[[], TaskLearningRate]] = {
     "combined": lambda: TaskLearningRate([Importance(metric="accuracy"), GradientNorm(), Importance({"b": 0.5})]),
     "cosines": lambda: TaskLearningRate(
-        [Relatedness("gradient_cosine"), GradientNorm(of="shared")], shares_trunk=True, every_n_steps=4, normalise=True
+        [Relatedness("gradient_cosine"), GradientNorm(of="shared")], shares_trunk=True, every_n_steps=4, normalize=True
     ),
     "targets": lambda: TaskLearningRate(Relatedness("target_correlation", samples=40)),
     "predictions": lambda: TaskLearningRate(Relatedness("prediction_mutual_information", samples=30), bounds=(0.1, 2)),
@@ -94,7 +94,7 @@ def test_checkpoints_of_other_factors_are_refused_and_those_without_begin_anew(t
     trainer = fit(module, DataLoader(make(), batch_size=None), callbacks=[TaskLearningRate(GradientNorm())])
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     again = DataLoader(make(), batch_size=None)
-    message = "multiplied the factors ['GradientNorm'], this one has ['Importance']"
+    message = "TaskLearningRate held ['GradientNorm'], this one holds ['Importance']"
     with pytest.raises(ValueError, match=re.escape(message)):
         fit(
             binary(cls=Scheduled),

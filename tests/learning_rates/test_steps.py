@@ -116,7 +116,7 @@ def test_a_rate_that_a_user_sets_in_optimizer_step_stays() -> None:
 
 
 def test_an_absent_task_keeps_head_and_state() -> None:
-    rates = TaskLearningRate(GradientNorm(decay=0.5), normalise=True)
+    rates = TaskLearningRate(GradientNorm(decay=0.5), normalize=True)
     inputs, targets = BATCHES[1]
     module, history = small(), History()
     before = [p.detach().clone() for p in module.heads["b"].parameters()]

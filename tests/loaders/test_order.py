@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_mtl.data import Joint, Mixing, MultiTaskDataModule, Proportional, Ratios, RoundRobin
-from lightning_mtl.data.order import Batches, PassOrder, Place, Shard
+from lightning_mtl.data.order import Batches, DataPosition, PassOrder, Shard
 from lightning_mtl.data.sources import read_source
 from lightning_mtl.data.streams import open_stream
 from tests.loaders.samples import Numbered, counted, seen_in
@@ -22,8 +22,8 @@ def orders(size: int, batch_size: int, ranks: int, **arguments: bool) -> list[Pa
     return [PassOrder(size, batch_size, Shard(rank, ranks), 7, "a", **settings) for rank in range(ranks)]
 
 
-def places(order: PassOrder, passes: int) -> list[Place]:
-    found = [Place()]
+def places(order: PassOrder, passes: int) -> list[DataPosition]:
+    found = [DataPosition()]
     while found[-1].passes < passes:
         found.append(order.after(found[-1]))
     return found[:-1]
@@ -58,13 +58,13 @@ def test_the_incomplete_batch_can_be_dropped() -> None:
 
 
 def first(order: PassOrder, batches: int) -> list[list[int]]:
-    return list(itertools.islice(Batches(order, Place()), batches))
+    return list(itertools.islice(Batches(order, DataPosition()), batches))
 
 
 def test_another_seed_or_name_is_another_order() -> None:
     base = PassOrder(50, 50, Shard(), 7, "a", shuffle=True)
     others = [PassOrder(50, 50, Shard(), 8, "a", shuffle=True), PassOrder(50, 50, Shard(), 7, "b", shuffle=True)]
-    found = [tuple(order.indices(Place())) for order in (base, *others)]
+    found = [tuple(order.indices(DataPosition())) for order in (base, *others)]
     assert len(set(found)) == 3
 
 

@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
 
 from lightning_mtl.data import MultiTaskDataModule, RoundRobin
+from lightning_mtl.data.iterables import EveryNth
 from lightning_mtl.data.order import Shard
-from lightning_mtl.data.sources import EveryNth, check_shards, read_source
+from lightning_mtl.data.sources import LoaderSource, check_shards, read_source
 from tests.loaders.samples import Flowing, Numbered, Sample, Sized, module, numbers
 from tests.training import quiet_trainer
 
@@ -128,6 +129,7 @@ def test_orders_of_ones_own_on_several_ranks() -> None:
         DataLoader(Numbered(3), sampler=RandomSampler(Numbered(3), replacement=True)),
     ):
         source = read_source("a", "train", loader, None, {})
+        assert isinstance(source, LoaderSource)
         assert source.loader is loader
         check_shards(source, Shard(), None)
         with pytest.raises(ValueError, match="a loader with an order of its own, which 2 ranks would all read alike"):

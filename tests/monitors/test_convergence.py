@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lightning_mtl.monitors import Convergence, convergence, describe_course
+from lightning_mtl.monitors.convergence import LossHistory
 from lightning_mtl.monitors.course import steps_to_fraction
-from lightning_mtl.monitors.loss_history import LossHistory
 from tests.small import TASKS, batches, binary, small
 from tests.training import Memory, fit, loader
 

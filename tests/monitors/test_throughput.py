@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_mtl import Signals, Weighting
 from lightning_mtl.monitors import Throughput, throughput
-from lightning_mtl.monitors.phases import Phases
+from lightning_mtl.monitors.throughput import Phases
 from tests.small import batch, batches, small
 from tests.training import Memory, fit, loader
 

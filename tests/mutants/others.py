@@ -82,8 +82,8 @@ OTHERS = (
     Mutation(
         "long gradients get a larger learning rate",
         "learning_rates/gradient_norm.py",
-        ".clamp(min=SMALLEST) ** -power",
-        ".clamp(min=SMALLEST) ** power",
+        ".clamp(min=SMALLEST_RATIO) ** -power",
+        ".clamp(min=SMALLEST_RATIO) ** power",
         f"{RATES}/test_factors.py",
     ),
     Mutation(
@@ -111,21 +111,21 @@ OTHERS = (
     ),
     Mutation(
         "factors of learning rates are not restored",
-        "learning_rates/task_learning_rate.py",
-        "factor.load_state_dict(state)",
+        "method/task_state.py",
+        "child.load_state_dict(state)",
         "pass",
         f"{RATES}/test_resume.py",
     ),
     Mutation(
         "a rank compares its own samples alone",
-        "learning_rates/samples.py",
+        "learning_rates/relatedness.py",
         "torch.cat(gather_all_tensors(here, ranks.group), dim=1)",
         "here",
         f"{RATES}/test_ddp.py",
     ),
     Mutation(
         "a resumed loader begins anew",
-        "data/mixed_loader.py",
+        "data/loaders.py",
         "stream.load_state_dict(found[task])",
         "pass",
         f"{LOADERS}/test_resume.py",
@@ -134,21 +134,21 @@ OTHERS = (
     Mutation(
         "every pass over the samples has the same order",
         "data/order.py",
-        'seeded(self.seed, "order", self.name, place.passes)',
-        'seeded(self.seed, "order", self.name)',
+        'generator_for(self.seed, "order", self.name, position.passes)',
+        'generator_for(self.seed, "order", self.name)',
         f"{LOADERS}/test_order.py",
     ),
     Mutation(
         "tasks come in the same order in every epoch",
-        "data/mixed_loader.py",
-        'seeded(self.seed, "mixing", epoch)',
-        'seeded(self.seed, "mixing", 0)',
+        "data/loaders.py",
+        'generator_for(self.seed, "mixing", epoch)',
+        'generator_for(self.seed, "mixing", 0)',
         f"{LOADERS}/test_order.py",
         "another_order",
     ),
     Mutation(
         "a loader's epoch is one off",
-        "data/mixed_loader.py",
+        "data/loaders.py",
         "self._epoch = epoch\n",
         "self._epoch = epoch + 1\n",
         f"{LOADERS}/test_training.py",
@@ -157,8 +157,8 @@ OTHERS = (
     Mutation(
         "both ranks see the same samples",
         "data/order.py",
-        "range(min(place.samples + self.shard.rank, end)",
-        "range(min(place.samples, end)",
+        "range(min(position.samples + self.shard.rank, end)",
+        "range(min(position.samples, end)",
         f"{LOADERS}/test_order.py",
     ),
     Mutation(
@@ -208,7 +208,7 @@ OTHERS = (
     ),
     Mutation(
         "helped is what was hurt",
-        "transfer/report.py",
+        "transfer/comparison.py",
         "self.gain(run, task).high < 0",
         "self.gain(run, task).low > 0",
         "tests/transfer/test_report.py",
@@ -216,7 +216,7 @@ OTHERS = (
     ),
     Mutation(
         "gates share out over the samples instead of the experts",
-        "architectures/gates.py",
+        "architectures/experts.py",
         "return scores.softmax(1)",
         "return scores.softmax(0)",
         f"{ARCHITECTURES}/test_references.py",
@@ -224,7 +224,7 @@ OTHERS = (
     ),
     Mutation(
         "a penalty's gradient is half of it",
-        "architectures/parameter_penalties.py",
+        "architectures/soft_sharing.py",
         "[2 * root for root in roots]",
         "roots",
         f"{ARCHITECTURES}/test_soft_sharing.py",

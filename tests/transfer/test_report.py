@@ -15,8 +15,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lightning_mtl.metrics import bootstrap_interval
+from lightning_mtl.monitors.figures import draw_intervals
 from lightning_mtl.transfer import SingleTaskBaselines, TransferReport
-from lightning_mtl.transfer.drawing import draw_intervals
 from tests.training import Memory, quiet_trainer
 
 DIRECTIONS = {"a": {"accuracy": True, "error": False}, "b": {"loss": False}}
@@ -138,7 +138,7 @@ def test_tensorboard_gets_table_picture_and_numbers(report: TransferReport, tmp_
     events.Reload()
     assert events.Scalars("transfer/gain/MGDA/a")[0].value == pytest.approx(report.gain("MGDA", "a").mean, rel=1e-6)
     assert events.Scalars("transfer/delta_m/MGDA")[0].step == 7
-    assert "| Δm, % |" in events.Tensors("transfer/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| Δm, % " in events.Tensors("transfer/text_summary")[0].tensor_proto.string_val[0].decode()
     assert events.Images("transfer")
     assert memory.lines[0][1]["transfer/delta_m/equal"] == report.delta_m("equal").mean
     report.log(CSVLogger(tmp_path / "csv"), figure=False)

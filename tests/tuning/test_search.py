@@ -13,9 +13,9 @@ from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
-from lightning_mtl.tuning import baselines, tune
-from lightning_mtl.tuning.counting import ERROR
+from lightning_mtl.tuning import search, tune
 from lightning_mtl.tuning.goals import NotLoggedError
+from lightning_mtl.tuning.storage import ERROR
 from lightning_mtl.tuning.workers import SEED_VALUES
 from tests.tuning.tiny import SPACE, Fixed, configuration
 
@@ -85,7 +85,7 @@ def test_delta_m_compares_with_tasks_trained_alone_once(tmp_path: Path, monkeypa
         constructed.append(arguments)
         return MultiTaskCLI(*arguments, **keywords)
 
-    monkeypatch.setattr(baselines, "MultiTaskCLI", construct)
+    monkeypatch.setattr(search, "MultiTaskCLI", construct)
     storage = f"sqlite:///{tmp_path}/study.db"
     arguments: dict[str, Any] = {"storage": storage, "folder": "out", "sampler": sampler()}
     wanted = space(objective="val/delta_m")

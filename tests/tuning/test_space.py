@@ -14,7 +14,7 @@ from lightning_mtl.configured import ConfigurationError
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Choice, Range
 from lightning_mtl.task import Task
-from lightning_mtl.tuning.configuration import Base, locate, trial_configuration
+from lightning_mtl.tuning.configuration import BaseConfig, locate, trial_configuration
 from lightning_mtl.tuning.goals import Goal, read_goals
 from lightning_mtl.tuning.space import label, read_space
 from tests.contract_rows import ROWS
@@ -126,7 +126,7 @@ def test_numbers_are_drawn_from_what_their_range_says() -> None:
 def test_choices_of_lists_nulls_and_mappings_come_back_as_they_are(tmp_path: Any) -> None:
     values: list[Any] = [None, "null", 1, True, [4, 8], {"class_path": "MLP", "init_args": {"widths": [4]}}]
     space = read_space({"objective": "val/loss", "parameters": {"model.trunk": values}})
-    base = Base(configuration(tmp_path), {}, 1)
+    base = BaseConfig(configuration(tmp_path), {}, 1)
     for value in values:
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         study.enqueue_trial({"model.trunk": label(value)})

@@ -16,8 +16,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_mtl.tuning import tune, workers
-from lightning_mtl.tuning.counting import ERROR, SURPLUS, WORKER, counting, is_surplus
-from lightning_mtl.tuning.storage import open_storage
+from lightning_mtl.tuning.storage import ERROR, SURPLUS, WORKER, counting, is_surplus, open_storage
 from tests.tuning.tiny import HOLD, SPACE, configuration
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_mtl import Aggregator, Signals, Weighting
+from lightning_mtl.learning_rates import Factor, TaskLearningRate
+from lightning_mtl.method.task_state import TaskState
 from lightning_mtl.weighting import CRMOGM, DTP, GradientNormBalance, GradVac, UncertaintyWeighting
 from tests.contract_rows import METHODS
 from tests.small import batch, batches, binary, small
@@ -25,15 +27,22 @@ WRAPPERS: dict[str, Wrap] = {"once": still, "twice": lambda method: still(still(
 wrapped = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 
 
-class Listening(Weighting):
+class Listening(TaskState):
     """Overrides every hook of a callback and keeps what it was called with."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, list[Any]]] = []
 
+
+class ListeningWeighting(Listening, Weighting):
     def weigh(self, signals: Signals) -> Tensor:
         return torch.ones_like(signals.losses)
+
+
+class ListeningFactor(Listening, Factor):
+    def values(self) -> Tensor:
+        return torch.ones(len(self.tasks))
 
 
 def _listening(name: str) -> Callable[..., None]:
@@ -73,7 +82,7 @@ class PerEpoch(Weighting):
         self.factor = self.factor * torch.tensor([2.0, 1.0])
 
 
-def life(callback: Weighting, path: Path) -> None:
+def life(callback: pl.Callback, path: Path) -> None:
     """All that a Trainer does: fits, one of them resumed, one that fails, and the loops without training."""
     module, data = binary(), loader(*batches(4, 4))
     trainer = fit(module, data, data, callbacks=[callback], max_epochs=2, num_sanity_val_steps=1)
@@ -88,13 +97,20 @@ def life(callback: Weighting, path: Path) -> None:
 
 @wrapped
 def test_every_hook_reaches_the_wrapped_method(wrap: Wrap, tmp_path: Path) -> None:
-    alone, inside = Listening(), Listening()
+    alone, inside = ListeningWeighting(), ListeningWeighting()
     life(alone, tmp_path / "alone.ckpt")
     life(wrap(inside), tmp_path / "inside.ckpt")
     assert [name for name, _ in inside.calls] == [name for name, _ in alone.calls]
     assert inside.calls == alone.calls
     # Lightning leaves this one out in manual optimization.
     assert set(HOOKS) - {name for name, _ in alone.calls} <= {"on_before_zero_grad"}
+
+
+def test_every_hook_reaches_a_factor_of_learning_rates(tmp_path: Path) -> None:
+    alone, inside = ListeningWeighting(), ListeningFactor()
+    life(alone, tmp_path / "alone.ckpt")
+    life(TaskLearningRate(inside), tmp_path / "inside.ckpt")
+    assert inside.calls == alone.calls
 
 
 @wrapped

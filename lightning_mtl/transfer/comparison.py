@@ -1,4 +1,4 @@
-"""Whether learning together helped, task by task, beyond the noise of seeds."""
+"""Reports whether learning together helped, task by task, beyond the noise of seeds."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning_mtl.metrics import (
     paired_bootstrap_interval,
     transfer_gain,
 )
+from lightning_mtl.monitors.figures import draw_intervals
+from lightning_mtl.monitors.tables import Grid, marked
 from lightning_mtl.transfer.baselines import SingleTaskBaselines
-from lightning_mtl.transfer.drawing import draw_intervals
-from lightning_mtl.transfer.scores import TaskScores, chosen_scores
-from lightning_mtl.transfer.tables import Grid, marked, rich_table
+from lightning_mtl.transfer.runs import TaskScores, chosen_scores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +43,7 @@ class TransferReport:
     as :func:`~lightning_mtl.metrics.transfer_gain`, :func:`~lightning_mtl.metrics.delta_m` and
     :func:`~lightning_mtl.metrics.mean_rank` define them. A task is hurt where the whole interval of its gain lies below
     0, helped where it lies above; with few seeds the intervals are too narrow to be taken at their word, as
-    :func:`~lightning_mtl.metrics.bootstrap_interval` says in numbers.
+    :func:`~lightning_mtl.metrics.bootstrap_interval` shows in numbers.
 
     Args:
         baselines: What each task scores alone.
@@ -97,45 +97,45 @@ class TransferReport:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks' names."""
+        """Return the tasks' names."""
         return self.baselines.tasks
 
     def gain(self, run: str, task: str) -> Interval:
-        """What a task gained in a run, in percent of its scores alone; positive is better."""
+        """Return what a task gained in a run, in percent of its scores alone; positive is better."""
         return self._interval(self._gains[run][task])
 
     def delta_m(self, run: str) -> Interval:
-        """The mean relative change over all metrics, in percent; negative is better."""
+        """Return the mean relative change over all metrics, in percent; negative is better."""
         return self._interval(self._delta_m[run])
 
     def mean_rank(self, run: str) -> Interval:
-        """The run's rank among the runs, averaged over metrics, 1 being best; those that tie share their ranks."""
+        """Return the run's rank among the runs, averaged over metrics: 1 is best, ties share their ranks."""
         return self._interval(self._ranks[run])
 
     def compare(self, run: str, other: str) -> Interval:
-        """How much higher a run's delta_m is than another's, pair by pair; negative is better for the first."""
+        """Return how much higher a run's delta_m is than another's, seed by seed; negative is better for the first."""
         return paired_bootstrap_interval(self._delta_m[run], self._delta_m[other], confidence=self.confidence)
 
     def hurt(self, run: str) -> list[str]:
-        """The tasks that learning together made worse beyond noise: negative transfer."""
+        """Return the tasks that learning together made worse beyond noise: negative transfer."""
         return [task for task in self.tasks if self.gain(run, task).high < 0]
 
     def helped(self, run: str) -> list[str]:
-        """The tasks that learning together made better beyond noise."""
+        """Return the tasks that learning together made better beyond noise."""
         return [task for task in self.tasks if self.gain(run, task).low > 0]
 
     # What it looks like
 
     def table(self) -> Table:
-        """The report for the console, as a table of rich's; green and red are beyond noise.
+        """Make a table of the package rich for the console; green and red are beyond noise.
 
         Raises:
             ModuleNotFoundError: If rich is not installed.
         """
-        return rich_table(self._grid(), title="Gain of each task over training it alone, %", caption=self._caption())
+        return self._grid().rich(title="Gain of each task over training it alone, %", caption=self._caption())
 
     def markdown(self) -> str:
-        """The same in Markdown; bold is beyond noise."""
+        """Write the same table in Markdown; bold is beyond noise."""
         return f"{self._grid().markdown()}\n\n{self._caption()}"
 
     def to_csv(self, path: str | Path) -> None:

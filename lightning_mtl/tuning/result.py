@@ -1,8 +1,7 @@
-"""What a search has found: configurations to train again, a table, pictures."""
+"""The result of a search: configurations to train again, a table, pictures."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,19 +16,20 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mtl.tuning.configuration import Base, trial_configuration
-from lightning_mtl.tuning.counting import ERROR, SURPLUS, counts
+from lightning_mtl.monitors.tables import console_for_lines
+from lightning_mtl.transfer.cache import write_whole
+from lightning_mtl.tuning.configuration import BaseConfig, trial_configuration
 from lightning_mtl.tuning.goals import Goal
 from lightning_mtl.tuning.space import Space
+from lightning_mtl.tuning.storage import ERROR, SURPLUS, counts
 from lightning_mtl.tuning.workers import SEED_VALUES
 
 ROWS = 10
-PIPED_WIDTH = 180  # so that a line stays a line for grep
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a search has found.
+    """Holds what a search has found.
 
     Attributes:
         study: Optuna's study.
@@ -54,12 +54,12 @@ class Result:
 
     @property
     def goals(self) -> tuple[Goal, ...]:
-        """What was searched for."""
+        """Return the goals of the search."""
         return self.space.goals
 
     @property
     def finished(self) -> list[FrozenTrial]:
-        """The trials that have a value, best first; several objectives leave them in order."""
+        """Return the trials that have a value, best first; with several objectives in their own order."""
         found = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if len(self.goals) > 1:
             return found
@@ -68,20 +68,18 @@ class Result:
 
     @property
     def failed(self) -> list[FrozenTrial]:
-        """The trials that ended with an error, which is in their user attribute ``error``."""
+        """Return the trials that ended with an error, which is in their user attribute ``error``."""
         return [trial for trial in self.study.get_trials(deepcopy=False) if ERROR in trial.user_attrs]
 
     @property
     def unfinished(self) -> list[FrozenTrial]:
-        """The trials that run elsewhere, wait, or lost their worker without a heartbeat to show it."""
+        """Return the trials that run elsewhere, wait, or lost their worker without a heartbeat to show it."""
         states = (TrialState.RUNNING, TrialState.WAITING)
         return [trial for trial in self.study.get_trials(deepcopy=False, states=states) if counts(trial)]
 
     def print_table(self, console: Console | None = None) -> None:
         """Print the best trials, what became of the others, and where the files are."""
-        console = console or Console()
-        if not console.is_terminal:
-            console.width = PIPED_WIDTH
+        console = console_for_lines(console)
         table = Table(title=f"Study {self.study.study_name}", title_justify="left", box=box.SIMPLE)
         table.add_column("trial", justify="right")
         for goal in self.goals:
@@ -125,7 +123,7 @@ def _in_words(params: Mapping[str, Any]) -> str:
     )
 
 
-def write_report(study: optuna.Study, base: Base, space: Space, folder: Path) -> Result:
+def write_report(study: optuna.Study, base: BaseConfig, space: Space, folder: Path) -> Result:
     """Write the best configurations and the pictures into a folder."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     best: dict[int, Path] = {}
@@ -139,17 +137,9 @@ def write_report(study: optuna.Study, base: Base, space: Space, folder: Path) ->
         values = trial_configuration(base, space, trial.params, seed=base.seed)
         found = ", ".join(f"{goal.name} = {value!r}" for goal, value in zip(space.goals, trial.values, strict=True))
         header = f"# Trial {number} of study {study.study_name}: {found}\n# lightning-mtl fit --config {path.name}\n"
-        _write(path, header + yaml.safe_dump(values, sort_keys=False))
+        write_whole(path, header + yaml.safe_dump(values, sort_keys=False))
     pictures = _draw(study, space.goals, folder) if len(complete) > 1 else ()
     return Result(study, space, list(base.tasks), best, pictures)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: several workers may write the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _draw(study: optuna.Study, goals: Sequence[Goal], folder: Path) -> tuple[Path, ...]:

@@ -1,25 +1,120 @@
-"""Train a module, or some of its tasks alone, and score it: the same way for all that will be compared."""
+"""Trains a module, or some of its tasks alone, and scores it, in the same way for all models to compare."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.task import Task
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.step import Optimization
-from lightning_mtl.transfer.scores import Stage, TaskScores, task_scores
 
-Module = MultiTaskModule | Callable[[int], MultiTaskModule]
+TaskScores = dict[str, dict[str, float]]
+"""``{task: {metric: value}}``, ``"loss"`` standing for the task's loss."""
+EvaluationStage = Literal["val", "test"]
+Directions = dict[str, dict[str, bool]]
+"""``{task: {metric: whether higher is better}}``."""
+
+
+def task_scores(trainer: pl.Trainer, stage: EvaluationStage = "val") -> TaskScores:
+    """Read what each task scored in a Trainer's last validation or test: its mean loss and its metrics, unrounded.
+
+    Args:
+        trainer: After ``fit`` with validation data, ``validate`` or ``test``.
+        stage: ``"val"`` or ``"test"``.
+
+    Returns:
+        ``{task: {metric: value}}`` with ``"loss"`` among the metrics; the same on every rank.
+
+    Raises:
+        TypeError: If the Trainer's module is no ``MultiTaskModule``.
+        ValueError: If it has not been through that stage.
+
+    Example:
+        >>> scores = task_scores(trainer)  # doctest: +SKIP
+        >>> scores["age"]  # doctest: +SKIP
+        {'loss': 0.26, 'MeanAbsoluteError': 5.1}
+    """
+    module = trainer.lightning_module
+    if not isinstance(module, MultiTaskModule):
+        raise TypeError(
+            f"task_scores reads what a MultiTaskModule recorded; the Trainer holds {type(module).__name__}."
+        )
+    if not (found := module.recorder.scores[stage]):
+        run, data = (
+            ("trainer.test", "a test loader") if stage == "test" else ("trainer.validate", "a validation loader")
+        )
+        raise ValueError(
+            f"The Trainer has no {stage} scores: call {run}(module, {data}) first. Strategies that train in processes "
+            "of their own, ddp_spawn and ddp_notebook, keep the scores there; use strategy='ddp'."
+        )
+    return {task: dict(values) for task, values in found.items()}
+
+
+def metric_directions(tasks: Mapping[str, Task], metrics: Sequence[str] | None = None) -> Directions:
+    """Choose which of each task's scores are compared, and find whether higher is better.
+
+    Args:
+        tasks: The tasks.
+        metrics: Names to compare, each task by those that it has; ``"loss"`` may be among them. None takes every metric
+            that knows whether higher is better, and the loss of a task without one.
+
+    Raises:
+        ValueError: If a task has none of the named metrics, or one that does not know whether higher is better.
+
+    Example:
+        >>> from torch.nn.functional import l1_loss
+        >>> metric_directions({"age": Task(l1_loss)})
+        {'age': {'loss': False}}
+    """
+    directions: Directions = {}
+    for name, task in tasks.items():
+        own = {str(metric): held.higher_is_better for metric, held in task.metric_collection().items()}
+        if metrics is None:
+            chosen = [metric for metric, direction in own.items() if direction is not None] or ["loss"]
+        else:
+            chosen = [metric for metric in metrics if metric == "loss" or metric in own]
+        if not chosen:
+            raise ValueError(
+                f"metrics={list(metrics or [])} has none of task {name!r}, which can be compared by "
+                f"{sorted(['loss', *own])}."
+            )
+        directions[name] = {metric: task.higher_is_better(metric) for metric in chosen}
+    return directions
+
+
+def chosen_scores(scores: TaskScores, directions: Directions) -> TaskScores:
+    """Keep the scores that are compared.
+
+    Raises:
+        ValueError: If one of them is missing.
+    """
+    missing = [
+        f"{metric} of {task}"
+        for task, metrics in directions.items()
+        for metric in metrics
+        if metric not in scores.get(task, {})
+    ]
+    if missing:
+        found = {task: sorted(values) for task, values in scores.items()}
+        raise ValueError(
+            f"There is no score for {', '.join(missing)}, only {found}. A task needs labeled samples in the "
+            "evaluation data; a metric that computes several values is left out with metrics=[...]."
+        )
+    return {task: {metric: scores[task][metric] for metric in metrics} for task, metrics in directions.items()}
+
+
+ModuleOrFactory = MultiTaskModule | Callable[[int], MultiTaskModule]
 """A module, whose present weights every run begins with, or a function of the seed that makes one."""
-Data = pl.LightningDataModule | tuple[Any, Any] | Callable[[int], "pl.LightningDataModule | tuple[Any, Any]"]
+DataOrFactory = pl.LightningDataModule | tuple[Any, Any] | Callable[[int], "pl.LightningDataModule | tuple[Any, Any]"]
 """A datamodule, a pair of loaders (to train with, to evaluate with), or a function of the seed that makes either."""
 TrainerFactory = Callable[[], pl.Trainer]
 
@@ -72,13 +167,13 @@ def only_tasks(module: MultiTaskModule, tasks: Collection[str]) -> MultiTaskModu
 
 
 def train_and_score(
-    module: Module,
-    datamodule: Data,
+    module: ModuleOrFactory,
+    datamodule: DataOrFactory,
     trainer_factory: TrainerFactory,
     *,
     tasks: Collection[str] | None = None,
     seed: int = 0,
-    stage: Stage = "val",
+    stage: EvaluationStage = "val",
     ckpt_path: str | None = None,
 ) -> TaskScores:
     """Train a copy of a module with a fresh Trainer, evaluate it, and return each task's scores.
@@ -117,7 +212,7 @@ def fit_and_score(
     trainer: pl.Trainer,
     *,
     seed: int,
-    stage: Stage,
+    stage: EvaluationStage,
     ckpt_path: str | None = None,
     watched: bool = True,
 ) -> TaskScores:
@@ -135,8 +230,8 @@ def fit_and_score(
     return task_scores(trainer, stage)
 
 
-def made_data(datamodule: Data, seed: int) -> pl.LightningDataModule | tuple[Any, Any]:
-    """The data of a seed: a datamodule or a pair of loaders.
+def made_data(datamodule: DataOrFactory, seed: int) -> pl.LightningDataModule | tuple[Any, Any]:
+    """Return the data of a seed, a datamodule or a pair of loaders.
 
     Raises:
         TypeError: If it is neither.
@@ -156,7 +251,7 @@ def made_data(datamodule: Data, seed: int) -> pl.LightningDataModule | tuple[Any
 
 
 def fresh(trainer: pl.Trainer) -> pl.Trainer:
-    """Refuse what is no Trainer, or one that has run before, whose state would reach into the next run.
+    """Return a Trainer that has not run; refuse anything else, whose state would reach into the next run.
 
     Raises:
         TypeError: If it is no Trainer.

@@ -1,4 +1,4 @@
-"""The training loader: each step's batches of the tasks that a mixing mode chooses."""
+"""The loaders: training steps of the tasks that a mixing mode chooses, and evaluation passes over all data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning_mtl.data.mixing import Mixing
-from lightning_mtl.data.order import Shard, seeded
+from lightning_mtl.data.order import Shard, generator_for
 from lightning_mtl.data.streams import Stream
 
 
@@ -52,11 +52,11 @@ class MixedLoader:
 
     @property
     def sampler(self) -> MixedLoader:
-        """Itself: Lightning tells the sampler of each loader which epoch begins."""
+        """Return the loader itself, because Lightning calls ``sampler.set_epoch`` of each loader."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next iteration is."""
+        """Set the epoch of the next iteration."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -82,10 +82,10 @@ class MixedLoader:
         sizes = {task: stream.batches for task, stream in self.streams.items()}
         mode = self.mixing.in_epoch(epoch)
         mode.check(list(sizes))
-        return mode.order(sizes, self.steps, seeded(self.seed, "mixing", epoch))
+        return mode.order(sizes, self.steps, generator_for(self.seed, "mixing", epoch))
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been consumed; all ranks have to ask for it together."""
+        """Return what has been consumed; all ranks must call this together."""
         states = {task: stream.state_dict() for task, stream in self.streams.items()}
         alike = {task: states[task] for task, stream in self.streams.items() if stream.alike_on_ranks}
         own = {task: states[task] for task in self.streams if task not in alike}
@@ -94,7 +94,7 @@ class MixedLoader:
         return {"seed": self.seed, "epoch": epoch, "step": step, "tasks": alike, "ranks": ranks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after what has been consumed.
+        """Continue after what has been consumed.
 
         Raises:
             ValueError: If the state is that of other tasks, or of another number of ranks where that matters.
@@ -116,3 +116,58 @@ class MixedLoader:
         self._epoch = state["epoch"]
         self._consumed = (state["epoch"], state["step"])
         self._restored = True
+
+
+_ENDED = object()
+
+
+class EvaluationLoader:
+    """Yields ``{task: batch}`` with a batch of every task that is not at its end, until all are.
+
+    Every sample is seen once, on one rank. All ranks take the same number of steps, so that none waits for another;
+    where the others alone have a sample left, a task's batch is None.
+
+    Args:
+        streams: ``{task: stream}``.
+        anyone: Whether any rank has a batch left, asked where lengths are unknown; None where they are known.
+        read: What becomes of a batch.
+    """
+
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        anyone: Callable[[bool], bool] | None = None,
+        read: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.streams = dict(streams)
+        self._anyone = anyone
+        self._read = read
+
+    def __len__(self) -> int:
+        """As many steps as the longest task has batches.
+
+        Raises:
+            TypeError: If that is unknown, as Python has it for what has no length.
+        """
+        lengths = [stream.batches for stream in self.streams.values()]
+        if self._anyone is not None or None in lengths:
+            raise TypeError("An iterable dataset has no length.")
+        return max(length for length in lengths if length is not None)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """One step after the other."""
+        running = {task: stream.one_pass() for task, stream in self.streams.items()}
+        while True:
+            batch: dict[str, Any] = {}
+            for task, batches in list(running.items()):
+                found = next(batches, _ENDED)
+                if found is _ENDED:
+                    del running[task]
+                else:
+                    batch[task] = self._prepared(found)
+            if not (self._anyone(bool(batch)) if self._anyone is not None else batch):
+                return
+            yield batch or dict.fromkeys(self.streams)
+
+    def _prepared(self, batch: Any) -> Any:  # noqa: ANN401 - whatever the dataset yields, collated
+        return batch if batch is None or self._read is None else self._read(batch)

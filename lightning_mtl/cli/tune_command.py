@@ -1,4 +1,4 @@
-"""``lightning-mtl tune``: a search from the command line."""
+"""Runs ``lightning-mtl tune``, a search from the command line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lightning_mtl.configured import ConfigurationError
-from lightning_mtl.configured.problems import PROGRAM, debugging, leave
+from lightning_mtl.configured import PROGRAM, ConfigurationError, debugging, leave
 
-DESCRIPTION = """Search over weightings and hyperparameters with Optuna.
+TUNE_DESCRIPTION = """Search over weightings and hyperparameters with Optuna.
 
 Start the same command as often as you like, on one machine or several: the workers share the study in the storage, and
 stop when it has the trials asked for. A study that was interrupted goes on with the same command. What is not listed
@@ -20,18 +19,18 @@ below changes the configuration, as with "fit": --trainer.max_epochs 3.
 
 
 class OneLineArguments(argparse.ArgumentParser):
-    """argparse with one line for a mistake."""
+    """Parses arguments, and prints one line for a mistake."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the line, and leave."""
+        """Print the line, and end the process."""
         leave(message)
 
 
 def parser() -> OneLineArguments:
-    """The command's arguments."""
+    """Make the parser of the command's arguments."""
     made = OneLineArguments(
         prog=f"{PROGRAM} tune",
-        description=DESCRIPTION,
+        description=TUNE_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

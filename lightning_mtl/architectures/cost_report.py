@@ -1,4 +1,4 @@
-"""What a multi-task model costs beside a model for each task: parameters, multiply-adds, time."""
+"""Compares the cost of a multi-task model with that of a model for each task: parameters, multiply-adds, time."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_mtl.architectures.costs import as_trained, latency_ms, multiply_adds, parameters_behind
+from lightning_mtl.monitors.tables import Grid
 from lightning_mtl.task.batches import call_trunk_with
+from lightning_mtl.task.module import TaskModule
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from lightning_mtl.module import MultiTaskModule
 
 COLUMNS = ("", "parameters", "shared", "own", "multiply-adds", "ms")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model costs; for all tasks at once, or for one.
+    """Holds the cost of one model, for all tasks at once or for one.
 
     Attributes:
-        name: The task, or what the row sums up.
+        name: The task, or the name of the row.
         parameters: All that take part in its predictions.
         shared: Those of them that several tasks of the multi-task model use.
         own: Those that one task alone uses.
@@ -47,14 +47,14 @@ class Cost:
     milliseconds: float
 
     def cells(self) -> tuple[str, ...]:
-        """The row of a table."""
+        """Return the cost as a row of the table."""
         counts = (self.parameters, self.shared, self.own, self.multiply_adds)
         return (self.name, *(f"{count:,}" for count in counts), f"{self.milliseconds:.3f}")
 
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """The multi-task model, the model of each task alone, and their sum; ``print`` it, or ``rich.print`` it.
+    """Compares the multi-task model with the models of single tasks and their sum; ``print`` it, or ``rich.print`` it.
 
     Attributes:
         multi_task: All tasks by one model.
@@ -76,7 +76,7 @@ class ParameterReport:
 
     @property
     def single_task_total(self) -> Cost:
-        """All tasks by a model each, one after the other."""
+        """Return the sum over the single-task models."""
         costs = list(self.single_task.values())
         return Cost(
             f"{len(costs)} single-task models",
@@ -89,7 +89,7 @@ class ParameterReport:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Multi-task over the sum of the single-task models; below 1 the multi-task model is cheaper."""
+        """Divide the multi-task model by the sum of the single-task models; below 1 the multi-task model is cheaper."""
         one, many = self.multi_task, self.single_task_total
         return {
             name: getattr(one, name) / getattr(many, name) if getattr(many, name) else float("nan")
@@ -97,7 +97,7 @@ class ParameterReport:
         }
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table's lines as text, in the order of :data:`COLUMNS`."""
+        """Return the table's rows as text, in the order of :data:`COLUMNS`."""
         ratios = self.ratios
         last = (
             f"{ratios['parameters']:.2f}",
@@ -110,50 +110,35 @@ class ParameterReport:
         return [*(cost.cells() for cost in costs), ("multi-task / single-task", *last)]
 
     def __str__(self) -> str:
-        lines = [COLUMNS, *self.rows()]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-        text = [
-            "  ".join(
-                [
-                    line[0].ljust(widths[0]),
-                    *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
-                ]
-            )
-            for line in lines
-        ]
-        return "\n".join([*text, self._caption()])
+        return f"{self._grid().text()}\n{self._caption()}"
+
+    def _grid(self) -> Grid:
+        grid = Grid(COLUMNS)
+        rows = self.rows()
+        for position, row in enumerate(rows):
+            grid.add(*row)
+            if position in (len(rows) - 4, len(rows) - 2):  # below the last task, and above the ratios
+                grid.end_section()
+        return grid
 
     def _caption(self) -> str:
         idle = f" {self.idle:,} parameters take part in no prediction." if self.idle else ""
         return f"{self.assumption}{idle}"
 
     def table(self) -> Table:
-        """The same as a table of rich's.
+        """Make the same table for the package rich.
 
         Raises:
             ModuleNotFoundError: If rich is not installed.
         """
-        try:
-            from rich.table import Table
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "ParameterReport.table() needs rich, which is not installed; run pip install 'lightning-mtl[tables]', "
-                "or print the report as it is."
-            ) from error
-        table = Table(title="Cost of a forward pass", caption=self._caption(), caption_justify="left")
-        for column in COLUMNS:
-            table.add_column(column, justify="right" if column else "left")
-        rows = self.rows()
-        for position, row in enumerate(rows):
-            table.add_row(*row, end_section=position in (len(rows) - 4, len(rows) - 2))
-        return table
+        return self._grid().rich(title="Cost of a forward pass", caption=self._caption())
 
     def __rich__(self) -> Table:
         return self.table()
 
 
 def parameter_report(
-    module: MultiTaskModule,
+    module: TaskModule,
     inputs: Any,  # noqa: ANN401 - whatever the trunk takes
     *,
     single_task: Mapping[str, nn.Module] | None = None,
@@ -197,11 +182,11 @@ def parameter_report(
         raise ValueError(f"parameter_report(single_task=...) names {sorted(single_task)}, but the tasks are {tasks}.")
     alone = {task: single_task[task] if single_task else _alone(module, task) for task in tasks}
     with as_trained(module, *alone.values()):
-        used = {task: parameters_behind(module, partial(module._predict_each, {task: inputs})) for task in tasks}
+        used = {task: parameters_behind(module, partial(_predict, module, task, inputs)) for task in tasks}
         users = Counter(parameter for parameters in used.values() for parameter in parameters)
         costs = {}
         for task, model in alone.items():
-            run = partial(module._predict_each, {task: inputs}) if model is module else partial(model, inputs)
+            run = partial(_predict, module, task, inputs) if model is module else partial(model, inputs)
             needed = parameters_behind(model, run)
             costs[task] = _cost(task, model, run, needed, users, repeats)
         whole = _cost("multi-task model", module, partial(module, inputs), list(users), users, repeats)
@@ -223,6 +208,11 @@ def _cost(
     return Cost(name, total, shared, total - shared, adds, latency_ms(model, run, repeats))
 
 
+def _predict(module: Any, task: str, inputs: Any) -> Any:  # noqa: ANN401 - a MultiTaskModule, of the layer above
+    """Predict one task alone."""
+    return module._predict_each({task: inputs})
+
+
 class _SingleTaskModel(nn.Module):
     """The part of a trunk that a task has to itself, and the task's head."""
 
@@ -235,12 +225,12 @@ class _SingleTaskModel(nn.Module):
         return self.head(self.trunk(*positional, **named))
 
 
-def _alone(module: MultiTaskModule, task: str) -> nn.Module:
+def _alone(module: TaskModule, task: str) -> nn.Module:
     own = getattr(module.trunk, "single_task", None)
     return _SingleTaskModel(own(task), module.heads[task]) if callable(own) else module
 
 
-def _assumption(module: MultiTaskModule, single_task: Mapping[str, nn.Module] | None) -> str:
+def _assumption(module: TaskModule, single_task: Mapping[str, nn.Module] | None) -> str:
     if single_task is not None:
         return "Single-task models: as given."
     if callable(getattr(module.trunk, "single_task", None)):

@@ -1,8 +1,9 @@
-"""One trial's training, from its configuration to the goals' values."""
+"""Trains one trial, from its configuration to the goals' values, on one process or several."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,18 +12,68 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_mtl.configured import MultiTaskCLI
+from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.tuning.goals import Goal
 
-# What Lightning says of each Trainer and each seed, forty times over.
+
+class TrialProcesses:
+    """Connects the processes that train a trial together under torchrun; otherwise there is only this one.
+
+    Raises:
+        ConfigurationError: If torchrun has started another number of processes than the Trainer trains on.
+    """
+
+    def __init__(self, trainer_world_size: int) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        if self.size != trainer_world_size:
+            if self.size == 1:
+                raise ConfigurationError(
+                    f"the Trainer trains on {trainer_world_size} processes, which have to be there before a trial is "
+                    f"drawn: torchrun --nproc-per-node {trainer_world_size} -m lightning_mtl.cli tune ..., or set "
+                    "trainer.devices: 1."
+                )
+            raise ConfigurationError(
+                f"torchrun has started {self.size} processes, and the Trainer trains on {trainer_world_size}; set "
+                "trainer.devices, trainer.num_nodes and trainer.strategy: ddp accordingly."
+            )
+        if self.size > 1 and not dist.is_initialized():
+            # Before the Trainer, which takes over what it finds: plain objects travel over gloo.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+    @property
+    def leads(self) -> bool:
+        """Return whether this is rank 0."""
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:  # noqa: ANN401 - plain values
+        """Return rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def first_error(self, error: str | None) -> str | None:
+        """Return the error of the first rank that has one, on every rank."""
+        if self.size == 1:
+            return error
+        found: list[str | None] = [None] * self.size
+        dist.all_gather_object(found, error)
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None), None)
+
+
+# Lightning logs several lines for each Trainer and each seed, and a search has one of both for every trial.
 _TALKATIVE = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let Lightning say only what is wrong."""
+    """Silence Lightning's log but for warnings and errors inside the block."""
     before = {name: logging.getLogger(name).level for name in _TALKATIVE}
     for name in before:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -35,7 +86,7 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """One seed of one trial.
+    """Holds one seed of one trial.
 
     Args:
         configuration: All of it.

@@ -1,27 +1,50 @@
-"""One clear line for what cannot be read, where jsonargparse has twenty."""
+"""Makes modules, data and Trainers from configurations, and reports what cannot be read in one clear line."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import os
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from lightning.pytorch.cli import LightningArgumentParser
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_mtl.configured.short_names import load_short_names
+from lightning_mtl.module import MultiTaskModule
+
+ROOMS = ("weighting", "architectures", "monitors", "learning_rates", "data", "finetuning")
+
+
+def load_short_names() -> dict[str, str]:
+    """Import everything that the package exports, so that jsonargparse finds a class by its name alone.
+
+    Returns:
+        Each name and its class path, sorted.
+
+    Example:
+        >>> load_short_names()["MGDA"]
+        'lightning_mtl.weighting.MGDA'
+    """
+    names = {}
+    for room in ROOMS:
+        path = f"lightning_mtl.{room}"
+        for name in importlib.import_module(path).__all__:
+            names[name] = f"{path}.{name}"
+    return dict(sorted(names.items()))
+
 
 PROGRAM = "lightning-mtl"
 # Whose names are meant where a key ends so; elsewhere it is the package's.
 MODULES = {"optimizer": "torch.optim", "lr_scheduler": "torch.optim.lr_scheduler"}
 KEY = re.compile(r'Parser key "([^"]+)"')
 CLASS_PATH = re.compile(r"Problem with given class_path '([^']+)'")
-# Lines that say that something is wrong, or repeat what was given, and not what is wrong.
+# Lines of jsonargparse's messages that do not name the mistake: they announce it, or repeat what was given.
 NOISE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Expected a path but|"
     r"Type .* expects a function or a callable class:|"
@@ -35,20 +58,20 @@ UNKNOWN_NAME = re.compile(
 
 
 class ConfigurationError(ValueError):
-    """What a configuration, a space or a storage has wrong, in one line.
+    """Is raised for a mistake in a configuration, a space or a storage, with a message of one line.
 
     Example:
         >>> raise ConfigurationError("objective is missing; name a metric to improve.")
         Traceback (most recent call last):
-        lightning_mtl.configured.problems.ConfigurationError: objective is missing; name a metric to improve.
+        lightning_mtl.configured.ConfigurationError: objective is missing; name a metric to improve.
     """
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser that ends with one line and exit code 2, or raises where ``exit_on_error`` is False."""
+    """Parses arguments; a mistake ends with one line and exit code 2, or raises where ``exit_on_error`` is False."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the condensed message, and leave."""
+        """Print the condensed message, and end the process."""
         if ex is not None and debugging():
             raise ex
         if not self.exit_on_error:
@@ -72,7 +95,7 @@ def leave(line: str) -> NoReturn:
 
 
 def debugging() -> bool:
-    """Whether the user wants tracebacks, by the variable that jsonargparse reads."""
+    """Return whether the user wants tracebacks, by the variable that jsonargparse reads."""
     return os.environ.get("JSONARGPARSE_DEBUG", "").lower() not in ("", "0", "false", "no")
 
 
@@ -118,7 +141,7 @@ def _public(module_name: str) -> list[str]:
 
 
 def choices(name: str, known: list[str]) -> str:
-    """Say what a name may have been meant for, and which names there are.
+    """List the names there are, the ones most like a wrong name first.
 
     Example:
         >>> choices("losss", ["loss", "error"])
@@ -127,3 +150,66 @@ def choices(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     nearest = f"Did you mean {' or '.join(close)}? " if close else ""
     return f"{nearest}There are {', '.join(sorted(known))}."
+
+
+PROGRAM_DESCRIPTION = """Multi-task learning with PyTorch Lightning, from YAML.
+
+Besides the commands below: "lightning-mtl methods" prints the table of weighting methods, "lightning-mtl tune --help"
+tells of searches over weightings and hyperparameters.
+"""
+
+
+class MultiTaskCLI(LightningCLI):
+    """Runs LightningCLI for a :class:`~lightning_mtl.MultiTaskModule`, or a subclass of it, and any data module.
+
+    Everything in the package goes by its short name (``--trainer.callbacks+=MGDA``), all else by its class path. What
+    cannot be read, or is refused by a constructor, ends with one line and exit code 2; with the environment variable
+    ``JSONARGPARSE_DEBUG`` set, with the traceback.
+
+    Args:
+        args: Arguments, as on the command line or as a nested dict; None takes those of the process.
+        run: Whether to run the subcommand that the arguments name; without, the objects are made and kept as
+            ``cli.model``, ``cli.datamodule`` and ``cli.trainer``.
+        exit_on_error: Whether to leave the process; without, a mistake raises a
+            :class:`~lightning_mtl.configured.ConfigurationError`.
+
+    Example:
+        >>> cli = MultiTaskCLI(["--model.help", "MultiTaskModule"])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, args: list[str] | dict[str, Any] | None = None, *, run: bool = True, exit_on_error: bool = True
+    ) -> None:
+        load_short_names()
+        super().__init__(
+            MultiTaskModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            # A run that is resumed in its own folder writes the same file again.
+            save_config_kwargs={"overwrite": True},
+            parser_class=OneLineParser,
+            parser_kwargs={"prog": PROGRAM, "description": PROGRAM_DESCRIPTION, "exit_on_error": exit_on_error},
+            # The module has these as arguments: `--model.optimizer`, `--model.lr_scheduler`.
+            auto_configure_optimizers=False,
+            args=args,
+            run=run,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401 - LightningCLI's
+        """Read the given arguments; a dict is complete, so that those of the process do not count."""
+        if args is None:
+            super().parse_arguments(parser, args)
+            return
+        with in_one_line():
+            self.config = parser.parse_object(args) if isinstance(args, Mapping) else parser.parse_args(args)
+
+    def instantiate_classes(self) -> None:
+        """Make the objects; report in one line what a constructor refuses."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
+            if debugging():
+                raise
+            with in_one_line():
+                self.parser.error(str(error), error)

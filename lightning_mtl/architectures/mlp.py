@@ -1,4 +1,4 @@
-"""Stacks of layers in a form that a YAML file can hold."""
+"""Stacks of layers that a YAML file can construct."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Layers(nn.Sequential):
-    """Modules one after the other, given as a list: :class:`torch.nn.Sequential` for YAML, which has no ``*args``.
+    """Runs a list of modules one after the other: :class:`torch.nn.Sequential` for YAML, which has no ``*args``.
 
     Args:
         layers: The modules in order, one or more.
@@ -30,7 +30,7 @@ class Layers(nn.Sequential):
 
 
 class MLP(nn.Sequential):
-    """Linear layers with an activation after each: a multi-layer perceptron, the plainest trunk there is.
+    """Runs linear layers with an activation after each: a multi-layer perceptron, the simplest trunk.
 
     Args:
         widths: Features of the input, of each hidden layer and of the output; two numbers or more.
