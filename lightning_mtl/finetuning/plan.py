@@ -1,4 +1,4 @@
-"""The plan of a freezing schedule: which parts of a model thaw in which epoch, and what is refused."""
+"""The plan of a freezing schedule: which parts of a model are unfrozen in which epoch, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lightning_mtl.task.module import Depth
 
 
 @dataclass(frozen=True)
-class ThawingPart:
-    """Holds modules that thaw together.
+class UnfreezingPart:
+    """Holds modules that are unfrozen together.
 
     Attributes:
         epoch: The first epoch that trains it.
@@ -49,20 +49,20 @@ def check_schedule(schedule: Mapping[int, str | Sequence[str]]) -> dict[int, tup
     return {epoch: (names,) if isinstance(names, str) else tuple(names) for epoch, names in ordered}
 
 
-def by_epoch(module: MultiTaskModule, schedule: Mapping[int, Sequence[str]]) -> list[ThawingPart]:
-    """Return the parts that a schedule thaws.
+def by_epoch(module: MultiTaskModule, schedule: Mapping[int, Sequence[str]]) -> list[UnfreezingPart]:
+    """Return the parts that a schedule unfreezes.
 
     Raises:
-        ValueError: If a name is unknown, or nothing is left to thaw.
+        ValueError: If a name is unknown, or nothing is left to unfreeze.
     """
     return _stages(module, [(epoch, tuple(names)) for epoch, names in schedule.items()])
 
 
-def from_the_top(module: MultiTaskModule, layers: str, every_n_epochs: int) -> list[ThawingPart]:
+def from_the_top(module: MultiTaskModule, layers: str, every_n_epochs: int) -> list[UnfreezingPart]:
     """Return one part for each child of ``layers``, from the last one to the first, then the rest of the trunk.
 
     Raises:
-        ValueError: If ``layers`` is unknown or has nothing to thaw.
+        ValueError: If ``layers`` is unknown or has nothing to unfreeze.
     """
     modules = dict(module.named_modules())
     if layers not in modules:
@@ -74,13 +74,13 @@ def from_the_top(module: MultiTaskModule, layers: str, every_n_epochs: int) -> l
         ordered.append("trunk")
     if not ordered:
         raise ValueError(
-            f"GradualUnfreezing found no parameter to thaw in {layers!r}; all of them are frozen, or there are none. "
-            "Name the module whose children thaw one by one: such as layers='trunk.encoder.layer'."
+            f"GradualUnfreezing found no parameter to unfreeze in {layers!r}: all are frozen, or there are none. "
+            "Name the module whose children are unfrozen one by one, such as layers='trunk.encoder.layer'."
         )
     return _stages(module, [(every_n_epochs * (i + 1), (name,)) for i, name in enumerate(ordered)])
 
 
-def _stages(module: MultiTaskModule, asked: Iterable[tuple[int, tuple[str, ...]]]) -> list[ThawingPart]:
+def _stages(module: MultiTaskModule, asked: Iterable[tuple[int, tuple[str, ...]]]) -> list[UnfreezingPart]:
     modules = dict(module.named_modules())
     claimed: set[nn.Parameter] = set()
     found = []
@@ -91,11 +91,11 @@ def _stages(module: MultiTaskModule, asked: Iterable[tuple[int, tuple[str, ...]]
         parameters = [p for p in dict.fromkeys(_trainable(parts)) if p not in claimed]
         if not parameters:
             raise ValueError(
-                f"GradualUnfreezing has nothing to thaw in {list(names)} at epoch {epoch}: there is no parameter that "
-                "could be trained before, or all of them thaw earlier. Leave the entry out."
+                f"GradualUnfreezing has nothing to unfreeze in {list(names)} at epoch {epoch}: there is no parameter "
+                "that could be trained before, or all of them are unfrozen earlier. Leave the entry out."
             )
         claimed.update(parameters)
-        found.append(ThawingPart(epoch, ",".join(name.removeprefix("trunk.") for name in names), parts, parameters))
+        found.append(UnfreezingPart(epoch, ",".join(name.removeprefix("trunk.") for name in names), parts, parameters))
     return found
 
 
@@ -108,11 +108,11 @@ def _unknown(names: Sequence[str], modules: Mapping[str, nn.Module]) -> ValueErr
     return ValueError(f"GradualUnfreezing names {list(names)}, which the module does not have; it has {choices}.")
 
 
-def check_place(stages: Sequence[ThawingPart], module: MultiTaskModule) -> None:
+def check_place(stages: Sequence[UnfreezingPart], module: MultiTaskModule) -> None:
     """Refuse a weighting that measures at modules which are still frozen while others train.
 
     Raises:
-        ValueError: Naming the weighting's ``at`` and what thaws first.
+        ValueError: Naming the weighting's ``at`` and the part that is unfrozen first.
     """
     weighting = module.weighting()
     if weighting is None or weighting.measures == "losses" or weighting.at in ("trunk", "features", "last_layer"):
@@ -125,8 +125,8 @@ def check_place(stages: Sequence[ThawingPart], module: MultiTaskModule) -> None:
     if first is not None and measured and not measured.intersection(first.parameters):
         raise ValueError(
             f"{type(weighting).__name__}(at={weighting.at!r}) measures gradients of a part that is still frozen when "
-            f"{first.label!r} thaws; measure at 'last_layer', 'features' or 'trunk', which follow what trains, or thaw "
-            "this part first."
+            f"{first.label!r} is unfrozen; measure at 'last_layer', 'features' or 'trunk', which follow what trains, "
+            "or unfreeze this part first."
         )
 
 

@@ -15,7 +15,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_mtl.finetuning.plan import ThawingPart, by_epoch, check_groups, check_place, check_schedule, from_the_top
+from lightning_mtl.finetuning.plan import (
+    UnfreezingPart,
+    by_epoch,
+    check_groups,
+    check_place,
+    check_schedule,
+    from_the_top,
+)
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task.module import Depth
 
@@ -25,7 +32,7 @@ log = logging.getLogger(__name__)
 class GradualUnfreezing(BaseFinetuning):
     r"""Freeze the trunk and unfreeze it part by part, each part with a learning rate of its own if asked.
 
-    .. math:: \eta_i = \eta \, d^{\,i}, \qquad i = 1, 2, \dots \text{ in the order in which parts thaw}
+    .. math:: \eta_i = \eta \, d^{\,i}, \qquad i = 1, 2, \dots \text{ in the order of unfreezing}
 
     Training begins with the heads alone; the trunk's upper layers, nearest to the tasks, follow before the lower ones.
     It works with every weighting. What is measured follows what trains: rows, norms and Gramians are those of the
@@ -37,34 +44,34 @@ class GradualUnfreezing(BaseFinetuning):
     scheduler works and an interrupted training resumes to the bit. With learning rates per depth, each part has a
     group, ``"trunk/<part>"``: the module's ``optimizer=`` argument gets them by itself, an overridden
     ``configure_optimizers`` asks :meth:`~lightning_mtl.MultiTaskModule.parameter_groups` for them. With DDP, whose
-    reducer knows only what trained when the model was wrapped, the model is wrapped anew when a part thaws.
+    reducer knows only what trained when the model was wrapped, the model is wrapped anew when a part is unfrozen.
 
     Args:
         schedule: ``{epoch: name or names}`` of modules as in ``module.named_modules()``, such as
-            ``{1: "trunk.4", 3: "trunk"}``. A parameter thaws with the first that names it; what of the trunk is never
-            named stays frozen, and what is named outside of it is frozen until then, too.
-        every_n_epochs: In place of a schedule: the parts of ``layers`` thaw from the last one to the first, one every n
-            epochs, the first of them after n epochs; then whatever else the trunk has.
+            ``{1: "trunk.4", 3: "trunk"}``. A parameter is unfrozen with the first that names it. What of the trunk is
+            never named stays frozen, and what is named outside of it is frozen until then, too.
+        every_n_epochs: In place of a schedule: the parts of ``layers`` are unfrozen from the last to the first, one
+            every n epochs, the first of them after n epochs; then whatever else the trunk has.
         layers: The module whose children are these parts, such as ``"trunk.encoder.layer"``.
-        lr_decay: d above, for the i-th part to thaw.
-        lr_factors: In place of it, one factor for each part in the order in which they thaw.
+        lr_decay: d above, for the i-th part to be unfrozen.
+        lr_factors: In place of it, one factor for each part in the order of unfreezing.
         train_bn: Let batch normalization in frozen parts go on learning. Otherwise it is in evaluation mode until it
-            thaws: it normalizes by the statistics it came with, as it will at inference, and leaves them alone.
+            is unfrozen: it normalizes by the statistics it came with, as it will at inference, and leaves them alone.
 
     Parameters that were frozen before the fit stay so: an adapter's base model, for instance. After the fit all
     parameters can be trained that could be before it.
 
     Raises:
-        ValueError: If an argument is out of its range; at setup if a name is unknown or there is nothing to thaw, if
-            the weighting measures at a module that thaws later than others, or if the optimizer lacks a parameter or a
-            group.
+        ValueError: If an argument is out of its range; at setup if a name is unknown or there is nothing to unfreeze,
+            if the weighting measures at a module that is unfrozen later than others, or if the optimizer lacks a
+            parameter or a group.
         TypeError: At setup, if the module is no :class:`~lightning_mtl.MultiTaskModule`.
 
     Source: gradual unfreezing and discriminative fine-tuning are Howard and Ruder's, Universal Language Model
     Fine-tuning for Text Classification, 2018 (arXiv:1801.06146), with d = 1/2.6. They unfreeze a layer an epoch.
 
     Deviations: Lightning's own callbacks let frozen batch normalization use the batch's statistics, and add a group to
-    the optimizer when a part thaws, which most schedulers do not survive.
+    the optimizer when a part is unfrozen, which most schedulers do not survive.
 
     Example:
         >>> GradualUnfreezing({1: "trunk.2", 3: ["trunk.0", "trunk.1"]}).schedule
@@ -96,8 +103,8 @@ class GradualUnfreezing(BaseFinetuning):
         self.every_n_epochs, self.layers = every_n_epochs, layers
         self.lr_decay, self.lr_factors = lr_decay, None if lr_factors is None else tuple(lr_factors)
         self.train_bn = train_bn
-        self.thawed = 0
-        self._stages: list[ThawingPart] = []
+        self.unfrozen = 0
+        self._stages: list[UnfreezingPart] = []
         self._frozen: set[nn.Parameter] = set()
         self._modes: dict[nn.Module, bool] = {}
 
@@ -118,7 +125,7 @@ class GradualUnfreezing(BaseFinetuning):
                 "hand, for the whole training, before fully_shard."
             )
         self._restore()
-        self.thawed = 0
+        self.unfrozen = 0
         self._stages = self._plan(pl_module)
         check_place(self._stages, pl_module)
         pl_module.depths = ()
@@ -129,7 +136,7 @@ class GradualUnfreezing(BaseFinetuning):
                 for stage, factor in zip(self._stages, factors, strict=True)
             )
         self.freeze_before_training(pl_module)
-        self._thaw_until(trainer.current_epoch)
+        self._unfreeze_until(trainer.current_epoch)
 
     def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
         """Freeze the trunk and whatever else the schedule names."""
@@ -156,21 +163,22 @@ class GradualUnfreezing(BaseFinetuning):
         labels = [stage.label for stage in self._stages]
         if state["stages"] != labels:
             raise ValueError(
-                f"The checkpoint's GradualUnfreezing thaws {state['stages']} one after another, this one {labels}; "
+                f"The checkpoint's GradualUnfreezing unfreezes {state['stages']} one after another, this one {labels}; "
                 "resume with the same schedule, or load the model's weights alone."
             )
-        while self.thawed < state["thawed"]:
-            self._thaw_next()
+        while self.unfrozen < state["unfrozen"]:
+            self._unfreeze_next()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse an optimizer that lacks what thaws later, or in which parts of different depth share a group."""
+        """Refuse an optimizer that lacks what is unfrozen later, or in which parts of different depth share a group."""
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         held = {parameter for group in groups for parameter in group["params"]}
         lacking = [stage.label for stage in self._stages if not held.issuperset(stage.parameters)]
         if lacking:
             raise ValueError(
-                f"The optimizer lacks parameters of {lacking}, which thaw later. Give it all parameters, frozen ones, "
-                "too, which it passes over: self.parameters() or self.parameter_groups(lr) in configure_optimizers."
+                f"The optimizer lacks parameters of {lacking}, which are unfrozen later. Give it all parameters, also "
+                "frozen ones, which it passes over: self.parameters() or self.parameter_groups(lr) in "
+                "configure_optimizers."
             )
         depths = pl_module.depths if isinstance(pl_module, MultiTaskModule) else ()
         check_groups(groups, depths, fresh=trainer.ckpt_path is None)
@@ -184,14 +192,14 @@ class GradualUnfreezing(BaseFinetuning):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Unfreeze what this epoch begins with."""
-        before = self.thawed
+        before = self.unfrozen
         self.finetune_function(pl_module, trainer.current_epoch, trainer.optimizers[0])
-        if self.thawed > before:
+        if self.unfrozen > before:
             _wrap_anew(trainer, pl_module)
 
     def finetune_function(self, pl_module: pl.LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
         """Unfreeze the parts that are due; the optimizer has their parameters already."""
-        self._thaw_until(epoch)
+        self._unfreeze_until(epoch)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the model as trainable as it was."""
@@ -200,20 +208,20 @@ class GradualUnfreezing(BaseFinetuning):
             if isinstance(pl_module, MultiTaskModule):
                 pl_module.depths = ()
 
-    def _thaw_until(self, epoch: int) -> None:
-        while self.thawed < len(self._stages) and self._stages[self.thawed].epoch <= epoch:
-            self._thaw_next()
+    def _unfreeze_until(self, epoch: int) -> None:
+        while self.unfrozen < len(self._stages) and self._stages[self.unfrozen].epoch <= epoch:
+            self._unfreeze_next()
 
-    def _thaw_next(self) -> None:
-        stage = self._stages[self.thawed]
+    def _unfreeze_next(self) -> None:
+        stage = self._stages[self.unfrozen]
         for parameter in stage.parameters:
             if parameter in self._frozen:
                 parameter.requires_grad_(True)
         for module in (child for part in stage.modules for child in part.modules()):
             if module in self._modes:
                 module.train(self._modes.pop(module))
-        self.thawed += 1
-        log.info("%s thaws: %d parameters.", stage.label, sum(p.numel() for p in stage.parameters))
+        self.unfrozen += 1
+        log.info("%s is unfrozen: %d parameters.", stage.label, sum(p.numel() for p in stage.parameters))
 
     def _restore(self) -> None:
         for parameter in self._frozen:
@@ -224,7 +232,7 @@ class GradualUnfreezing(BaseFinetuning):
 
     # The plan
 
-    def _plan(self, module: MultiTaskModule) -> list[ThawingPart]:
+    def _plan(self, module: MultiTaskModule) -> list[UnfreezingPart]:
         if self.schedule is not None:
             return by_epoch(module, self.schedule)
         return from_the_top(module, self.layers, self.every_n_epochs or 1)
@@ -235,15 +243,15 @@ class GradualUnfreezing(BaseFinetuning):
         if len(self.lr_factors) != len(self._stages):
             raise ValueError(
                 f"GradualUnfreezing(lr_factors={list(self.lr_factors)}) has {len(self.lr_factors)} numbers for "
-                f"{len(self._stages)} parts that thaw, {[stage.label for stage in self._stages]}; give each part one."
+                f"{len(self._stages)} parts to unfreeze, {[stage.label for stage in self._stages]}; give each part one."
             )
         return list(self.lr_factors)
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the parts in the order in which they thaw, and how many have."""
-        return {"stages": [stage.label for stage in self._stages], "thawed": self.thawed}
+        """Return what a checkpoint keeps: the parts in the order of unfreezing, and how many are unfrozen."""
+        return {"stages": [stage.label for stage in self._stages], "unfrozen": self.unfrozen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Do nothing, because :meth:`on_load_checkpoint`, which has the module, has read the state."""

@@ -52,7 +52,7 @@ class Goal:
             raise ValueError(f"{self.name} is {value}.")
         return value
 
-    def towards(self, tasks: Mapping[str, Task]) -> Direction:
+    def direction_for(self, tasks: Mapping[str, Task]) -> Direction:
         """Return whether to minimize or maximize, as given or as the metrics' names show.
 
         Raises:

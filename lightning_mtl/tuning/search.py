@@ -81,7 +81,7 @@ def tune(
     folder = Path(name if folder is None else folder)
     with isolate_rng(), quiet():
         base, wanted = read_base(config, overrides), read_space(space)
-        directions = [goal.towards(base.tasks) for goal in wanted.goals]
+        directions = [goal.direction_for(base.tasks) for goal in wanted.goals]
         check_space(base, wanted)
         ranks = TrialProcesses(base.world_size)
         _check_pruning(wanted, prune, storage, ranks)

@@ -77,7 +77,7 @@ class Worker:
         begun = time.monotonic()
         try:
             while timeout is None or time.monotonic() - begun < timeout:
-                self._bury_the_dead()
+                self._repeat_lost_trials()
                 trials = self.study.get_trials(deepcopy=False)
                 counted = counting(trials)
                 waiting = any(trial.state == TrialState.WAITING for trial in trials)
@@ -93,7 +93,7 @@ class Worker:
         finally:
             self.ranks.broadcast(None)
 
-    def _bury_the_dead(self) -> None:
+    def _repeat_lost_trials(self) -> None:
         fail_silent_trials(self.study, self.storage)
         if has_heartbeat(self.storage):
             for trial in without_sign(self.study.get_trials(deepcopy=False), self.silence):

@@ -51,10 +51,10 @@ def test_fine_tuning_from_a_configuration(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "run.yaml").write_text(CONFIG.replace("FILE", str(tmp_path / "trunk.pt")))
     monkeypatch.setattr("sys.argv", ["main.py", "fit", "-c", str(tmp_path / "run.yaml")])
     cli = LightningCLI(Configured, save_config_callback=None)
-    loading, thawing = cli.trainer.callbacks[:2]  # type: ignore[attr-defined]
+    loading, unfreezing = cli.trainer.callbacks[:2]  # type: ignore[attr-defined]
     assert isinstance(loading, LoadTrunk)
-    assert isinstance(thawing, GradualUnfreezing)
-    assert thawing.schedule == {1: ("trunk.2",), 2: ("trunk.0",)}
+    assert isinstance(unfreezing, GradualUnfreezing)
+    assert unfreezing.schedule == {1: ("trunk.2",), 2: ("trunk.0",)}
     groups = cli.trainer.optimizers[0].param_groups
     assert [(group["name"], group["lr"]) for group in groups] == [
         ("trunk/2", 0.125),

@@ -1,4 +1,4 @@
-"""Two processes that thaw a trunk step by step follow one: what thaws is averaged from then on."""
+"""Two processes that unfreeze a trunk step by step follow one: what is unfrozen is averaged from then on."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def plain_gradients(parameters: dict[str, torch.Tensor], wanted: set[str]) -> di
     return rows
 
 
-def test_parts_thaw_from_the_top_and_rows_follow() -> None:
+def test_parts_are_unfrozen_from_the_top_and_rows_follow() -> None:
     weighting, steps, trained = fixed({"a": 0.5, "b": 2.0}, "gramian", weighs_heads=False), Steps(), Trained()
     fit(small(optimizer=SGD), loader(batch(8)), max_epochs=4, callbacks=[FROM_THE_TOP(), weighting, steps, trained])
     ends = {"heads.a", "heads.b"}
@@ -81,7 +81,7 @@ def test_what_is_frozen_does_not_move() -> None:
 
 
 @pytest.mark.parametrize("weighting", [DWA, MGDA, functools.partial(MGDA, at="features"), GradNorm, GradDrop], ids=str)
-def test_a_trunk_thawed_from_the_start_is_no_change(weighting: Callable[..., Any]) -> None:
+def test_a_trunk_unfrozen_from_the_start_is_no_change(weighting: Callable[..., Any]) -> None:
     ends = []
     for callbacks in ([], [GradualUnfreezing({0: "trunk"})]):
         history = History()
@@ -96,7 +96,7 @@ def test_learning_rates_by_depth_under_a_scheduler() -> None:
     callbacks = [FROM_THE_TOP(lr_decay=0.5), history, trained]
     module = small(optimizer=SGD, lr_scheduler=scheduler)
     fit(module, loader(batch(8)), max_epochs=4, callbacks=callbacks)
-    # After the scheduler has stepped. trunk.2 thaws first, trunk.0 second; the heads follow in the optimizer.
+    # After the scheduler has stepped. trunk.2 is unfrozen first, trunk.0 second; the heads follow in the optimizer.
     assert history.rates[0] == pytest.approx([0.025, 0.0125, 0.05, 0.05])
     assert history.rates[3] == pytest.approx([r / 16 for r in (0.05, 0.025, 0.1, 0.1)])
     rows = plain_gradients(trained.before[2], trained.graded[2])

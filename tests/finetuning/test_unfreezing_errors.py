@@ -59,14 +59,14 @@ FROM_THE_TOP = functools.partial(GradualUnfreezing, every_n_epochs=1)
     ("module", "callbacks", "message"),
     [
         (small(), [GradualUnfreezing({1: "trunk.9"})], r"names \['trunk\.9'\], which .* it has \['trunk'"),
-        (small(), [GradualUnfreezing({1: "trunk", 2: "trunk.0"})], r"nothing to thaw in \['trunk\.0'\] at epoch 2"),
+        (small(), [GradualUnfreezing({1: "trunk", 2: "trunk.0"})], r"nothing to unfreeze in \['trunk\.0'\] at epoch 2"),
         (small(), [FROM_THE_TOP(layers="encoder")], "names .'encoder'."),
-        (small(), [FROM_THE_TOP(lr_factors=[0.5])], r"has 1 numbers for 2 parts that thaw, \['2', '0'\]"),
+        (small(), [FROM_THE_TOP(lr_factors=[0.5])], r"has 1 numbers for 2 parts to unfreeze, \['2', '0'\]"),
         (small(cls=OneGroup), [FROM_THE_TOP(lr_decay=0.5)], "holds '2' together with other parameters"),
         (small(cls=OnlyTrainable), [FROM_THE_TOP()], r"lacks parameters of \['2', '0'\]"),
         (small(cls=NoRate), [FROM_THE_TOP(lr_decay=0.5)], r"parameter_groups\(lr\)"),
-        (small(), [FROM_THE_TOP(), GradNorm(at="trunk.0")], "still frozen when '2' thaws"),
-        (small(), [FROM_THE_TOP(), MGDA(at=["trunk.0"])], "still frozen when '2' thaws"),
+        (small(), [FROM_THE_TOP(), GradNorm(at="trunk.0")], "still frozen when '2' is unfrozen"),
+        (small(), [FROM_THE_TOP(), MGDA(at=["trunk.0"])], "still frozen when '2' is unfrozen"),
         (
             small(lr_scheduler=functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=3)),
             [FROM_THE_TOP(lr_decay=0.5)],
@@ -85,7 +85,7 @@ def test_a_frozen_trunk_without_a_schedule_is_still_refused() -> None:
     module.trunk.requires_grad_(False)
     with pytest.raises(ValueError, match="none of them can be trained"):
         fit(module, loader(batch(4)), callbacks=[MGDA()])
-    with pytest.raises(ValueError, match="found no parameter to thaw"):
+    with pytest.raises(ValueError, match="found no parameter to unfreeze"):
         fit(module, loader(batch(4)), callbacks=[FROM_THE_TOP()])
 
 

@@ -1,4 +1,4 @@
-"""Interrupted while a trunk thaws and resumed: to the bit what the uninterrupted run does, with every weighting."""
+"""Runs interrupted while a trunk is unfrozen go on to the bit as the uninterrupted ones, with every weighting."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Saving(pl.Callback):
 def train(
     weighting: Weighting | None, *callbacks: pl.Callback, ckpt: Path | None = None, **arguments: Any
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Parameters and the weighting's state after a layer thawed in the second and one in the third epoch."""
+    """Parameters and the weighting's state after a layer was unfrozen in the second and one in the third epoch."""
     torch.manual_seed(0)
     module = binary(tasks=TASKS, optimizer=ADAM, **arguments)
     schedule = GradualUnfreezing(every_n_epochs=1, lr_decay=0.5)
@@ -77,7 +77,7 @@ def check(make: Any, path: Path, after: int, **arguments: Any) -> None:
 
 @pytest.mark.parametrize("make", one_of_each(METHODS.values(), habits))
 def test_every_weighting(make: Any, tmp_path: Path) -> None:
-    check(make, tmp_path / "middle.ckpt", after=3)  # in the second epoch: one layer of two has thawed
+    check(make, tmp_path / "middle.ckpt", after=3)  # in the second epoch: one layer of two is unfrozen
 
 
 @pytest.mark.parametrize("after", [1, 2, 4, 5])

@@ -1,4 +1,4 @@
-"""Thaws a trunk step by step, in one process or as one of a pair on half of every batch."""
+"""Unfreezes a trunk step by step, in one process or as one of a pair on half of every batch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def half(batch: Batch, rank: int, ranks: int) -> Batch:
 
 
 def train(flavor: str, weighting: str, automatic: bool, rank: int = 0, ranks: int = 1) -> Tensor:
-    """Parameters after each of eight steps; a layer of the trunk thaws in the second and in the third epoch."""
+    """Parameters after each of eight steps; a layer of the trunk is unfrozen in the second and in the third epoch."""
     module = small(optimizer=functools.partial(torch.optim.SGD, lr=0.1)).double()
     module.automatic_optimization = automatic
     history = History()

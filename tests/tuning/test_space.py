@@ -169,7 +169,7 @@ def test_directions_follow_from_names_or_are_asked_for() -> None:
         ("val/MulticlassAccuracy/a", "maximize"),
         ("val/MeanSquaredError/b", "minimize"),
     ):
-        assert Goal((metric,), None).towards(tasks) == expected
+        assert Goal((metric,), None).direction_for(tasks) == expected
     for objective, message in (
         ("speed", "does not say whether higher is better; write {speed: ...}"),
         ("val/Accuracy/a", "task 'a' has no metric 'Accuracy'. Did you mean MulticlassAccuracy"),
@@ -177,4 +177,4 @@ def test_directions_follow_from_names_or_are_asked_for() -> None:
         ({"mean": ["val/MulticlassAccuracy/a", "val/MeanSquaredError/b"]}, "does not say"),
     ):
         with pytest.raises(ConfigurationError, match=message):
-            read_goals(objective)[0].towards(tasks)
+            read_goals(objective)[0].direction_for(tasks)
