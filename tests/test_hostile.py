@@ -83,7 +83,7 @@ def settled(row: Row, num_tasks: int) -> Weighting:
 def states(weighting: Weighting) -> dict[str, Tensor]:
     """What it remembers, and what the method that it wraps remembers."""
     saved = weighting.state_dict()
-    wrapped = {f"wrapped {key}": state for child in saved["children"] for key, state in child["state"].items()}
+    wrapped = {f"wrapped {key}": state for child in saved.get("children", []) for key, state in child["state"].items()}
     return {**saved["state"], **wrapped}
 
 

@@ -77,7 +77,6 @@ class Factor(TaskState, ABC):
             raise TypeError(f"{name} is a factor, no callback; give the Trainer TaskLearningRate([{name}(...)]).")
         if stage == "fit" and isinstance(pl_module, TaskModule):  # TaskLearningRate has refused other modules
             self.check(trainer, pl_module)
-        super().setup(trainer, pl_module, stage=stage)
 
 
 def moved(before: Tensor, newest: Tensor, decay: float) -> Tensor:

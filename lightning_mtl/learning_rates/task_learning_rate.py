@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_mtl.learning_rates.factor import Collected, Factor
 from lightning_mtl.method.aggregator import Aggregator
+from lightning_mtl.method.holder import Holder
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.method.task_state import Declared, TaskState
+from lightning_mtl.method.task_state import Declared
 from lightning_mtl.task.module import TaskModule
 
 
@@ -40,7 +41,7 @@ def multipliers(
     return product if bounds is None else product.clamp(*bounds)
 
 
-class TaskLearningRate(TaskState):
+class TaskLearningRate(Holder):
     r"""Scale the learning rate of each task's head, and if asked the task's share of the trunk's update.
 
     .. math:: \eta_k = \eta \, m_k, \qquad m_k = \prod_j f_{jk}, \qquad

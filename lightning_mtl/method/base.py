@@ -147,7 +147,6 @@ class Weighting(NamedArguments, TaskState, ABC):
         self.check(pl_module)
         if stage == "fit" and (trainer.global_step == 0 or self.tasks != tuple(tasks)):
             self.reset(list(tasks))
-        super().setup(trainer, pl_module, stage=stage)
 
     def measures_in(self, step: int) -> bool:
         """Whether the method looks at optimizer step ``step``, or lets the last weights serve."""

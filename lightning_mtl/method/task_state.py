@@ -1,12 +1,9 @@
-"""State of a callback for each task is declared once, then saved, restored, moved and cut to the present tasks.
-
-Another such callback that it holds as a child takes part in all of that, and in every hook of Lightning.
-"""
+"""State of a callback for each task is declared once, then saved, restored, moved and cut to the present tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
@@ -23,32 +20,8 @@ class Declared(NamedTuple):
     on_cpu: bool = False
 
 
-class _Forwarding(Callback):
-    """A callback whose hooks do one thing: they call the same hook of each child, in order."""
-
-    _children: Sequence[Callback]
-
-
-def _forwarded(name: str) -> Callable[..., None]:
-    def hook(self: _Forwarding, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - each hook has its own
-        for child in self._children:
-            getattr(child, name)(*arguments, **named)
-
-    hook.__name__ = name
-    return hook
-
-
-# Read off Lightning, so that none is missing, whatever hooks another release has.
-for _name in vars(Callback):
-    if _name in ("setup", "teardown") or _name.startswith("on_"):
-        setattr(_Forwarding, _name, _forwarded(_name))
-
-
-class TaskState(_Forwarding):
-    """The part of a weighting that remembers.
-
-    A subclass that overrides a hook and may have children calls ``super()`` in it, as for any base class.
-    """
+class TaskState(Callback):
+    """The part of a weighting that remembers."""
 
     key_prefix: ClassVar[str] = "lightning_mtl.Weighting:"
     """How the keys of such callbacks begin in a checkpoint, where they find each other's states by it."""
@@ -65,15 +38,6 @@ class TaskState(_Forwarding):
     def __init__(self) -> None:
         self.tasks: tuple[str, ...] = ()
         self._states: dict[str, Declared] = {}
-        self._children: list[TaskState] = []
-
-    def add_child(self, child: TaskState) -> None:
-        """Let another callback, which the Trainer does not hold, take part in all that happens to this one.
-
-        Every hook of Lightning reaches it with the same arguments, after this one's own; its state is saved, restored,
-        moved, reset and cut to the present tasks with this one's. What it decides is for this one to ask.
-        """
-        self._children.append(child)
 
     def add_state(self, name: str, default: Tensor, *, per_task: bool = True, per_pair: bool = False) -> None:
         """Declare what the method remembers; read and write it as the attribute ``name``.
@@ -131,14 +95,11 @@ class TaskState(_Forwarding):
         for name, (default, task_dims, on_cpu) in self._states.items():
             value = default.expand((len(tasks),) * task_dims + default.shape)
             setattr(self, name, value.clone().to("cpu" if on_cpu else device))
-        for child in self._children:
-            child.reset(tasks, device)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the state to the module's device."""
         for name, declared in self._states.items():
             setattr(self, name, getattr(self, name).to("cpu" if declared.on_cpu else pl_module.device))
-        super().on_fit_start(trainer, pl_module)
 
     @contextmanager
     def only(self, present: Sequence[int]) -> Iterator[None]:
@@ -151,10 +112,7 @@ class TaskState(_Forwarding):
         for name, value in whole.items():
             setattr(self, name, value[cut[name]])
         try:
-            with ExitStack() as children:
-                for child in self._children:
-                    children.enter_context(child.only(present))
-                yield
+            yield
         finally:
             for name, value in whole.items():
                 setattr(self, name, value.index_put(cut[name], getattr(self, name)))
@@ -174,7 +132,6 @@ class TaskState(_Forwarding):
         is_child = all(callback is not self for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if written and name not in written and not (is_child or self.takes_any_checkpoint):
             raise self._written_by(written[0])
-        super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def _written_by(self, other: str) -> ValueError:
         name = type(self).__name__
@@ -184,12 +141,11 @@ class TaskState(_Forwarding):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the method's name, the tasks' names, the declared states and the children's."""
+        """What a checkpoint keeps: the method's name, the tasks' names, the declared states."""
         return {
             "weighting": type(self).__name__,
             "tasks": list(self.tasks),
             "state": {name: getattr(self, name).detach().clone() for name in self._states},
-            "children": [child.state_dict() for child in self._children],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -211,14 +167,6 @@ class TaskState(_Forwarding):
                 f"The checkpoint's {name} holds the states {sorted(state_dict['state'])}, this one has "
                 f"{sorted(self._states)}; construct it with the arguments of the interrupted run."
             )
-        names = [type(child).__name__ for child in self._children]
-        if (written := [state["weighting"] for state in state_dict["children"]]) != names:
-            raise ValueError(
-                f"The checkpoint's {name} held {written}, this one holds {names}; construct it as in the interrupted "
-                "run, or load the model's weights alone."
-            )
-        for child, state in zip(self._children, state_dict["children"], strict=True):
-            child.load_state_dict(state)
         self.tasks = tuple(state_dict["tasks"])
         for key, value in state_dict["state"].items():
             setattr(self, key, value.to(getattr(self, key).device))

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from lightning_mtl.method.aggregator import Aggregator
 from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
+from lightning_mtl.method.holder import Holder
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
 
@@ -25,7 +26,7 @@ def crmogm_weights(average: Tensor, newest: Tensor, alpha: float) -> Tensor:
     return torch.where(average.isnan(), newest, torch.lerp(newest, average, alpha))
 
 
-class CRMOGM(Weighting):
+class CRMOGM(Holder, Weighting):
     r"""Smooth the weights of any other method over the steps, which makes them depend less on the batch.
 
     .. math:: w(t) = \alpha \, w(t - 1) + (1 - \alpha) \, \hat w(t), \qquad w(1) = \hat w(1)

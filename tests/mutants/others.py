@@ -111,7 +111,7 @@ OTHERS = (
     ),
     Mutation(
         "factors of learning rates are not restored",
-        "method/task_state.py",
+        "method/holder.py",
         "child.load_state_dict(state)",
         "pass",
         f"{RATES}/test_resume.py",

@@ -49,7 +49,7 @@ TRAINING = (
     ),
     Mutation(
         "a hook does not reach the method inside another",
-        "method/task_state.py",
+        "method/holder.py",
         "getattr(child, name)(*arguments, **named)",
         "pass",
         "tests/weighting/test_children.py",
