@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_unreached
 from lightning_mtl.training.step import Optimization
-from lightning_mtl.training.update import gradient_norm
+from lightning_mtl.training.update import finite_if_all
 
 
 class StepHooks(Callback):
@@ -49,7 +49,7 @@ class AutomaticStepHooks(StepHooks):
         """Take gradients that are not finite away from an optimizer that Lightning steps whatever they are."""
         steering = self.optimization.cast.steering
         zero = torch.zeros((), device=pl_module.device)
-        if self.optimization.update.drops or not gradient_norm(optimizer.param_groups, zero).isfinite():
+        if self.optimization.update.drops or not finite_if_all(optimizer.param_groups, zero).isfinite():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None

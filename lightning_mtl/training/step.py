@@ -91,8 +91,9 @@ class Optimization:
     def _pass(self, module: TaskModule, window: Window, batch: object, *, last: bool) -> Tensor | None:
         """Pass one micro-batch forward and, unless Lightning does it or gradients are still collected, backward."""
         micro_batch, reduced = self._forward(module, window, batch)
+        kind = module.device.type
         # Gradients are taken as automatic optimization takes them: outside autocast.
-        with torch.autocast(module.device.type, enabled=False):
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT:
             with self.phases.during("measuring"), self._looking(module, window):
                 loss = self._loss(module, window, reduced, micro_batch, last=last)
             if module.automatic_optimization:
@@ -170,8 +171,9 @@ class Optimization:
             scores = recorder.update_metrics(module, "train", outputs, step_metric)
         if cast.steering is not None:
             cast.steering.collect(module, window, batch, outputs)
-        with torch.autocast(module.device.type, enabled=False):
-            reduced = reduce_losses(outputs, window.tasks, window.ranks, module.device, scores)
+        device, kind = module.device, module.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT:
+            reduced = reduce_losses(outputs, window.tasks, window.ranks, device, scores)
             window.note(reduced, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
             if outputs:
                 window.local.append((list(outputs), reduced.own, sample_counts(list(outputs.values()))))

@@ -54,7 +54,7 @@ class Update:
         """
         doubtful = torch.zeros((), device=module.device)
         if not module.automatic_optimization:
-            doubtful = gradient_norm(self.optimizer_of(module).param_groups, doubtful)
+            doubtful = finite_if_all(self.optimizer_of(module).param_groups, doubtful)
         if signals is not None:
             # A sum is finite only if all of it is; the gradients' norm speaks for what was measured of them, too.
             doubtful = doubtful + signals.losses.sum()
@@ -107,11 +107,16 @@ class Update:
                 step_schedulers(module, module.schedules, "epoch", trainer.current_epoch, plateau=False)
 
 
-def gradient_norm(groups: Iterable[Mapping[str, Any]], zero: Tensor) -> Tensor:
-    """The norm of all gradients that an optimizer is about to use; ``zero`` without any."""
+def finite_if_all(groups: Iterable[Mapping[str, Any]], zero: Tensor) -> Tensor:
+    """A number that is finite only if all gradients are that an optimizer is about to use; ``zero`` without any."""
     gradients = values_of_gradients([parameter for group in groups for parameter in group["params"]])
     if not gradients:
         return zero
+    kinds = {(type(gradient), gradient.dtype, gradient.device) for gradient in gradients}
+    if len(kinds) == 1 and not isinstance(gradients[0], DTensor):
+        # As torch computes the norm of all, without its sorting by kind: the gradients are read once, and no more.
+        wide = torch.promote_types(gradients[0].dtype, torch.float32)
+        return torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).sum()
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
