@@ -121,6 +121,17 @@ class Weighting(NamedArguments, TaskState, ABC):
         With gradient accumulation the losses are means over the whole window.
         """
 
+    def needed(self, signals: Signals, name: Literal["norms", "gramian"]) -> Tensor:
+        """The measurement of this name, which a method declares to need in :attr:`measures`.
+
+        Raises:
+            ValueError: If it was not measured.
+        """
+        found: Tensor | None = getattr(signals, name)
+        if found is None:
+            raise ValueError(f"{type(self).__name__} needs the {name}, which the signals of step {signals.step} lack.")
+        return found
+
     def check(self, pl_module: pl.LightningModule) -> None:
         """Refuse, at setup, a module that the method cannot work with."""
 

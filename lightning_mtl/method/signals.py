@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
@@ -48,17 +47,6 @@ class Signals:
     def num_tasks(self) -> int:
         """K, the number of present tasks."""
         return len(self.tasks)
-
-    def measured(self, name: Literal["norms", "gramian"]) -> Tensor:
-        """The measurement of this name, which a method declares to need in ``measures``.
-
-        Raises:
-            ValueError: If it was not measured.
-        """
-        found: Tensor | None = getattr(self, name)
-        if found is None:
-            raise ValueError(f"The signals of step {self.step} lack the {name}; a method that needs them declares it.")
-        return found
 
 
 @dataclass

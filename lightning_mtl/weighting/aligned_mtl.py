@@ -93,4 +93,4 @@ class AlignedMTL(Preferring):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Align this step's gradients."""
-        return aligned_mtl_weights(signals.measured("gramian"), self.on_the_simplex(signals), self.scale)
+        return aligned_mtl_weights(self.needed(signals, "gramian"), self.on_the_simplex(signals), self.scale)

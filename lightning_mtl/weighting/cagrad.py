@@ -88,7 +88,7 @@ class CAGrad(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        return cagrad_weights(signals.measured("gramian"), self.c, self.rescale)
+        return cagrad_weights(self.needed(signals, "gramian"), self.c, self.rescale)
 
 
 # The solver, on NumPy arrays.

@@ -63,4 +63,4 @@ class ConFIG(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        return config_weights(signals.measured("gramian"))
+        return config_weights(self.needed(signals, "gramian"))

@@ -61,4 +61,4 @@ class DualProj(Preferring):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Project this step's mean gradient."""
-        return dualproj_weights(signals.measured("gramian"), self.on_the_simplex(signals))
+        return dualproj_weights(self.needed(signals, "gramian"), self.on_the_simplex(signals))

@@ -79,5 +79,5 @@ class FairGrad(Bargaining):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        weights, self.stationary = fairgrad_weights(signals.measured("gramian"), self.alpha)
+        weights, self.stationary = fairgrad_weights(self.needed(signals, "gramian"), self.alpha)
         return weights

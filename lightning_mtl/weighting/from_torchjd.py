@@ -67,7 +67,7 @@ class FromTorchJD(Weighting):
         """Ask the weighting about this step's Gramian."""
         with torch.random.fork_rng(devices=[]):  # It draws from torch's own generator.
             torch.default_generator.set_state(self.random_numbers("random").get_state())
-            return self.weighting(signals.measured("gramian"))
+            return self.weighting(self.needed(signals, "gramian"))
 
     def update(self, signals: Signals) -> None:
         """Go on to the next step's random numbers."""

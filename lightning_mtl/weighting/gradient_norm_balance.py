@@ -60,7 +60,9 @@ class GradientNormBalance(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Weigh by the inverse norms of this step."""
-        return inverse_norm_weights(signals.measured("norms"), torch.ones_like(signals.measured("norms")), self.eps)
+        return inverse_norm_weights(
+            self.needed(signals, "norms"), torch.ones_like(self.needed(signals, "norms")), self.eps
+        )
 
     def scaled(self, weights: Tensor, importance: Tensor) -> Tensor:
         """Multiply by the importance and keep the sum K."""

@@ -109,7 +109,7 @@ class GradVac(Weighting):
     def weigh(self, signals: Signals) -> Tensor:
         """Turn the gradients in this step's orders."""
         orders = random_orders(signals.num_tasks, self.random_numbers("random"))
-        weights, cosines = gradvac_weights(signals.measured("gramian"), self.targets, orders)
+        weights, cosines = gradvac_weights(self.needed(signals, "gramian"), self.targets, orders)
         self.cosines = cosines.to(self.cosines)
         return weights
 

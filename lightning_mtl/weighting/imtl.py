@@ -73,7 +73,7 @@ class IMTL(Learned):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Balance this step's gradients, scaled as learned so far."""
-        return imtl_weights(signals.measured("gramian"), self.log_scales)
+        return imtl_weights(self.needed(signals, "gramian"), self.log_scales)
 
     def head_weights(self) -> Tensor:
         """Weigh the heads by the scales alone."""

@@ -65,4 +65,4 @@ class IMTLG(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        return imtlg_weights(signals.measured("gramian"))
+        return imtlg_weights(self.needed(signals, "gramian"))

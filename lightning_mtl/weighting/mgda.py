@@ -91,4 +91,4 @@ class MGDA(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        return mgda_weights(signals.measured("gramian"), signals.losses, self.normalize)
+        return mgda_weights(self.needed(signals, "gramian"), signals.losses, self.normalize)

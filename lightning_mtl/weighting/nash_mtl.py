@@ -106,5 +106,5 @@ class NashMTL(Bargaining):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        weights, self.stationary = nash_mtl_weights(signals.measured("gramian"), self.max_norm)
+        weights, self.stationary = nash_mtl_weights(self.needed(signals, "gramian"), self.max_norm)
         return weights

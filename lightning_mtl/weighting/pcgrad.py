@@ -88,7 +88,7 @@ class PCGrad(Weighting):
     def weigh(self, signals: Signals) -> Tensor:
         """Project in this step's orders."""
         return pcgrad_weights(
-            signals.measured("gramian"), random_orders(signals.num_tasks, self.random_numbers("random"))
+            self.needed(signals, "gramian"), random_orders(signals.num_tasks, self.random_numbers("random"))
         )
 
     def update(self, signals: Signals) -> None:

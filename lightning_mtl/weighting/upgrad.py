@@ -61,4 +61,4 @@ class UPGrad(Preferring):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Project this step's gradients."""
-        return upgrad_weights(signals.measured("gramian"), self.on_the_simplex(signals))
+        return upgrad_weights(self.needed(signals, "gramian"), self.on_the_simplex(signals))
