@@ -6,7 +6,7 @@
 
 Microseconds of processor time per solve, one thread, float64: the median over rounds, in each of which every solver
 goes through the same Gramians of independent normal rows, K x 3K. TorchJD (`pip install torchjd[full]`) runs with its
-own defaults, which are approximate: its solvers stop early or regularise, ours are exact.
+own defaults, which are approximate: its solvers stop early or regularize, ours are exact.
 """
 # ruff: noqa: E402 - the number of threads has to be set before NumPy and torch are imported, which read it once.
 
@@ -35,13 +35,12 @@ from numpy.typing import NDArray
 
 from benchmarks.step_time import environment
 from lightning_mtl.solvers import (
-    cagrad_weights,
-    fairgrad_weights,
+    alpha_fair_weights,
     min_norm_weights,
-    nash_weights,
     project_on_dual_cone,
     project_rows_on_dual_cone,
 )
+from lightning_mtl.weighting.cagrad import solve_cagrad
 from lightning_mtl.weighting.gradvac import gradvac_weights
 from lightning_mtl.weighting.pcgrad import pcgrad_weights, random_orders
 
@@ -64,9 +63,9 @@ SOLVERS: dict[str, Callable[[Any], object]] = {
     "MGDA": min_norm_weights,
     "DualProj": lambda gramian: project_on_dual_cone(gramian, mean(len(gramian))),
     "UPGrad": lambda gramian: project_rows_on_dual_cone(gramian, mean(len(gramian))),
-    "CAGrad": lambda gramian: cagrad_weights(gramian, c=0.5),
-    "NashMTL": nash_weights,
-    "FairGrad": lambda gramian: fairgrad_weights(gramian, alpha=2.0),
+    "CAGrad": lambda gramian: solve_cagrad(gramian, c=0.5),
+    "NashMTL": alpha_fair_weights,
+    "FairGrad": lambda gramian: alpha_fair_weights(gramian, alpha=2.0),
 }
 
 

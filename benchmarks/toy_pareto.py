@@ -42,7 +42,7 @@ from benchmarks import toy_problem
 from benchmarks.toy_problem import LOWER_BOUNDS, STARTS, TASKS, distance_to_front, evaluate
 from lightning_mtl import Weighting, __version__
 from lightning_mtl import weighting as methods
-from lightning_mtl.method.base import Aggregator
+from lightning_mtl.method.aggregator import Aggregator
 from lightning_mtl.method.signals import Signals
 
 TOLERANCE = 0.1

@@ -1,6 +1,7 @@
 """Multi-task learning for PyTorch Lightning: a shared trunk, a dict of heads, and the tasks balanced by a callback."""
 
-from lightning_mtl.method.base import Aggregator, Weighting
+from lightning_mtl.method.aggregator import Aggregator
+from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.monitors.base import Monitor

@@ -223,7 +223,7 @@ def test_optimizers(configure: Any, message: tuple[str, ...]) -> None:
     [
         ([GradNorm(), MGDA()], ("The Trainer holds 2 weightings, GradNorm and MGDA; keep one",)),
         ([GradNorm(importance={"c": 1.0})], ("GradNorm(importance=...) names ['c'], but the tasks are ['a', 'b']",)),
-        ([StaticWeights({"c": 1.0})], ("StaticWeights names the tasks ['c']", "['a', 'b']")),
+        ([StaticWeights({"c": 1.0})], ("StaticWeights(weights=...) names ['c'], but the tasks are ['a', 'b']",)),
         ([UncertaintyWeighting({"c": "regression"})], ("UncertaintyWeighting(kinds=...) names ['c']", "['a', 'b']")),
         ([DTP("accuracy")], ("DTP(metric='accuracy')", "metrics of task 'a', []", "MetricCollection")),
     ],

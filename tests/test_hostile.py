@@ -83,8 +83,8 @@ def settled(row: Row, num_tasks: int) -> Weighting:
 def states(weighting: Weighting) -> dict[str, Tensor]:
     """What it remembers, and what the method that it wraps remembers."""
     saved = weighting.state_dict()
-    wrapped = saved.get("wrapped", {"state": {}})["state"]
-    return {**saved["state"], **{f"wrapped {key}": state for key, state in wrapped.items()}}
+    wrapped = {f"wrapped {key}": state for child in saved.get("children", []) for key, state in child["state"].items()}
+    return {**saved["state"], **wrapped}
 
 
 def names(row: Row, num_tasks: int) -> list[str]:

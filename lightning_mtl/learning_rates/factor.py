@@ -71,9 +71,12 @@ class Factor(TaskState, ABC):
         """Read targets or predicted classes of the same samples, ``[K, n]``, nan where a task has none."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a factor that nothing multiplies."""
-        name = type(self).__name__
-        raise TypeError(f"{name} is a factor, no callback; give the Trainer TaskLearningRate([{name}(...)]).")
+        """Refuse a factor that nothing multiplies, and what :meth:`check` refuses."""
+        if any(callback is self for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            name = type(self).__name__
+            raise TypeError(f"{name} is a factor, no callback; give the Trainer TaskLearningRate([{name}(...)]).")
+        if stage == "fit" and isinstance(pl_module, TaskModule):  # TaskLearningRate has refused other modules
+            self.check(trainer, pl_module)
 
 
 def moved(before: Tensor, newest: Tensor, decay: float) -> Tensor:

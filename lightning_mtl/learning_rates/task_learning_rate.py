@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_mtl.learning_rates.factor import Collected, Factor
-from lightning_mtl.method.base import Aggregator
+from lightning_mtl.method.aggregator import Aggregator
+from lightning_mtl.method.holder import Holder
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.method.task_state import Declared, TaskState
+from lightning_mtl.method.task_state import Declared
 from lightning_mtl.task.module import TaskModule
 
 
@@ -40,7 +41,7 @@ def multipliers(
     return product if bounds is None else product.clamp(*bounds)
 
 
-class TaskLearningRate(TaskState):
+class TaskLearningRate(Holder):
     r"""Scale the learning rate of each task's head, and if asked the task's share of the trunk's update.
 
     .. math:: \eta_k = \eta \, m_k, \qquad m_k = \prod_j f_{jk}, \qquad
@@ -81,6 +82,9 @@ class TaskLearningRate(TaskState):
         ['Importance', 'GradientNorm']
     """
 
+    key_prefix: ClassVar[str] = "lightning_mtl.TaskRates:"
+    takes_any_checkpoint: ClassVar[bool] = True
+
     def __init__(
         self,
         factors: Factor | Sequence[Factor],
@@ -106,6 +110,8 @@ class TaskLearningRate(TaskState):
         self.shares_trunk, self.normalize, self.every_n_steps = shares_trunk, normalize, every_n_steps
         self.bounds = None if bounds is None else (bounds[0], bounds[1])
         self._step: int | None = None
+        for factor in self.factors:
+            self.add_child(factor)
         self._declare("multipliers", Declared(torch.tensor(1.0, dtype=torch.float64), task_dims=1, on_cpu=True))
         self.multipliers: Tensor
 
@@ -145,17 +151,14 @@ class TaskLearningRate(TaskState):
                 f"{type(self).__name__} scales the learning rates of the tasks of a lightning_mtl.MultiTaskModule, "
                 f"found {type(pl_module).__name__}; subclass MultiTaskModule."
             )
-        if stage != "fit":
-            return
         aggregators = [callback for callback in callbacks if isinstance(callback, Aggregator)]
-        if self.shares_trunk and aggregators:
+        if stage == "fit" and self.shares_trunk and aggregators:
             raise ValueError(
                 f"TaskLearningRate(shares_trunk=True) multiplies the tasks' weights in the shared gradient, and "
                 f"{type(aggregators[0]).__name__} has none; leave shares_trunk False, or take a weighting with weights."
             )
-        for factor in self.factors:
-            factor.check(trainer, pl_module)
-        if trainer.global_step == 0 or self.tasks != tuple(pl_module.tasks):
+        super().setup(trainer, pl_module, stage=stage)
+        if stage == "fit" and (trainer.global_step == 0 or self.tasks != tuple(pl_module.tasks)):
             self.reset(list(pl_module.tasks))
 
     # What happens, told to the factors.
@@ -176,8 +179,8 @@ class TaskLearningRate(TaskState):
 
     def observe(self, signals: Signals, present: Sequence[int]) -> None:
         """Pass a step's measurements of the present tasks to the factors."""
-        for factor in self.factors:
-            with factor.only(present):
+        with self.only(present):
+            for factor in self.factors:
                 factor.update(signals)
 
     def observe_heads(self, norms: Tensor) -> None:
@@ -192,45 +195,17 @@ class TaskLearningRate(TaskState):
             if what in factor.collects:
                 factor.update_samples(what, values)
 
+    # The number of the last step for which multipliers were computed belongs to one fit.
+
     def reset(self, tasks: Sequence[str], device: torch.device | str = "cpu") -> None:
-        """Reset the state for these tasks."""
+        """Reset the state for these tasks, and the factors' state."""
         super().reset(tasks, device)
         self._step = None
-        for factor in self.factors:
-            factor.reset(tasks, device)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Move the state to the module's device."""
         super().on_fit_start(trainer, pl_module)
         self._step = None
-        for factor in self.factors:
-            factor.on_fit_start(trainer, pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Call the factors' ``on_validation_end``."""
-        for factor in self.factors:
-            factor.on_validation_end(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Call the factors' ``on_train_epoch_end``."""
-        for factor in self.factors:
-            factor.on_train_epoch_end(trainer, pl_module)
-
-    # Checkpoints
-
-    @property
-    def state_key(self) -> str:
-        """Return the key of the state in a checkpoint, which differs from a weighting's."""
-        return f"lightning_mtl.TaskRates:{type(self).__name__}"
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Accept any checkpoint; one without this callback leaves the state as a new fit has it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the multipliers and each factor's state."""
-        return super().state_dict() | {"factors": [factor.state_dict() for factor in self.factors]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave.
@@ -238,15 +213,6 @@ class TaskLearningRate(TaskState):
         Raises:
             ValueError: If the state is of other factors, of other tasks, or of other arguments.
         """
-        written = [state["weighting"] for state in state_dict["factors"]]
-        names = [type(factor).__name__ for factor in self.factors]
-        if written != names:
-            raise ValueError(
-                f"The checkpoint's TaskLearningRate multiplied the factors {written}, this one has {names}; construct "
-                "it as in the interrupted run, or load the model's weights alone."
-            )
-        for factor, state in zip(self.factors, state_dict["factors"], strict=True):
-            factor.load_state_dict(state)
         super().load_state_dict(state_dict)
         self._step = None
 

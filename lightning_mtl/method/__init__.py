@@ -1,6 +1,7 @@
 """The bases for those who write methods: weightings, aggregators, and the signals that these read."""
 
-from lightning_mtl.method.base import Aggregator, Weighting
+from lightning_mtl.method.aggregator import Aggregator
+from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Signals
 
 __all__ = ["Aggregator", "Signals", "Weighting"]

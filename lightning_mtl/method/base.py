@@ -1,4 +1,4 @@
-"""The bases of all methods: weightings, and aggregators, which are no weighted sum."""
+"""The base of all weighting methods, and what the training step calls of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_mtl.method.arguments import NamedArguments
 from lightning_mtl.method.search_space import SearchSpace
 from lightning_mtl.method.signals import Decision, Signals
 from lightning_mtl.method.task_state import TaskState
@@ -19,7 +20,7 @@ from lightning_mtl.method.task_state import TaskState
 Measure = Literal["losses", "norms", "gramian", "rows"]
 
 
-class Weighting(TaskState, ABC):
+class Weighting(NamedArguments, TaskState, ABC):
     """Turns what one step measured into one weight a task; the base of every balancing method.
 
     A subclass says what it ``measures`` and implements :meth:`weigh`. What it remembers between steps it declares with
@@ -61,6 +62,9 @@ class Weighting(TaskState, ABC):
     """What a search may give the constructor's arguments: only those whose value changes what the method does."""
     takes_logarithms: bool = False
     """Whether the method takes the losses' logarithms; a negative loss then ends the training with an error."""
+    by_task: ClassVar[tuple[str, ...]] = ()
+    """Arguments, kept as attributes of the same names, that map tasks to something, besides ``importance``: at setup,
+    names of unknown tasks are refused."""
     step_metric: str | None = None
     """The metric whose value on each training batch :attr:`Signals.scores` must hold."""
     wants_losses_after: bool = False
@@ -117,6 +121,17 @@ class Weighting(TaskState, ABC):
         With gradient accumulation the losses are means over the whole window.
         """
 
+    def needed(self, signals: Signals, name: Literal["norms", "gramian"]) -> Tensor:
+        """The measurement of this name, which a method declares to need in :attr:`measures`.
+
+        Raises:
+            ValueError: If it was not measured.
+        """
+        found: Tensor | None = getattr(signals, name)
+        if found is None:
+            raise ValueError(f"{type(self).__name__} needs the {name}, which the signals of step {signals.step} lack.")
+        return found
+
     def check(self, pl_module: pl.LightningModule) -> None:
         """Refuse, at setup, a module that the method cannot work with."""
 
@@ -134,10 +149,12 @@ class Weighting(TaskState, ABC):
                 f"{type(self).__name__} balances the tasks of a lightning_mtl.MultiTaskModule, found "
                 f"{type(pl_module).__name__}; subclass MultiTaskModule."
             )
-        if unknown := self.importance.keys() - tasks.keys():
-            raise ValueError(
-                f"{type(self).__name__}(importance=...) names {sorted(unknown)}, but the tasks are {list(tasks)}."
-            )
+        for argument in ("importance", *self.by_task):
+            given = getattr(self, argument)
+            if unknown := [task for task in given if task not in tasks] if isinstance(given, Mapping) else []:
+                raise ValueError(
+                    f"{type(self).__name__}({argument}=...) names {unknown}, but the tasks are {list(tasks)}."
+                )
         self.check(pl_module)
         if stage == "fit" and (trainer.global_step == 0 or self.tasks != tuple(tasks)):
             self.reset(list(tasks))
@@ -234,71 +251,11 @@ class Weighting(TaskState, ABC):
         """Multiply the weights of the present tasks by their importance."""
         if not self.importance:
             return weights
-        return weights * weights.new_tensor([self.importance.get(task, 1.0) for task in signals.tasks])
+        return self.scaled(weights, weights.new_tensor([self.importance.get(task, 1.0) for task in signals.tasks]))
 
-
-class Aggregator(Weighting):
-    """Combines the tasks' gradients into a direction that no weights describe, element by element for instance.
-
-    A subclass implements :meth:`combine` in place of :meth:`weigh`; heads get their own tasks' gradients, unweighted.
-    No weights exist to keep or to log.
-
-    Args:
-        importance: ``{task: factor}``, multiplied into the rows; tasks not named keep 1.
-        start_step: Optimizer steps with equal weights before the method begins.
-        at: Where gradients are taken: ``"trunk"`` (all shared parameters) or ``"features"`` (the trunk's output).
-
-    Raises:
-        ValueError: If ``at`` is another place, an argument is out of its range, or, at setup, ``importance`` names an
-            unknown task.
-
-    Example:
-        >>> class Median(Aggregator):
-        ...     def combine(self, signals, rows):
-        ...         return rows.median(dim=0).values
-        >>> rows = torch.tensor([[1.0], [5.0], [2.0]])
-        >>> Median().combine(Signals(("a", "b", "c"), torch.ones(3), step=0, epoch=0), rows)
-        tensor([2.])
-    """
-
-    measures: ClassVar[Measure] = "rows"
-    weighs_heads: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        *,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        at: Literal["trunk", "features"] = "trunk",
-    ) -> None:
-        if at not in ("trunk", "features"):
-            raise ValueError(f"{type(self).__name__}(at={at!r}) must be 'trunk' or 'features'.")
-        super().__init__(importance=importance, start_step=start_step, at=at)
-
-    @abstractmethod
-    def combine(self, signals: Signals, rows: Tensor) -> Tensor:
-        """Combine ``rows``, ``[K, n]``, into one direction, ``[n]``."""
-
-    def weigh(self, signals: Signals) -> Tensor:
-        """Say that there are no weights."""
-        raise TypeError(f"{type(self).__name__} is no weighted sum of gradients; call combine(signals, rows).")
-
-    def decide(
-        self, signals: Signals, present: Sequence[int], *, measured: bool, rows: Sequence[Tensor] = ()
-    ) -> Decision:
-        """Combine the rows, which may lie in several matrices, as if they were one."""
-        if not rows:  # before the first step
-            return super().decide(signals, present, measured=measured)
-        ones, widest = torch.ones_like(signals.losses), rows[0].dtype
-        for block in rows[1:]:
-            widest = torch.promote_types(widest, block.dtype)
-        whole = rows[0] if len(rows) == 1 else torch.cat([block.to(widest) for block in rows], dim=1)
-        if self.importance:
-            whole = whole * self.with_importance(whole.new_ones(len(whole)), signals)[:, None]
-        with self._cut_to(present):
-            direction = self.combine(signals, whole).detach()
-        parts = direction.split([block.shape[1] for block in rows])
-        return Decision(ones, ones, [part.to(block.dtype) for part, block in zip(parts, rows, strict=True)])
+    def scaled(self, weights: Tensor, importance: Tensor) -> Tensor:
+        """Scale the weights of the present tasks by their importance, both ``[K]``."""
+        return weights * importance
 
 
 def weighting_of(trainer: pl.Trainer) -> Weighting | None:

@@ -1,4 +1,4 @@
-"""What a hyperparameter may be, for searches: a range or a list of choices."""
+"""A search space gives each hyperparameter a range or a list of choices."""
 
 from __future__ import annotations
 

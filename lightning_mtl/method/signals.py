@@ -1,4 +1,4 @@
-"""What one optimizer step measured, as the weighting methods see it, and what they decided."""
+"""The measurements of one optimizer step that weightings see, and the decision that they come to."""
 
 from __future__ import annotations
 

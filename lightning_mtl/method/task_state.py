@@ -1,10 +1,10 @@
-"""State that a callback keeps for each task: declared once, then saved, restored, moved, cut to the present tasks."""
+"""State of a callback for each task is declared once, then saved, restored, moved and cut to the present tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -20,12 +20,20 @@ class Declared(NamedTuple):
     on_cpu: bool = False
 
 
-# Methods find each other's states in a checkpoint by it.
-_KEY = "lightning_mtl.Weighting:"
-
-
 class TaskState(Callback):
     """The part of a weighting that remembers."""
+
+    key_prefix: ClassVar[str] = "lightning_mtl.Weighting:"
+    """How the keys of such callbacks begin in a checkpoint, where they find each other's states by it."""
+    state_key: str = ""
+    """The key of the state in a checkpoint. Lightning asks for it in each hook of each step: no property."""
+    takes_any_checkpoint: ClassVar[bool] = False
+    """Whether a checkpoint may lack this callback's state, which then begins anew."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:  # noqa: ANN401 - what a class statement may hold
+        """Give the class its key."""
+        super().__init_subclass__(**arguments)
+        cls.state_key = f"{cls.key_prefix}{cls.__name__}"
 
     def __init__(self) -> None:
         self.tasks: tuple[str, ...] = ()
@@ -111,11 +119,6 @@ class TaskState(Callback):
 
     # Checkpoints.
 
-    @property
-    def state_key(self) -> str:
-        """The key of the state in a checkpoint."""
-        return f"{_KEY}{type(self).__name__}"
-
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -124,8 +127,10 @@ class TaskState(Callback):
         Raises:
             ValueError: Naming both methods.
         """
-        written = [key.removeprefix(_KEY) for key in checkpoint.get("callbacks", {}) if key.startswith(_KEY)]
-        if written and type(self).__name__ not in written:
+        prefix, name = self.key_prefix, type(self).__name__
+        written = [key.removeprefix(prefix) for key in checkpoint.get("callbacks", {}) if key.startswith(prefix)]
+        is_child = all(callback is not self for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if written and name not in written and not (is_child or self.takes_any_checkpoint):
             raise self._written_by(written[0])
 
     def _written_by(self, other: str) -> ValueError:
@@ -136,7 +141,7 @@ class TaskState(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the method's name, the tasks' names and the declared states."""
+        """What a checkpoint keeps: the method's name, the tasks' names, the declared states."""
         return {
             "weighting": type(self).__name__,
             "tasks": list(self.tasks),

@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.linalg.lapack import dposv
 
-from lightning_mtl.solvers.errors import SolverError
-from lightning_mtl.solvers.gramian import EPS, Array, normalise
-from lightning_mtl.solvers.stationary import THRESHOLD, Solution, is_stationary_normalised, min_norm_solution
+from lightning_mtl.solvers.gramian import EPS, Array, SolverError, normalize
+from lightning_mtl.solvers.min_norm import THRESHOLD, Solution, is_stationary_normalized, min_norm_solution
 
 # Of the weights, relative. Newton's method squares it in the step that is still taken.
 TOLERANCE = 1e-6
@@ -18,25 +17,42 @@ MAX_ITERATIONS = 1000
 FULL_STEP = 0.25
 
 
-def barrier_weights(gramian: ArrayLike, exponent: float, *, solver: str) -> Solution:
-    r"""Positive weights with :math:`G w = w^{-p}`, elementwise.
+def alpha_fair_weights(gramian: ArrayLike, alpha: float = 1.0) -> Solution:
+    r"""Weights of the alpha-fair combination of the gradients.
 
-    They are the only optimum of the convex problem
+    They satisfy :math:`G w = w^{-1/\alpha}`, elementwise, and are the only optimum of the convex problem
 
-    .. math:: \min_{w > 0} \; \tfrac12 w^\top G w - \sum_k \frac{w_k^{1 - p}}{1 - p}
+    .. math:: \min_{w > 0} \; \tfrac12 w^\top G w - \sum_k \frac{w_k^{1 - 1/\alpha}}{1 - 1/\alpha} ,
 
-    (with a logarithm for p = 1), which has none at a Pareto-stationary point.
+    which has none at a Pareto-stationary point. With :math:`\alpha = 1`, a logarithm in place of the power, this is the
+    Nash bargaining solution (Navon et al. 2022, arXiv:2202.01017, equation 2), whose combined gradient has norm
+    :math:`\sqrt K`; a larger one cares more for the task that improves least (Ban & Ji 2024, arXiv:2402.15638). Both
+    papers approximate; here the weights are exact.
 
     Args:
         gramian: ``[K, K]``, inner products of the gradients.
-        exponent: p, positive.
-        solver: Name for errors.
+        alpha: Fairness, positive. Between 0.1 and 10 is tested.
 
     Returns:
-        The solution, or the minimum-norm weights with ``stationary=True``.
+        The weights, ``[K]``, positive. At a Pareto-stationary point, where there are none, the minimum-norm weights
+        with ``stationary=True``.
+
+    Raises:
+        ValueError: If ``gramian`` is not a square, finite matrix with a non-negative diagonal, or ``alpha`` is not
+            positive and finite.
+        SolverError: If Newton's method does not converge.
+
+    Example:
+        >>> alpha_fair_weights([[18.0, -22.0], [-22.0, 38.0]]).weights.round(6)
+        array([0.591461, 0.407071])
+        >>> alpha_fair_weights([[18.0, -22.0], [-22.0, 38.0]], alpha=2.0).weights.round(6)
+        array([0.471363, 0.319454])
     """
-    normalised = normalise(gramian)
-    cosines, norms = normalised
+    if not (0 < alpha < math.inf):
+        raise ValueError(f"alpha must be positive and finite, but is {alpha}.")
+    exponent = 1 / alpha
+    normalized = normalize(gramian)
+    cosines, norms = normalized
     shortest = float(norms.min())
     if shortest == 0:
         return min_norm_solution(gramian)
@@ -45,14 +61,14 @@ def barrier_weights(gramian: ArrayLike, exponent: float, *, solver: str) -> Solu
     unit = math.sqrt(shortest) * math.sqrt(norms.max())
     norms = norms / unit
     v, iterations, residual = _newton(cosines, norms ** (exponent - 1), exponent)
-    if residual == math.inf or (_may_be_stationary(cosines, v) and is_stationary_normalised(normalised)):
+    if residual == math.inf or (_may_be_stationary(cosines, v) and is_stationary_normalized(normalized)):
         return min_norm_solution(gramian)
     if math.isnan(residual) and np.linalg.eigvalsh(cosines)[0] < -4 * len(norms) * EPS:
         # Newton's method broke down on an indefinite Gramian, one of rows multiplied in float32 perhaps, at weights
         # that leave no more of the gradients than its error: they cancel as far as it can tell.
         return min_norm_solution(gramian)
     if not residual <= TOLERANCE:
-        raise SolverError(solver, num_tasks=len(norms), iterations=iterations, residual=residual)
+        raise SolverError("alpha_fair_weights", num_tasks=len(norms), iterations=iterations, residual=residual)
     return Solution(v / norms * unit ** (-2 / (exponent + 1)), stationary=False)
 
 

@@ -4,8 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import nnls
 
-from lightning_mtl.solvers.errors import SolverError
-from lightning_mtl.solvers.gramian import Array, Normalised, check_vector, factor, normalise
+from lightning_mtl.solvers.gramian import Array, Normalized, SolverError, check_vector, factor, normalize
 
 
 def project_on_dual_cone(gramian: ArrayLike, preference: ArrayLike) -> Array:
@@ -16,7 +15,7 @@ def project_on_dual_cone(gramian: ArrayLike, preference: ArrayLike) -> Array:
 
     .. math:: w = \arg\min_{v \ge p} \; v^\top G v ,
 
-    elementwise. It is the direction of DualProj, the quadratic programme of GEM (Lopez-Paz & Ranzato 2017,
+    elementwise. It is the direction of DualProj, the quadratic program of GEM (Lopez-Paz & Ranzato 2017,
     arXiv:1706.08840).
 
     Where the gradients are linearly dependent w need not be unique; the projection is.
@@ -37,9 +36,9 @@ def project_on_dual_cone(gramian: ArrayLike, preference: ArrayLike) -> Array:
         >>> project_on_dual_cone([[18.0, -22.0], [-22.0, 38.0]], [0.5, 0.5]).round(6)
         array([0.611111, 0.5     ])
     """
-    normalised = normalise(gramian)
-    preference = check_vector("preference", preference, len(normalised.norms))
-    weights: Array = preference + _additions(normalised, preference[None])[0]
+    normalized = normalize(gramian)
+    preference = check_vector("preference", preference, len(normalized.norms))
+    weights: Array = preference + _additions(normalized, preference[None])[0]
     return weights
 
 
@@ -68,22 +67,22 @@ def project_rows_on_dual_cone(gramian: ArrayLike, preference: ArrayLike) -> Arra
         >>> project_rows_on_dual_cone([[18.0, -22.0], [-22.0, 38.0]], [0.5, 0.5]).round(6)
         array([1.111111, 0.789474])
     """
-    normalised = normalise(gramian)
-    preference = check_vector("preference", preference, len(normalised.norms))
+    normalized = normalize(gramian)
+    preference = check_vector("preference", preference, len(normalized.norms))
     if preference.min() < 0:
         k = int(preference.argmin())
         raise ValueError(f"preference must not be negative, but preference[{k}] is {preference[k]}.")
-    weights: Array = preference + _additions(normalised, np.diag(preference)).sum(axis=0)
+    weights: Array = preference + _additions(normalized, np.diag(preference)).sum(axis=0)
     return weights
 
 
-def _additions(normalised: Normalised, combinations: Array) -> Array:
+def _additions(normalized: Normalized, combinations: Array) -> Array:
     """What has to be added to each row of ``combinations``, ``[m, K]``, for its gradient to enter the dual cone.
 
-    In units of the normalised rows the least non-negative addition mu solves ``min ||R mu + R (norms * p)||``: a
+    In units of the normalized rows the least non-negative addition mu solves ``min ||R mu + R (norms * p)||``: a
     non-negative least squares problem. It is solved for a right-hand side of size one, and scaled back.
     """
-    cosines, norms = normalised
+    cosines, norms = normalized
     vectors = combinations * norms
     conflict = (vectors @ cosines < 0).any(axis=1)
     additions = np.zeros_like(vectors)

@@ -3,9 +3,8 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lightning_mtl.solvers.errors import SolverError
-from lightning_mtl.solvers.gramian import Array, normalise
-from lightning_mtl.solvers.stationary import THRESHOLD
+from lightning_mtl.solvers.gramian import Array, SolverError, normalize
+from lightning_mtl.solvers.min_norm import THRESHOLD
 
 # Eigenvalues of the cosines below this, relative to the largest, are the rounding of rows in float32: directions along
 # them would be all noise, and as long as the eigenvalue is small.
@@ -37,7 +36,7 @@ def equal_projection_weights(gramian: ArrayLike) -> Array:
         >>> equal_projection_weights([[4.0, 0.0], [0.0, 1.0]])
         array([0.5, 1. ])
     """
-    cosines, norms = normalise(gramian)
+    cosines, norms = normalize(gramian)
     try:
         eigenvalues, eigenvectors = np.linalg.eigh(cosines)
     except np.linalg.LinAlgError as error:

@@ -1,4 +1,4 @@
-"""What every solver does to a Gramian first: check it, normalise its diagonal, factor it."""
+"""Gramians are checked, normalized and factored here before they are solved for; the error of all solvers."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,37 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg.lapack import dsyevd
 
-from lightning_mtl.solvers.errors import SolverError
-
 Array = NDArray[np.float64]
 
 EPS = float(np.finfo(np.float64).eps)
 
 
-class Normalised(NamedTuple):
+class SolverError(RuntimeError):
+    """A solver over the Gramian did not converge.
+
+    Args:
+        solver: Name of the function that failed.
+        num_tasks: Number of rows K of the Gramian.
+        iterations: Iterations spent.
+        residual: What was left of the optimality condition, relative; ``nan`` where the solver could not tell.
+
+    Example:
+        >>> print(SolverError("min_norm_weights", num_tasks=3, iterations=130, residual=0.5))
+        min_norm_weights did not converge on a Gramian of K=3 tasks: residual 0.5 after 130 iterations.
+    """
+
+    def __init__(self, solver: str, *, num_tasks: int, iterations: int, residual: float) -> None:
+        super().__init__(
+            f"{solver} did not converge on a Gramian of K={num_tasks} tasks: "
+            f"residual {residual:.3g} after {iterations} iterations."
+        )
+        self.solver = solver
+        self.num_tasks = num_tasks
+        self.iterations = iterations
+        self.residual = residual
+
+
+class Normalized(NamedTuple):
     """A Gramian as cosines and norms: ``gramian[i, j] = norms[i] * cosines[i, j] * norms[j]``.
 
     Attributes:
@@ -25,7 +48,7 @@ class Normalised(NamedTuple):
     norms: Array
 
 
-def normalise(gramian: ArrayLike) -> Normalised:
+def normalize(gramian: ArrayLike) -> Normalized:
     """Check a Gramian and scale its diagonal to one.
 
     Solvers that work on the cosines do not see how far apart the norms of the gradients are: 1e-8 beside 1e8 is
@@ -41,7 +64,7 @@ def normalise(gramian: ArrayLike) -> Normalised:
         ValueError: If ``gramian`` is not square, is empty, has an entry that is not finite, or a negative diagonal.
 
     Example:
-        >>> normalise([[4.0, 0.0], [0.0, 9.0]]).norms
+        >>> normalize([[4.0, 0.0], [0.0, 9.0]]).norms
         array([2., 3.])
     """
     matrix = np.asarray(gramian, dtype=np.float64)
@@ -62,7 +85,7 @@ def normalise(gramian: ArrayLike) -> Normalised:
         divisors = np.where(zero, 1.0, norms)
         matrix = np.where(zero | zero[:, None], 0.0, matrix)
     # Two divisions, since the product of two norms can leave the range of float64 where each quotient does not.
-    return Normalised(matrix / divisors / divisors[:, None], norms)
+    return Normalized(matrix / divisors / divisors[:, None], norms)
 
 
 def check_vector(name: str, vector: ArrayLike, num_tasks: int) -> Array:
@@ -77,7 +100,7 @@ def check_vector(name: str, vector: ArrayLike, num_tasks: int) -> Array:
 
 
 def factor(cosines: Array) -> Array:
-    """Factor a normalised Gramian into ``R.T @ R`` with a square R of full rank.
+    """Factor a normalized Gramian into ``R.T @ R`` with a square R of full rank.
 
     Eigenvalues below the precision of the Gramian are raised to it, which moves no entry by more than its own error
     and keeps an active-set method from walking 1e13 far along a null direction of dependent gradients. The precision

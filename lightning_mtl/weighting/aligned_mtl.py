@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.weighting.preference import check_preference, check_tasks, simplex_preference
+from lightning_mtl.weighting.preference import Preferring
 
 Scale = Literal["min", "median", "rmse"]
 
@@ -44,7 +44,7 @@ def aligned_mtl_weights(gramian: Tensor, preference: Tensor, scale: Scale = "min
     return weights
 
 
-class AlignedMTL(Weighting):
+class AlignedMTL(Preferring):
     r"""Replace the gradients by the nearest ones that are orthogonal and equally long: independent component alignment.
 
     .. math:: w = \sqrt{\lambda} \, V \Lambda^{-1/2} V^\top p, \qquad G = V \Lambda V^\top
@@ -56,11 +56,8 @@ class AlignedMTL(Weighting):
         scale: λ: ``"min"`` as in the paper, or the ``"median"`` or mean (``"rmse"``) of the eigenvalues, as in the
             official code.
         preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the sum 1.
-        at: Where gradients are measured; ``"features"`` is the paper's Aligned-MTL-UB.
-        every_n_steps: Measure in one step of n and keep the weights in between.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`. ``at="features"`` is the paper's Aligned-MTL-UB.
 
     Raises:
         ValueError: If an argument is out of its range, or at setup if ``preference`` names an unknown task.
@@ -77,8 +74,6 @@ class AlignedMTL(Weighting):
         'median'
     """
 
-    measures: ClassVar[Measure] = "gramian"
-    weighs_heads: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {
         "scale": Choice(("min", "median", "rmse")),
         "at": Choice(("trunk", "features")),
@@ -89,23 +84,13 @@ class AlignedMTL(Weighting):
         scale: Scale = "min",
         *,
         preference: Mapping[str, float] | None = None,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
+        **common: Unpack[GradientArguments],
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+        super().__init__(preference=preference, **common)
         if scale not in ("min", "median", "rmse"):
             raise ValueError(f"AlignedMTL(scale={scale!r}) must be 'min', 'median' or 'rmse'.")
         self.scale = scale
-        self.preference = check_preference("AlignedMTL", preference)
-
-    def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse preferences of unknown tasks."""
-        check_tasks("AlignedMTL", "preference", self.preference, pl_module)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Align this step's gradients."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        return aligned_mtl_weights(signals.gramian, simplex_preference(self.preference, signals), self.scale)
+        return aligned_mtl_weights(self.needed(signals, "gramian"), self.on_the_simplex(signals), self.scale)

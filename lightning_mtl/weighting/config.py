@@ -43,11 +43,8 @@ class ConFIG(Weighting):
     unweighted losses.
 
     Args:
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
-        at: Where gradients are measured; see there as well.
-        every_n_steps: Measure in one step of n and keep the weights in between.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`.
 
     Source: Liu et al., ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks, 2024,
     arXiv:2408.11104, equation 2.
@@ -66,5 +63,4 @@ class ConFIG(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        return config_weights(signals.gramian)
+        return config_weights(self.needed(signals, "gramian"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Signals
 
@@ -37,9 +38,8 @@ class CoVWeighting(Weighting):
     loses weight. The weights sum to 1, and are 1 / K as long as a present task has had fewer than two steps.
 
     Args:
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before; the statistics begin there.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`. The statistics
+            begin at ``start_step``.
 
     Source: Groenendijk et al., Multi-Loss Weighting with Coefficient of Variations, 2020, arXiv:2009.01717, section 3.
 
@@ -53,14 +53,8 @@ class CoVWeighting(Weighting):
 
     reads_losses: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        *,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
+    def __init__(self, **common: Unpack[CommonArguments]) -> None:
+        super().__init__(**common)
         for name in ("mean_loss", "mean_ratio", "squares", "count"):
             self.add_state(name, torch.tensor(0.0))
         self.mean_loss: Tensor

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_mtl.method.base import Aggregator, Weighting
+from lightning_mtl.method.aggregator import Aggregator
+from lightning_mtl.method.arguments import CommonArguments
+from lightning_mtl.method.base import Weighting
+from lightning_mtl.method.holder import Holder
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
 
@@ -25,21 +26,19 @@ def crmogm_weights(average: Tensor, newest: Tensor, alpha: float) -> Tensor:
     return torch.where(average.isnan(), newest, torch.lerp(newest, average, alpha))
 
 
-class CRMOGM(Weighting):
+class CRMOGM(Holder, Weighting):
     r"""Smooth the weights of any other method over the steps, which makes them depend less on the batch.
 
     .. math:: w(t) = \alpha \, w(t - 1) + (1 - \alpha) \, \hat w(t), \qquad w(1) = \hat w(1)
 
     with :math:`\hat w` the wrapped method's weights, a task's first being those of its first step. What is measured,
-    where, how often, and whether heads are weighted, is the wrapped method's affair; its state is saved and restored
-    with this one's.
+    where, how often, and whether heads are weighted, is the wrapped method's affair. Lightning's hooks reach it as if
+    the Trainer held it, and its state is saved and restored with this one's.
 
     Args:
         weighting: The method to smooth, constructed without ``importance``, ``start_step`` and ``total``.
         alpha: α; 0 changes nothing.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If ``alpha`` is out of its range, or ``weighting`` has an argument that belongs here.
@@ -58,15 +57,7 @@ class CRMOGM(Weighting):
 
     search_space: ClassVar[SearchSpace] = {"alpha": Range(0.5, 0.99)}
 
-    def __init__(
-        self,
-        weighting: Weighting,
-        alpha: float = 0.9,
-        *,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
+    def __init__(self, weighting: Weighting, alpha: float = 0.9, **common: Unpack[CommonArguments]) -> None:
         if isinstance(weighting, Aggregator) or not isinstance(weighting, Weighting):
             raise TypeError(
                 f"CRMOGM(weighting=...) smooths the weights of a Weighting, found {type(weighting).__name__}; pass an "
@@ -79,14 +70,9 @@ class CRMOGM(Weighting):
                 f"CRMOGM(weighting={type(weighting).__name__}(...)) ignores the importance, start_step and total of "
                 "what it wraps; pass them to CRMOGM."
             )
-        super().__init__(
-            importance=importance,
-            start_step=start_step,
-            total=total,
-            at=weighting.at,
-            every_n_steps=weighting.every_n_steps,
-        )
+        super().__init__(at=weighting.at, every_n_steps=weighting.every_n_steps, **common)
         self.weighting, self.alpha = weighting, alpha
+        self.add_child(weighting)
         # What classes declare, this one has from its instance's partner.
         self.measures, self.weighs_heads = weighting.measures, weighting.weighs_heads  # type: ignore[misc]
         self.reads_losses = weighting.reads_losses  # type: ignore[misc]
@@ -98,8 +84,8 @@ class CRMOGM(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Mix the wrapped method's weights into the mean."""
-        newest = self.weighting.weigh(signals).to(self.average)
-        weights = crmogm_weights(self.average, newest, self.alpha)
+        newest = self.weighting.weigh(signals).detach().to(signals.losses)
+        weights = crmogm_weights(self.average.to(newest), newest, self.alpha)
         self._coming = signals.step, weights
         return weights
 
@@ -107,43 +93,12 @@ class CRMOGM(Weighting):
         """Ask the wrapped method, whose numbers for the heads are not smoothed."""
         return self.weighting.head_weights()
 
+    def scaled(self, weights: Tensor, importance: Tensor) -> Tensor:
+        """Let the wrapped method say what importance does to its weights."""
+        return self.weighting.scaled(weights, importance)
+
     def update(self, signals: Signals) -> None:
         """Keep the mean, and let the wrapped method update its state."""
         if self._coming is not None and self._coming[0] == signals.step:  # not one that was skipped
             self.average = self._coming[1]
         self.weighting.update(signals)
-
-    # What reaches a Trainer's callbacks, and their state, reaches the wrapped method through this one.
-
-    def check(self, pl_module: pl.LightningModule) -> None:
-        """Let the wrapped method check the module."""
-        self.weighting.check(pl_module)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass the hook on."""
-        super().on_fit_start(trainer, pl_module)
-        self.weighting.on_fit_start(trainer, pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass the hook on."""
-        self.weighting.on_validation_end(trainer, pl_module)
-
-    def reset(self, tasks: Sequence[str], device: torch.device | str = "cpu") -> None:
-        """Begin anew, the wrapped method as well."""
-        super().reset(tasks, device)
-        self.weighting.reset(tasks, device)
-
-    @contextmanager
-    def only(self, present: Sequence[int]) -> Iterator[None]:
-        """Cut both states to the present tasks."""
-        with super().only(present), self.weighting.only(present):
-            yield
-
-    def state_dict(self) -> dict[str, Any]:
-        """Save both states."""
-        return super().state_dict() | {"wrapped": self.weighting.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both states."""
-        super().load_state_dict(state_dict)
-        self.weighting.load_state_dict(state_dict["wrapped"])

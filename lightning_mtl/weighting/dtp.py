@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -44,9 +45,7 @@ class DTP(Weighting):
         alpha: The weight of the newest κ.
         stage: ``"val"`` takes κ at the end of each validation, ``"train"`` the metric of each training batch, as the
             paper does; the batch values cost a metric computation a step.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range, or at setup if a task lacks the metric or it is unbounded.
@@ -71,11 +70,9 @@ class DTP(Weighting):
         gamma: float = 1.0,
         alpha: float = 0.5,
         stage: Literal["val", "train"] = "val",
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
+        super().__init__(**common)
         if gamma < 0:
             raise ValueError(f"DTP(gamma={gamma}) must be at least 0.")
         if not 0 < alpha <= 1:

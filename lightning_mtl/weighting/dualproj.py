@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.solvers import project_on_dual_cone
-from lightning_mtl.weighting.preference import check_preference, check_tasks, simplex_preference
+from lightning_mtl.weighting.preference import Preferring
 
 
 def dualproj_weights(gramian: Tensor, preference: Tensor) -> Tensor:
@@ -33,7 +30,7 @@ def dualproj_weights(gramian: Tensor, preference: Tensor) -> Tensor:
     return torch.from_numpy(project_on_dual_cone(gramian.detach().cpu().double().numpy(), preference.double().numpy()))
 
 
-class DualProj(Weighting):
+class DualProj(Preferring):
     r"""Project the mean gradient on the cone of directions that conflict with no task.
 
     .. math:: d = \arg\min_{y : J y \ge 0} \Big\lVert y - \sum_k p_k g_k \Big\rVert
@@ -43,11 +40,8 @@ class DualProj(Weighting):
 
     Args:
         preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the sum 1.
-        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
-        every_n_steps: Measure in one step of n and keep the weights in between.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If ``preference`` is not positive, or at setup if it names an unknown task.
@@ -63,28 +57,8 @@ class DualProj(Weighting):
         False
     """
 
-    measures: ClassVar[Measure] = "gramian"
-    weighs_heads: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
-
-    def __init__(
-        self,
-        *,
-        preference: Mapping[str, float] | None = None,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
-        self.preference = check_preference("DualProj", preference)
-
-    def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse preferences of unknown tasks."""
-        check_tasks("DualProj", "preference", self.preference, pl_module)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Project this step's mean gradient."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        return dualproj_weights(signals.gramian, simplex_preference(self.preference, signals))
+        return dualproj_weights(self.needed(signals, "gramian"), self.on_the_simplex(signals))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -41,9 +42,8 @@ class DWA(Weighting):
 
     Args:
         temperature: T; the paper uses 2.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before; epochs count from there.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`. Epochs count
+            from ``start_step``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -60,15 +60,8 @@ class DWA(Weighting):
     reads_losses: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"temperature": Range(0.5, 5.0, log=True)}
 
-    def __init__(
-        self,
-        temperature: float = 2.0,
-        *,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
+    def __init__(self, temperature: float = 2.0, **common: Unpack[CommonArguments]) -> None:
+        super().__init__(**common)
         if not temperature > 0:
             raise ValueError(f"DWA(temperature={temperature}) must be above 0.")
         self.temperature = temperature

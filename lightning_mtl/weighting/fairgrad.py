@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.solvers import fairgrad_weights as solve
+from lightning_mtl.solvers import alpha_fair_weights
+from lightning_mtl.weighting.nash_mtl import Bargaining
 
 
 def fairgrad_weights(gramian: Tensor, alpha: float) -> tuple[Tensor, bool]:
@@ -30,11 +31,11 @@ def fairgrad_weights(gramian: Tensor, alpha: float) -> tuple[Tensor, bool]:
         >>> fairgrad_weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]), alpha=2.0)
         (tensor([0.4714, 0.3195], dtype=torch.float64), False)
     """
-    solution = solve(gramian.detach().cpu().double().numpy(), alpha)
+    solution = alpha_fair_weights(gramian.detach().cpu().double().numpy(), alpha)
     return torch.from_numpy(solution.weights), solution.stationary
 
 
-class FairGrad(Weighting):
+class FairGrad(Bargaining):
     r"""Share the step among the tasks fairly, in the sense of alpha-fairness.
 
     .. math:: \max_d \sum_k \frac{(g_k \cdot d)^{1 - \alpha}}{1 - \alpha} \text{ in a ball}, \qquad
@@ -45,11 +46,8 @@ class FairGrad(Weighting):
 
     Args:
         alpha: α; the paper tries 1 to 10, most often 2.
-        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
-        every_n_steps: Measure in one step of n and keep the weights in between.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`.
 
     Attributes:
         stationary_steps: Steps taken at Pareto-stationary points, with the minimum-norm weights.
@@ -67,38 +65,19 @@ class FairGrad(Weighting):
         2.0
     """
 
-    measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {
         "alpha": Range(0.5, 5.0, log=True),
         "at": Choice(("trunk", "features")),
     }
 
-    def __init__(
-        self,
-        alpha: float = 1.0,
-        *,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+    def __init__(self, alpha: float = 1.0, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
         if not 0 < alpha < math.inf:
             raise ValueError(f"FairGrad(alpha={alpha}) must be above 0 and finite.")
         self.alpha = alpha
-        self.add_state("stationary_steps", torch.tensor(0), per_task=False)
-        self.stationary_steps: Tensor
-        self._stationary = False
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        weights, self._stationary = fairgrad_weights(signals.gramian, self.alpha)
+        weights, self.stationary = fairgrad_weights(self.needed(signals, "gramian"), self.alpha)
         return weights
-
-    def update(self, signals: Signals) -> None:
-        """Count the step if there was nothing to share."""
-        self.stationary_steps = self.stationary_steps + int(self._stationary)
-        self._stationary = False

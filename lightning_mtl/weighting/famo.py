@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_mtl.method.base import Weighting
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.solvers.adam import AdamState, adam_step
-from lightning_mtl.weighting.preference import check_tasks
+from lightning_mtl.weighting.learned import AdamState, Learned, adam_step
 
 EPS = 1e-8
 
@@ -41,7 +41,7 @@ def famo_gradient(logits: Tensor, gaps: Tensor, gaps_after: Tensor) -> Tensor:
     return z * (fall - (z * fall).sum())
 
 
-class FAMO(Weighting):
+class FAMO(Learned):
     r"""Weigh tasks so that the logarithms of all losses fall alike: fast adaptive multitask optimization.
 
     .. math:: w_k = c \frac{z_k}{D_k}, \quad z = \operatorname{softmax}(\xi), \quad D_k = L_k - b_k + \epsilon,
@@ -59,9 +59,7 @@ class FAMO(Weighting):
             numbers do not notice; only what an overridden ``task_losses`` logs is logged twice. ``"next_batch"`` is
             free: the next batch's losses serve, the same but for the difference between batches.
         min_losses: ``{task: b}``, the lowest loss a task can have; tasks not named have 0. Losses must not be lower.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range, or at setup if ``min_losses`` names an unknown task, or
@@ -82,6 +80,7 @@ class FAMO(Weighting):
         "lr": Range(1e-3, 1e-1, log=True),
         "gamma": Range(1e-4, 1e-1, log=True),
     }
+    by_task: ClassVar[tuple[str, ...]] = ("min_losses",)
 
     def __init__(
         self,
@@ -90,31 +89,22 @@ class FAMO(Weighting):
         gamma: float = 0.01,
         losses_after: Literal["forward", "next_batch"] = "forward",
         min_losses: Mapping[str, float] | None = None,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
-        if not lr > 0:
-            raise ValueError(f"FAMO(lr={lr}) must be above 0.")
+        super().__init__("logits", lr=lr, **common)
         if gamma < 0:
             raise ValueError(f"FAMO(gamma={gamma}) must be at least 0.")
         if losses_after not in ("forward", "next_batch"):
             raise ValueError(f"FAMO(losses_after={losses_after!r}) must be 'forward' or 'next_batch'.")
-        self.lr, self.gamma, self.min_losses = lr, gamma, dict(min_losses or {})
+        self.gamma, self.min_losses = gamma, dict(min_losses or {})
         self.wants_losses_after = losses_after == "forward"
         self.takes_logarithms = not self.min_losses
-        for name, start in (("logits", 0.0), ("mean", 0.0), ("spread", 0.0), ("steps", 0.0), ("last", torch.nan)):
-            self.add_state(name, torch.tensor(start))
+        self.add_state("last", torch.tensor(torch.nan))
         self.logits: Tensor
-        self.mean: Tensor
-        self.spread: Tensor
-        self.steps: Tensor
         self.last: Tensor
 
     def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse bounds of unknown tasks, and a second forward pass where the step is out of sight."""
-        check_tasks("FAMO", "min_losses", self.min_losses, pl_module)
+        """Refuse a second forward pass where the step is out of sight."""
         if self.wants_losses_after and pl_module.automatic_optimization:
             raise ValueError(
                 "FAMO(losses_after='forward') has to follow the optimizer's step, which automatic optimization takes "
@@ -128,7 +118,7 @@ class FAMO(Weighting):
 
     def update(self, signals: Signals) -> None:
         """Keep the moved logits."""
-        self.logits, (self.mean, self.spread, self.steps) = self._moved(signals)
+        self.logits, self.adam = self._moved(signals)
         self.last = self._gaps(signals, signals.losses)
 
     def _moved(self, signals: Signals) -> tuple[Tensor, AdamState]:
@@ -136,13 +126,12 @@ class FAMO(Weighting):
         before, after = self.last, self._gaps(signals, signals.losses)
         if self.wants_losses_after:
             if signals.losses_after is None:
-                return self.logits, AdamState(self.mean, self.spread, self.steps)
+                return self.logits, self.adam
             before, after = after, self._gaps(signals, signals.losses_after)
         known = ~before.isnan()
-        state = AdamState(self.mean, self.spread, self.steps)
         gradient = famo_gradient(self.logits, torch.where(known, before, after), after) + self.gamma * self.logits
-        moved, adam = adam_step(self.logits, gradient, state, lr=self.lr)
-        chosen = [torch.where(known, new, old) for new, old in zip(adam, state, strict=True)]
+        moved, adam = adam_step(self.logits, gradient, self.adam, lr=self.lr)
+        chosen = [torch.where(known, new, old) for new, old in zip(adam, self.adam, strict=True)]
         return torch.where(known, moved, self.logits), AdamState(*chosen)
 
     def _gaps(self, signals: Signals, losses: Tensor) -> Tensor:

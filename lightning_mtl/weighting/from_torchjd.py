@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.signals import Signals
 
@@ -25,11 +27,8 @@ class FromTorchJD(Weighting):
         weighting: A ``torchjd.aggregation.Weighting`` over the Gramian, ``UPGradWeighting()`` for instance; an
             aggregator that has one, ``UPGrad()``; or any function from ``[K, K]``, float64 on the CPU, to ``[K]``.
         seed: What the random numbers that it draws begin with.
-        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
-        every_n_steps: Measure in one step of n and keep the weights in between.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`.
 
     Raises:
         TypeError: If ``weighting`` is nothing of the kind.
@@ -50,17 +49,9 @@ class FromTorchJD(Weighting):
     weighs_heads: ClassVar[bool] = False
 
     def __init__(
-        self,
-        weighting: Callable[[Tensor], Tensor],
-        *,
-        seed: int = 0,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
+        self, weighting: Callable[[Tensor], Tensor], *, seed: int = 0, **common: Unpack[GradientArguments]
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+        super().__init__(**common)
         found = type(weighting).__name__
         if "torchjd" in sys.modules:
             weighting = _of_gramian(weighting)
@@ -74,10 +65,9 @@ class FromTorchJD(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Ask the weighting about this step's Gramian."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
         with torch.random.fork_rng(devices=[]):  # It draws from torch's own generator.
             torch.default_generator.set_state(self.random_numbers("random").get_state())
-            return self.weighting(signals.gramian)
+            return self.weighting(self.needed(signals, "gramian"))
 
     def update(self, signals: Signals) -> None:
         """Go on to the next step's random numbers."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Signals
 
@@ -34,9 +34,7 @@ class GLS(Weighting):
     A loss in other units changes the length of the step and no more. Losses must not be negative.
 
     Args:
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Source: Chennupati et al., MultiNet++, 2019, arXiv:1904.08492, section 3.2.
 
@@ -50,14 +48,8 @@ class GLS(Weighting):
 
     takes_logarithms = True
 
-    def __init__(
-        self,
-        *,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
+    def __init__(self, **common: Unpack[CommonArguments]) -> None:
+        super().__init__(**common)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Differentiate the geometric mean at this step's losses."""

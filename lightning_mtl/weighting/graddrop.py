@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_mtl.method.base import Aggregator
+from lightning_mtl.method.aggregator import Aggregator
+from lightning_mtl.method.arguments import AggregatorArguments
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.weighting.preference import check_tasks
 
 
 def graddrop(rows: Tensor, leak: Tensor, uniform: Tensor) -> Tensor:
@@ -53,9 +53,8 @@ class GradDrop(Aggregator):
         leak: l, the share of a task's gradient that is never dropped, between 0 and 1: a number, or ``{task: l}``
             where tasks not named have 0.
         seed: Where the random numbers begin.
-        at: ``"trunk"`` for the shared parameters' gradients, ``"features"`` for those of the trunk's output.
-        importance: ``{task: factor}``, multiplied into the gradients.
-        start_step: Optimizer steps with the plain sum before.
+        **common: ``importance``, ``start_step`` and ``at``, as in :class:`~lightning_mtl.Aggregator`. ``at="trunk"``
+            drops the shared parameters' gradients, ``at="features"`` those of the trunk's output.
 
     Raises:
         ValueError: If an argument is out of its range, or at setup if ``leak`` names an unknown task.
@@ -76,26 +75,17 @@ class GradDrop(Aggregator):
         "leak": Range(0.0, 0.9),
         "at": Choice(("trunk", "features")),
     }
+    by_task: ClassVar[tuple[str, ...]] = ("leak",)
 
     def __init__(
-        self,
-        leak: float | Mapping[str, float] = 0.0,
-        *,
-        seed: int = 0,
-        at: Literal["trunk", "features"] = "trunk",
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
+        self, leak: float | Mapping[str, float] = 0.0, *, seed: int = 0, **common: Unpack[AggregatorArguments]
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, at=at)
+        super().__init__(**common)
         for share in leak.values() if isinstance(leak, Mapping) else [leak]:
             if not 0 <= share <= 1:
                 raise ValueError(f"GradDrop(leak={leak}) must be at least 0 and at most 1.")
         self.leak = dict(leak) if isinstance(leak, Mapping) else leak
         self.add_generator("random", seed)
-
-    def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse leaks of unknown tasks."""
-        check_tasks("GradDrop", "leak", self.leak if isinstance(self.leak, dict) else {}, pl_module)
 
     def combine(self, signals: Signals, rows: Tensor) -> Tensor:
         """Drop the losing sign of each element."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -35,11 +36,8 @@ class GradientNormBalance(Weighting):
 
     Args:
         eps: ε, relative to the mean norm.
-        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`. ``"last_layer"`` is the cheap choice.
-        every_n_steps: Measure in one step of n and keep the weights in between.
-        importance: ``{task: ι}``; tasks not named keep 1.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`. ``at="last_layer"`` is the cheap choice; the importance is ι.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -54,27 +52,19 @@ class GradientNormBalance(Weighting):
     measures: ClassVar[Measure] = "norms"
     search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
 
-    def __init__(
-        self,
-        *,
-        eps: float = 1e-3,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+    def __init__(self, *, eps: float = 1e-3, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
         if not eps > 0:
             raise ValueError(f"GradientNormBalance(eps={eps}) must be above 0.")
         self.eps = eps
 
     def weigh(self, signals: Signals) -> Tensor:
         """Weigh by the inverse norms of this step."""
-        assert signals.norms is not None  # noqa: S101 - for mypy: what the class measures
-        return inverse_norm_weights(signals.norms, torch.ones_like(signals.norms), self.eps)
+        return inverse_norm_weights(
+            self.needed(signals, "norms"), torch.ones_like(self.needed(signals, "norms")), self.eps
+        )
 
-    def with_importance(self, weights: Tensor, signals: Signals) -> Tensor:
+    def scaled(self, weights: Tensor, importance: Tensor) -> Tensor:
         """Multiply by the importance and keep the sum K."""
-        scaled = super().with_importance(weights, signals)
-        return scaled * (weights.sum() / scaled.sum()) if self.importance else weights
+        scaled = super().scaled(weights, importance)
+        return scaled * (weights.sum() / scaled.sum())

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.arguments import CommonArguments
+from lightning_mtl.method.base import Measure
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.solvers.adam import AdamState, adam_step
+from lightning_mtl.weighting.learned import Learned
 
 
 def gradnorm_gradient(weights: Tensor, norms: Tensor, loss_ratios: Tensor, alpha: float) -> Tensor:
@@ -36,7 +38,7 @@ def gradnorm_gradient(weights: Tensor, norms: Tensor, loss_ratios: Tensor, alpha
     return torch.sign(scaled - target) * norms
 
 
-class GradNorm(Weighting):
+class GradNorm(Learned):
     r"""Learn weights so that each task's gradient norm suits the rate at which the task trains.
 
     .. math::
@@ -55,9 +57,7 @@ class GradNorm(Weighting):
         min_weight: The lower clamp.
         at: W; the paper's is the last shared layer. See :class:`~lightning_mtl.Weighting`.
         every_n_steps: Measure, and move the weights, in one step of n.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -85,26 +85,17 @@ class GradNorm(Weighting):
         min_weight: float = 1e-3,
         at: str | Sequence[str] = "last_layer",
         every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
-        for name, value in (("lr", lr), ("min_weight", min_weight)):
-            if not value > 0:
-                raise ValueError(f"GradNorm({name}={value}) must be above 0.")
+        super().__init__("weights", 1.0, lr=lr, at=at, every_n_steps=every_n_steps, **common)
+        if not min_weight > 0:
+            raise ValueError(f"GradNorm(min_weight={min_weight}) must be above 0.")
         if alpha < 0:
             raise ValueError(f"GradNorm(alpha={alpha}) must be at least 0.")
-        self.alpha, self.lr, self.min_weight = alpha, lr, min_weight
-        self.add_state("weights", torch.tensor(1.0))
+        self.alpha, self.min_weight = alpha, min_weight
         self.add_state("first_losses", torch.tensor(torch.nan))
-        for name in ("mean", "spread", "steps"):
-            self.add_state(name, torch.tensor(0.0))
         self.weights: Tensor
         self.first_losses: Tensor
-        self.mean: Tensor
-        self.spread: Tensor
-        self.steps: Tensor
 
     def weigh(self, signals: Signals) -> Tensor:
         """Weigh by what has been learned so far."""
@@ -118,7 +109,5 @@ class GradNorm(Weighting):
             return
         ratios = torch.where(self.first_losses > 0, losses / self.first_losses, torch.ones_like(losses))
         gradient = gradnorm_gradient(self.weights, signals.norms.to(self.weights), ratios, self.alpha)
-        state = AdamState(self.mean, self.spread, self.steps)
-        moved, (self.mean, self.spread, self.steps) = adam_step(self.weights, gradient, state, lr=self.lr)
-        clamped = moved.clamp(min=self.min_weight)
+        clamped = self.descended(self.weights, gradient).clamp(min=self.min_weight)
         self.weights = clamped * signals.num_tasks / clamped.sum()

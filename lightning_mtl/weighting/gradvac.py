@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -71,11 +72,8 @@ class GradVac(Weighting):
     Args:
         beta: β, the weight of the newest cosine; the paper uses 0.01.
         seed: Where the random orders begin.
-        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
-        every_n_steps: Measure in one step of n and keep the weights in between.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -97,18 +95,8 @@ class GradVac(Weighting):
         "at": Choice(("trunk", "features")),
     }
 
-    def __init__(
-        self,
-        beta: float = 0.01,
-        *,
-        seed: int = 0,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+    def __init__(self, beta: float = 0.01, *, seed: int = 0, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
         if not 0 <= beta <= 1:
             raise ValueError(f"GradVac(beta={beta}) must be at least 0 and at most 1.")
         self.beta = beta
@@ -120,9 +108,8 @@ class GradVac(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Turn the gradients in this step's orders."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
         orders = random_orders(signals.num_tasks, self.random_numbers("random"))
-        weights, cosines = gradvac_weights(signals.gramian, self.targets, orders)
+        weights, cosines = gradvac_weights(self.needed(signals, "gramian"), self.targets, orders)
         self.cosines = cosines.to(self.cosines)
         return weights
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.arguments import GradientArguments
+from lightning_mtl.method.base import Measure
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.solvers.adam import AdamState
 from lightning_mtl.weighting.imtlg import imtlg_weights
-from lightning_mtl.weighting.imtll import learn_scales
+from lightning_mtl.weighting.imtll import imtll_gradient
+from lightning_mtl.weighting.learned import LARGEST_LOGARITHM, Learned
 
 
 def imtl_weights(gramian: Tensor, log_scales: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def imtl_weights(gramian: Tensor, log_scales: Tensor) -> Tensor:
     return scales * imtlg_weights(gramian.detach().cpu().double() * torch.outer(scales, scales))
 
 
-class IMTL(Weighting):
+class IMTL(Learned):
     r"""Scale each loss as IMTL-L does, then balance the shared gradients as IMTL-G does: impartial learning.
 
     .. math:: \min_s \sum_k e^{s_k} L_k - s_k, \qquad w_k = e^{s_k} \alpha_k, \qquad
@@ -44,11 +45,8 @@ class IMTL(Weighting):
 
     Args:
         lr: Step size of the Adam that learns s.
-        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
-        every_n_steps: Measure in one step of n and keep the weights in between.
-        importance: ``{task: factor}``, multiplied into the weights of the shared gradients.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`. The importance multiplies the weights of the shared gradients.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -69,31 +67,13 @@ class IMTL(Weighting):
         "at": Choice(("trunk", "features")),
     }
 
-    def __init__(
-        self,
-        *,
-        lr: float = 0.01,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
-        if not lr > 0:
-            raise ValueError(f"IMTL(lr={lr}) must be above 0.")
-        self.lr = lr
-        for name in ("log_scales", "mean", "spread", "steps"):
-            self.add_state(name, torch.tensor(0.0))
+    def __init__(self, *, lr: float = 0.01, **common: Unpack[GradientArguments]) -> None:
+        super().__init__("log_scales", lr=lr, **common)
         self.log_scales: Tensor
-        self.mean: Tensor
-        self.spread: Tensor
-        self.steps: Tensor
 
     def weigh(self, signals: Signals) -> Tensor:
         """Balance this step's gradients, scaled as learned so far."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        return imtl_weights(signals.gramian, self.log_scales)
+        return imtl_weights(self.needed(signals, "gramian"), self.log_scales)
 
     def head_weights(self) -> Tensor:
         """Weigh the heads by the scales alone."""
@@ -101,7 +81,5 @@ class IMTL(Weighting):
 
     def update(self, signals: Signals) -> None:
         """Take one Adam step on the scales."""
-        adam = AdamState(self.mean, self.spread, self.steps)
-        self.log_scales, (self.mean, self.spread, self.steps) = learn_scales(
-            self.log_scales, signals.losses, adam, self.lr
-        )
+        gradient = imtll_gradient(self.log_scales, signals.losses.to(self.log_scales))
+        self.log_scales = self.descended(self.log_scales, gradient).clamp(-LARGEST_LOGARITHM, LARGEST_LOGARITHM)

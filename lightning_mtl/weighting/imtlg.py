@@ -45,11 +45,8 @@ class IMTLG(Weighting):
     in closed form. Weights may be negative. Heads follow their own, unweighted losses.
 
     Args:
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
-        at: Where gradients are measured; see there as well.
-        every_n_steps: Measure in one step of n and keep the weights in between.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`.
 
     Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021, section 3.1.
 
@@ -68,5 +65,4 @@ class IMTLG(Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        return imtlg_weights(signals.gramian)
+        return imtlg_weights(self.needed(signals, "gramian"))

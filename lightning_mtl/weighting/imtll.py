@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_mtl.method.base import Weighting
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.solvers.adam import AdamState, adam_step
-
-# A loss that stays 0 would let its scale grow without end; e^30 is beyond any scale in use, and finite.
-MOST_EXTREME = 30.0
+from lightning_mtl.weighting.learned import LARGEST_LOGARITHM, Learned
 
 
 def imtll_gradient(log_scales: Tensor, losses: Tensor) -> Tensor:
@@ -27,28 +24,14 @@ def imtll_gradient(log_scales: Tensor, losses: Tensor) -> Tensor:
     return torch.exp(log_scales) * losses - 1
 
 
-def learn_scales(log_scales: Tensor, losses: Tensor, adam: AdamState, lr: float) -> tuple[Tensor, AdamState]:
-    """Take one Adam step on the scales, kept within bounds; return them and the new state.
-
-    Example:
-        >>> zero = torch.zeros(2)
-        >>> learn_scales(zero, torch.tensor([3.0, 0.5]), AdamState(zero, zero, zero), lr=0.1)[0]
-        tensor([-0.1000,  0.1000])
-    """
-    moved, adam = adam_step(log_scales, imtll_gradient(log_scales, losses.to(log_scales)), adam, lr=lr)
-    return moved.clamp(-MOST_EXTREME, MOST_EXTREME), adam
-
-
-class IMTLL(Weighting):
+class IMTLL(Learned):
     r"""Learn a scale for each loss, so that all scaled losses come near 1: the loss balance of impartial learning.
 
     .. math:: \min_{\theta, s} \sum_k e^{s_k} L_k - s_k, \qquad w_k = e^{s_k}, \quad s = 0 \text{ at the start}
 
     Args:
         lr: Step size of the Adam that learns s.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -66,24 +49,9 @@ class IMTLL(Weighting):
     reads_losses: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"lr": Range(1e-3, 1e-1, log=True)}
 
-    def __init__(
-        self,
-        *,
-        lr: float = 0.01,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
-        if not lr > 0:
-            raise ValueError(f"IMTLL(lr={lr}) must be above 0.")
-        self.lr = lr
-        for name in ("log_scales", "mean", "spread", "steps"):
-            self.add_state(name, torch.tensor(0.0))
+    def __init__(self, *, lr: float = 0.01, **common: Unpack[CommonArguments]) -> None:
+        super().__init__("log_scales", lr=lr, **common)
         self.log_scales: Tensor
-        self.mean: Tensor
-        self.spread: Tensor
-        self.steps: Tensor
 
     def weigh(self, signals: Signals) -> Tensor:
         """Weigh by the scales learned so far."""
@@ -91,7 +59,5 @@ class IMTLL(Weighting):
 
     def update(self, signals: Signals) -> None:
         """Take one Adam step on the scales."""
-        adam = AdamState(self.mean, self.spread, self.steps)
-        self.log_scales, (self.mean, self.spread, self.steps) = learn_scales(
-            self.log_scales, signals.losses, adam, self.lr
-        )
+        gradient = imtll_gradient(self.log_scales, signals.losses.to(self.log_scales))
+        self.log_scales = self.descended(self.log_scales, gradient).clamp(-LARGEST_LOGARITHM, LARGEST_LOGARITHM)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -38,9 +39,7 @@ class LBTW(Weighting):
         alpha: How strongly; 0 means equal weights. The paper tries 0.1 and 0.5.
         reference: What L_k(0) is: the loss of the first batch of each ``"epoch"``, as in the paper's algorithm, or of
             the whole ``"training"``.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -63,11 +62,9 @@ class LBTW(Weighting):
         alpha: float = 0.5,
         *,
         reference: Literal["epoch", "training"] = "epoch",
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
+        super().__init__(**common)
         if alpha < 0:
             raise ValueError(f"LBTW(alpha={alpha}) must be at least 0.")
         if reference not in ("epoch", "training"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -55,14 +56,11 @@ class MGDA(Weighting):
 
     Args:
         normalize: Solve for gradients divided by ``"l2"`` ‖g_k‖, ``"loss"`` L_k or ``"loss+"`` L_k ‖g_k‖, and apply the
-            weights to the gradients as they are. None follows the paper; without normalising, tasks with small
+            weights to the gradients as they are. None follows the paper; without normalizing, tasks with small
             gradients take most of the weight.
-        at: ``"trunk"`` for the exact shared gradients, ``"features"`` for MGDA-UB, the paper's upper bound at one
-            backward pass, or other places as in :class:`~lightning_mtl.Weighting`.
-        every_n_steps: Measure in one step of n and keep the weights in between.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`. ``at="features"`` is MGDA-UB, the paper's upper bound at one backward
+            pass.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -85,22 +83,12 @@ class MGDA(Weighting):
         "at": Choice(("trunk", "features")),
     }
 
-    def __init__(
-        self,
-        normalize: Normalize | None = None,
-        *,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+    def __init__(self, normalize: Normalize | None = None, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
         if normalize not in (None, "l2", "loss", "loss+"):
             raise ValueError(f"MGDA(normalize={normalize!r}) must be None, 'l2', 'loss' or 'loss+'.")
         self.normalize = normalize
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        return mgda_weights(signals.gramian, signals.losses, self.normalize)
+        return mgda_weights(self.needed(signals, "gramian"), signals.losses, self.normalize)

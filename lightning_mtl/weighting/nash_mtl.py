@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.solvers import Solution, nash_weights
+from lightning_mtl.solvers import alpha_fair_weights
 
 
 def nash_mtl_weights(gramian: Tensor, max_norm: float | None = None) -> tuple[Tensor, bool]:
@@ -30,7 +31,7 @@ def nash_mtl_weights(gramian: Tensor, max_norm: float | None = None) -> tuple[Te
         (tensor([0.5915, 0.4071], dtype=torch.float64), False)
     """
     G = gramian.detach().cpu().double()
-    solution: Solution = nash_weights(G.numpy())
+    solution = alpha_fair_weights(G.numpy())
     weights = torch.from_numpy(solution.weights)
     if max_norm is not None:
         length = max(float(weights @ G @ weights), 0.0) ** 0.5  # rounding may take it below zero
@@ -38,7 +39,30 @@ def nash_mtl_weights(gramian: Tensor, max_norm: float | None = None) -> tuple[Te
     return weights, solution.stationary
 
 
-class NashMTL(Weighting):
+class Bargaining(Weighting):
+    """The base of methods whose weights do not exist at Pareto-stationary points, and are minimum-norm weights there.
+
+    A subclass keeps in ``stationary`` whether the step that it weighs is taken at such a point.
+
+    Attributes:
+        stationary_steps: Steps taken at Pareto-stationary points.
+    """
+
+    measures: ClassVar[Measure] = "gramian"
+
+    def __init__(self, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
+        self.add_state("stationary_steps", torch.tensor(0), per_task=False)
+        self.stationary_steps: Tensor
+        self.stationary = False
+
+    def update(self, signals: Signals) -> None:
+        """Count the step if there was nothing to bargain about."""
+        self.stationary_steps = self.stationary_steps + int(self.stationary)
+        self.stationary = False
+
+
+class NashMTL(Bargaining):
     r"""Weigh tasks by the Nash bargaining solution: no task can gain a share that others lose less than.
 
     .. math:: \max_d \sum_k \log (g_k \cdot d) \text{ in a ball}, \qquad d = \sum_k \alpha_k g_k, \qquad
@@ -49,11 +73,8 @@ class NashMTL(Weighting):
 
     Args:
         max_norm: Scale the weights so that the shared gradient is at most this long; None leaves √K.
-        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
-        every_n_steps: Measure in one step of n and keep the weights in between; the paper tries 1 to 100.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`. For ``every_n_steps`` the paper tries 1 to 100.
 
     Attributes:
         stationary_steps: Steps taken at Pareto-stationary points, with the minimum-norm weights.
@@ -63,7 +84,7 @@ class NashMTL(Weighting):
 
     Source: Navon et al., Multi-Task Learning as a Bargaining Game, 2022, arXiv:2202.01017, equation 2.
 
-    Deviations: the official code approximates α by up to 20 conic programmes, begins each with the last α, and keeps
+    Deviations: the official code approximates α by up to 20 conic programs, begins each with the last α, and keeps
     that without notice where the solver fails. It also clips the shared gradient at norm 1 by default, and not the
     heads', while ``max_norm`` scales both.
 
@@ -72,37 +93,18 @@ class NashMTL(Weighting):
         True
     """
 
-    measures: ClassVar[Measure] = "gramian"
     search_space: ClassVar[SearchSpace] = {
         "max_norm": Choice((None, 1.0)),
         "at": Choice(("trunk", "features")),
     }
 
-    def __init__(
-        self,
-        max_norm: float | None = None,
-        *,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+    def __init__(self, max_norm: float | None = None, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"NashMTL(max_norm={max_norm}) must be above 0; None leaves the norm √K.")
         self.max_norm = max_norm
-        self.add_state("stationary_steps", torch.tensor(0), per_task=False)
-        self.stationary_steps: Tensor
-        self._stationary = False
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        weights, self._stationary = nash_mtl_weights(signals.gramian, self.max_norm)
+        weights, self.stationary = nash_mtl_weights(self.needed(signals, "gramian"), self.max_norm)
         return weights
-
-    def update(self, signals: Signals) -> None:
-        """Count the step if there was nothing to bargain about."""
-        self.stationary_steps = self.stationary_steps + int(self._stationary)
-        self._stationary = False

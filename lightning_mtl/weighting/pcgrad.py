@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -64,11 +65,8 @@ class PCGrad(Weighting):
 
     Args:
         seed: Where the random orders begin.
-        at: Where gradients are measured; see :class:`~lightning_mtl.Weighting`.
-        every_n_steps: Measure in one step of n and keep the weights in between.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`.
 
     Source: Yu et al., Gradient Surgery for Multi-Task Learning, 2020, arXiv:2001.06782, algorithm 1.
 
@@ -83,23 +81,15 @@ class PCGrad(Weighting):
     weighs_heads: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
 
-    def __init__(
-        self,
-        *,
-        seed: int = 0,
-        at: str | Sequence[str] = "trunk",
-        every_n_steps: int = 1,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total, at=at, every_n_steps=every_n_steps)
+    def __init__(self, *, seed: int = 0, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
         self.add_generator("random", seed)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Project in this step's orders."""
-        assert signals.gramian is not None  # noqa: S101 - for mypy: what the class measures
-        return pcgrad_weights(signals.gramian, random_orders(signals.num_tasks, self.random_numbers("random")))
+        return pcgrad_weights(
+            self.needed(signals, "gramian"), random_orders(signals.num_tasks, self.random_numbers("random"))
+        )
 
     def update(self, signals: Signals) -> None:
         """Go on to the next step's orders."""

@@ -1,14 +1,17 @@
-"""How much each task counts before a method weighs it: numbers given by the user, for all tasks or for some."""
+"""Methods that prefer some tasks, by positive numbers that the user gives for all of them or for some."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import GradientArguments
+from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.signals import Signals
 
 
@@ -20,19 +23,28 @@ def check_preference(method: str, preference: Mapping[str, float] | None) -> dic
     return dict(preference or {})
 
 
-def check_tasks(method: str, argument: str, named: Mapping[str, object], pl_module: pl.LightningModule) -> None:
-    """Refuse what was given for tasks that the module does not have."""
-    known = list(pl_module.tasks)  # type: ignore[arg-type]  # setup has seen that it is a mapping
-    if unknown := [task for task in named if task not in known]:
-        raise ValueError(f"{method}({argument}=...) names the tasks {unknown}, but the module has {known}.")
+class Preferring(Weighting):
+    """The base of methods that combine the gradients with a preference on the simplex.
 
+    Args:
+        preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the sum 1.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`.
 
-def simplex_preference(preference: Mapping[str, float], signals: Signals) -> Tensor:
-    """The present tasks' preference, ``[K]``, float64 on the CPU, scaled to the sum 1; tasks not named count as 1.
-
-    Example:
-        >>> simplex_preference({"a": 3.0}, Signals(("a", "b"), torch.ones(2), step=0, epoch=0))
-        tensor([0.7500, 0.2500], dtype=torch.float64)
+    Raises:
+        ValueError: If ``preference`` is not positive, or at setup if it names an unknown task.
     """
-    numbers = torch.tensor([preference.get(task, 1.0) for task in signals.tasks], dtype=torch.float64)
-    return numbers / numbers.sum()
+
+    measures: ClassVar[Measure] = "gramian"
+    weighs_heads: ClassVar[bool] = False
+    by_task: ClassVar[tuple[str, ...]] = ("preference",)
+
+    def __init__(self, *, preference: Mapping[str, float] | None = None, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(**common)
+        self.preference = check_preference(type(self).__name__, preference)
+
+    def on_the_simplex(self, signals: Signals) -> Tensor:
+        """The present tasks' preference, ``[K]``, float64 on the CPU, of sum 1."""
+        numbers = [self.preference.get(task, 1.0) for task in signals.tasks]
+        preference = torch.tensor(numbers, dtype=torch.float64)
+        return preference / preference.sum()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
@@ -40,9 +41,7 @@ class RLW(Weighting):
     Args:
         distribution: ``"normal"`` or ``"dirichlet"``.
         seed: Where the random numbers begin.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -61,15 +60,9 @@ class RLW(Weighting):
     search_space: ClassVar[SearchSpace] = {"distribution": Choice(("normal", "dirichlet"))}
 
     def __init__(
-        self,
-        distribution: Distribution = "normal",
-        *,
-        seed: int = 0,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
+        self, distribution: Distribution = "normal", *, seed: int = 0, **common: Unpack[CommonArguments]
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
+        super().__init__(**common)
         if distribution not in ("normal", "dirichlet"):
             raise ValueError(f"RLW(distribution={distribution!r}) must be 'normal' or 'dirichlet'.")
         self.distribution = distribution

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Signals
 
@@ -30,9 +30,7 @@ class ScaleInvariant(Weighting):
     Losses must not be negative.
 
     Args:
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Source: Navon et al., Multi-Task Learning as a Bargaining Game, 2022, arXiv:2202.01017, section 6.
 
@@ -46,14 +44,8 @@ class ScaleInvariant(Weighting):
 
     takes_logarithms = True
 
-    def __init__(
-        self,
-        *,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
-    ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
+    def __init__(self, **common: Unpack[CommonArguments]) -> None:
+        super().__init__(**common)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Weigh by the inverse of this step's losses."""

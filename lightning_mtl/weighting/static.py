@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_mtl.method.base import Weighting
@@ -33,6 +32,7 @@ class StaticWeights(Weighting):
     """
 
     reads_losses: ClassVar[bool] = False
+    by_task: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __init__(self, weights: Mapping[str, float] | None = None, *, start_step: int = 0) -> None:
         super().__init__(start_step=start_step)
@@ -40,12 +40,6 @@ class StaticWeights(Weighting):
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"StaticWeights gives task {task!r} the weight {weight}; use a finite number >= 0.")
         self.weights = dict(weights or {})
-
-    def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse weights of unknown tasks."""
-        known = list(pl_module.tasks)  # type: ignore[arg-type]  # setup has seen that it is a mapping
-        if unknown := [task for task in self.weights if task not in known]:
-            raise ValueError(f"StaticWeights names the tasks {unknown}, but the module has {known}.")
 
     def weigh(self, signals: Signals) -> Tensor:
         """Look the present tasks' weights up."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.weighting.preference import check_preference, check_tasks
+from lightning_mtl.weighting.preference import check_preference
 from lightning_mtl.weighting.scale_invariant import scale_invariant_weights
 
 
@@ -37,17 +38,15 @@ class STCH(Weighting):
     .. math:: \min_\theta K \mu \log \sum_k \exp\!\left( \frac{\lambda_k}{\mu} \log \frac{L_k}{\nu_k} \right), \qquad
         w_k = \frac{K \lambda_k}{L_k} \operatorname{softmax}_k\!\left( \frac{\lambda}{\mu} \log \frac{L}{\nu} \right)
 
-    with ν the nadir: the mean losses over the last epoch of the warm-up, which itself descends
+    with ν the nadir: the mean losses over the last epoch of the warmup, which itself descends
     :math:`\sum_k \log L_k`. The task that has improved least since then gets most of the weight. Losses must not be
     negative.
 
     Args:
         mu: μ; towards 0 only the worst task counts, large values count all alike.
-        warmup_epochs: Epochs of the warm-up; with 0 the nadir is the loss of a task's first step.
+        warmup_epochs: Epochs of the warmup; with 0 the nadir is the loss of a task's first step.
         preference: ``{task: λ}``; tasks not named keep 1.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range, or at setup if ``preference`` names an unknown task.
@@ -58,7 +57,7 @@ class STCH(Weighting):
     Deviations: the paper's scalarization is :math:`\mu \log \sum_k \exp(\lambda_k (f_k - z^*_k) / \mu)` with λ on the
     simplex and z* the ideal point. The released code for multi-task learning, followed here, puts
     :math:`\log (L_k / \nu_k)` for :math:`f_k - z^*_k`, warms up, drops λ (1 for every task) and multiplies by K, which
-    keeps the steps as long as the warm-up's. Its ``STCH_warmup_epoch=4`` is 5 here: it counts from 0. A loss of 0 has
+    keeps the steps as long as the warmup's. Its ``STCH_warmup_epoch=4`` is 5 here: it counts from 0. A loss of 0 has
     weight 0. With gradient accumulation the first micro-batch gives the weights.
 
     Example:
@@ -68,6 +67,7 @@ class STCH(Weighting):
 
     takes_logarithms = True
     search_space: ClassVar[SearchSpace] = {"mu": Range(0.1, 10.0, log=True)}
+    by_task: ClassVar[tuple[str, ...]] = ("preference",)
 
     def __init__(
         self,
@@ -75,11 +75,9 @@ class STCH(Weighting):
         warmup_epochs: int = 5,
         *,
         preference: Mapping[str, float] | None = None,
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
+        super().__init__(**common)
         if not mu > 0:
             raise ValueError(f"STCH(mu={mu}) must be above 0.")
         if warmup_epochs < 0:
@@ -90,10 +88,6 @@ class STCH(Weighting):
         self.add_state("count", torch.tensor(0.0))
         self.nadir: Tensor
         self.count: Tensor
-
-    def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse preferences of unknown tasks."""
-        check_tasks("STCH", "preference", self.preference, pl_module)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Differentiate the smooth maximum at this step's losses."""
@@ -108,11 +102,11 @@ class STCH(Weighting):
         return signals.num_tasks * stch_weights(logarithms, preference, self.mu) * inverse
 
     def update(self, signals: Signals) -> None:
-        """Take the losses of the warm-up's last epoch into the nadir."""
+        """Take the losses of the warmup's last epoch into the nadir."""
         late = signals.epoch >= self.warmup_epochs
         if signals.epoch < self.warmup_epochs - 1:
             return
-        # After the warm-up: only of a task that was absent from its last epoch.
+        # After the warmup: only of a task that was absent from its last epoch.
         taken = (self.count == 0) | (not late)
         self.count = self.count + taken
         mean = self.nadir + (signals.losses.to(self.nadir) - self.nadir) / self.count

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from lightning_mtl.method.base import Weighting
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.solvers.adam import AdamState, adam_step
+from lightning_mtl.weighting.learned import LARGEST_LOGARITHM, Learned
 
 Kind = Literal["regression", "classification"]
 Regularizer = Literal["log", "log1p"]
-# A loss that stays 0 would let its weight grow without end; e^30 is beyond any weight in use, and finite.
-MOST_EXTREME = 30.0
 FACTORS: Mapping[str, float] = {"regression": 0.5, "classification": 1.0}
 
 
@@ -44,7 +42,7 @@ def uncertainty_gradient(
     return pull - uncertainty_weights(log_variances, factors) * losses
 
 
-class UncertaintyWeighting(Weighting):
+class UncertaintyWeighting(Learned):
     r"""Weigh tasks by the inverse of a learned noise variance.
 
     .. math:: \min_{\theta, s} \sum_k c_k e^{-s_k} L_k + \tfrac{1}{2} s_k, \qquad s_k = \log \sigma_k^2
@@ -57,9 +55,7 @@ class UncertaintyWeighting(Weighting):
         lr: Step size of the Adam that learns s.
         regularizer: ``"log"`` is the paper's :math:`\log \sigma = s / 2`; ``"log1p"`` is :math:`\log(1 + \sigma^2)`,
             which keeps the weights from falling without end.
-        importance: ``{task: factor}``, multiplied into the weights.
-        start_step: Optimizer steps with equal weights before.
-        total: Rescale the weights to this sum; see :class:`~lightning_mtl.Weighting`.
+        **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
         ValueError: If an argument is out of its range, or a kind is neither of the two, or at setup if ``kinds`` names
@@ -82,6 +78,7 @@ class UncertaintyWeighting(Weighting):
         "lr": Range(1e-3, 1e-1, log=True),
         "regularizer": Choice(("log", "log1p")),
     }
+    by_task: ClassVar[tuple[str, ...]] = ("kinds",)
 
     def __init__(
         self,
@@ -89,32 +86,17 @@ class UncertaintyWeighting(Weighting):
         *,
         lr: float = 0.01,
         regularizer: Regularizer = "log",
-        importance: Mapping[str, float] | None = None,
-        start_step: int = 0,
-        total: float | None = None,
+        **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__(importance=importance, start_step=start_step, total=total)
+        super().__init__("log_variances", lr=lr, **common)
         for task, kind in (kinds or {}).items():
             if kind not in FACTORS:
                 raise ValueError(f"UncertaintyWeighting calls task {task!r} a {kind!r}; use one of {sorted(FACTORS)}.")
-        if not lr > 0:
-            raise ValueError(f"UncertaintyWeighting(lr={lr}) must be above 0.")
         if regularizer not in ("log", "log1p"):
             raise ValueError(f"UncertaintyWeighting(regularizer={regularizer!r}) must be 'log' or 'log1p'.")
-        self.kinds, self.lr, self.regularizer = dict(kinds or {}), lr, regularizer
+        self.kinds, self.regularizer = dict(kinds or {}), regularizer
         self._factors_of: dict[tuple[str, ...], Tensor] = {}
-        for name in ("log_variances", "mean", "spread", "steps"):
-            self.add_state(name, torch.tensor(0.0))
         self.log_variances: Tensor
-        self.mean: Tensor
-        self.spread: Tensor
-        self.steps: Tensor
-
-    def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse kinds of unknown tasks."""
-        known = list(pl_module.tasks)  # type: ignore[arg-type]  # setup has seen that it is a mapping
-        if unknown := [task for task in self.kinds if task not in known]:
-            raise ValueError(f"UncertaintyWeighting(kinds=...) names {unknown}, but the module has {known}.")
 
     def weigh(self, signals: Signals) -> Tensor:
         """Weigh by the variances learned so far."""
@@ -125,9 +107,8 @@ class UncertaintyWeighting(Weighting):
         gradient = uncertainty_gradient(
             self.log_variances, signals.losses.to(self.log_variances), self._factors(signals), self.regularizer
         )
-        state = AdamState(self.mean, self.spread, self.steps)
-        moved, (self.mean, self.spread, self.steps) = adam_step(self.log_variances, gradient, state, lr=self.lr)
-        self.log_variances = moved.clamp(-MOST_EXTREME, MOST_EXTREME)
+        moved = self.descended(self.log_variances, gradient)
+        self.log_variances = moved.clamp(-LARGEST_LOGARITHM, LARGEST_LOGARITHM)
 
     def _factors(self, signals: Signals) -> Tensor:
         factors = self._factors_of.get(signals.tasks)

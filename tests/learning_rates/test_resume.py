@@ -94,7 +94,7 @@ def test_checkpoints_of_other_factors_are_refused_and_those_without_begin_anew(t
     trainer = fit(module, DataLoader(make(), batch_size=None), callbacks=[TaskLearningRate(GradientNorm())])
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     again = DataLoader(make(), batch_size=None)
-    message = "multiplied the factors ['GradientNorm'], this one has ['Importance']"
+    message = "TaskLearningRate held ['GradientNorm'], this one holds ['Importance']"
     with pytest.raises(ValueError, match=re.escape(message)):
         fit(
             binary(cls=Scheduled),

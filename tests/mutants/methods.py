@@ -23,7 +23,7 @@ METHODS = (
     ),
     Mutation(
         "CAGrad: leaves the mean gradient on the wrong side",
-        "solvers/cagrad.py",
+        "weighting/cagrad.py",
         "return mean + radius",
         "return mean - radius",
         "tests/solvers/test_cagrad.py",
@@ -62,8 +62,8 @@ METHODS = (
     Mutation(
         "DualProj: the projection's sign",
         "solvers/dual_cone.py",
-        "preference + _additions(normalised, preference[None])[0]",
-        "preference - _additions(normalised, preference[None])[0]",
+        "preference + _additions(normalized, preference[None])[0]",
+        "preference - _additions(normalized, preference[None])[0]",
         CONTRACT,
         "DualProj",
     ),
@@ -84,9 +84,9 @@ METHODS = (
     ),
     Mutation(
         "FairGrad: alpha instead of its inverse",
-        "solvers/fairgrad.py",
-        "1 / alpha, solver",
-        "alpha, solver",
+        "solvers/barrier.py",
+        "exponent = 1 / alpha",
+        "exponent = alpha",
         "tests/solvers/test_fairgrad.py",
     ),
     Mutation(
@@ -241,8 +241,8 @@ METHODS = (
     Mutation(
         "UPGrad: the projections' sign",
         "solvers/dual_cone.py",
-        "preference + _additions(normalised, np.diag(preference)).sum(axis=0)",
-        "preference - _additions(normalised, np.diag(preference)).sum(axis=0)",
+        "preference + _additions(normalized, np.diag(preference)).sum(axis=0)",
+        "preference - _additions(normalized, np.diag(preference)).sum(axis=0)",
         CONTRACT,
         "UPGrad",
     ),

@@ -111,8 +111,8 @@ OTHERS = (
     ),
     Mutation(
         "factors of learning rates are not restored",
-        "learning_rates/task_learning_rate.py",
-        "factor.load_state_dict(state)",
+        "method/holder.py",
+        "child.load_state_dict(state)",
         "pass",
         f"{RATES}/test_resume.py",
     ),

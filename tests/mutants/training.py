@@ -18,8 +18,8 @@ TRAINING = (
     Mutation(
         "importance is ignored",
         "method/base.py",
-        "return weights * weights.new_tensor([self.importance",
-        "return weights + 0 * weights.new_tensor([self.importance",
+        "return weights * importance",
+        "return weights + 0 * importance",
         BASE,
         "importance",
     ),
@@ -46,6 +46,22 @@ TRAINING = (
         "weights",
         "tests/weighting/test_scalarizations.py",
         "total",
+    ),
+    Mutation(
+        "a hook does not reach the method inside another",
+        "method/holder.py",
+        "getattr(child, name)(*arguments, **named)",
+        "pass",
+        "tests/weighting/test_children.py",
+        "hook",
+    ),
+    Mutation(
+        "an argument that a method does not have is taken",
+        "method/arguments.py",
+        "if unknown and not any(",
+        "if False and not any(",
+        "tests/weighting/test_arguments.py",
+        "refused",
     ),
     Mutation(
         "a method's state is not restored",

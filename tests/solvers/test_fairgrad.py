@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from lightning_mtl.solvers import SolverError, barrier, fairgrad_weights, is_stationary, min_norm_weights
+from lightning_mtl.solvers import SolverError, alpha_fair_weights, barrier, is_stationary, min_norm_weights
 from tests.solvers.families import J1, J2, Array, Case
 
 EPS = np.finfo(np.float64).eps
@@ -22,7 +22,7 @@ EPS = np.finfo(np.float64).eps
     ],
 )
 def test_golden(rows: Array, alpha: float, expected: list[float]) -> None:
-    weights, stationary = fairgrad_weights(rows @ rows.T, alpha)
+    weights, stationary = alpha_fair_weights(rows @ rows.T, alpha)
     np.testing.assert_allclose(weights, expected, rtol=1e-11)
     assert not stationary
 
@@ -31,7 +31,7 @@ def test_solution_or_stationary_point(case: Case) -> None:
     gramian = case.rows @ case.rows.T
     norms = np.sqrt(gramian.diagonal())
     for alpha in (0.1, 0.5, 2.0, 10.0):
-        weights, stationary = fairgrad_weights(gramian, alpha)
+        weights, stationary = alpha_fair_weights(gramian, alpha)
         assert stationary == is_stationary(gramian)
         if stationary:
             np.testing.assert_array_equal(weights, min_norm_weights(gramian))
@@ -49,7 +49,7 @@ def test_norms_that_differ_by_1e8(alpha: float) -> None:
     rng = np.random.default_rng(0)
     for num_tasks in (2, 3, 8, 16):
         rows = rng.standard_normal((num_tasks, num_tasks + 3)) * np.geomspace(1e-4, 1e4, num_tasks)[:, None]
-        weights = fairgrad_weights(rows @ rows.T, alpha).weights
+        weights = alpha_fair_weights(rows @ rows.T, alpha).weights
         np.testing.assert_allclose(rows @ (rows.T @ weights), weights ** (-1 / alpha), rtol=1e-6)
 
 
@@ -63,7 +63,7 @@ def test_no_general_optimiser_finds_a_lower_value(independent_rows: Array, alpha
         weights = np.exp(log_weights)
         return float(weights @ gramian @ weights / 2 - (weights**power).sum() / power)
 
-    weights = fairgrad_weights(gramian, alpha).weights
+    weights = alpha_fair_weights(gramian, alpha).weights
     other = minimize(objective, np.zeros(len(gramian)), method="BFGS", options={"gtol": 1e-8})
     assert objective(np.log(weights)) <= other.fun + 1e-12
     np.testing.assert_allclose(weights, np.exp(other.x), rtol=1e-4)
@@ -73,8 +73,8 @@ def test_no_general_optimiser_finds_a_lower_value(independent_rows: Array, alpha
 @pytest.mark.parametrize("scale", [1e-60, 1e-8, 1e8, 1e60])
 def test_scale_of_the_gramian(scale: float, alpha: float) -> None:
     gramian = J2 @ J2.T
-    expected = fairgrad_weights(gramian, alpha).weights * scale ** (-alpha / (alpha + 1))
-    np.testing.assert_allclose(fairgrad_weights(scale * gramian, alpha).weights, expected, rtol=1e-9)
+    expected = alpha_fair_weights(gramian, alpha).weights * scale ** (-alpha / (alpha + 1))
+    np.testing.assert_allclose(alpha_fair_weights(scale * gramian, alpha).weights, expected, rtol=1e-9)
 
 
 def test_permutation_of_the_tasks_permutes_the_weights() -> None:
@@ -82,23 +82,23 @@ def test_permutation_of_the_tasks_permutes_the_weights() -> None:
     for num_tasks in (2, 3, 8, 20):
         rows = rng.standard_normal((num_tasks, num_tasks + 3))
         order = rng.permutation(num_tasks)
-        weights = fairgrad_weights(rows @ rows.T, 2.0).weights
+        weights = alpha_fair_weights(rows @ rows.T, 2.0).weights
         np.testing.assert_allclose(
-            fairgrad_weights(rows[order] @ rows[order].T, 2.0).weights, weights[order], rtol=1e-9
+            alpha_fair_weights(rows[order] @ rows[order].T, 2.0).weights, weights[order], rtol=1e-9
         )
 
 
 def test_one_task() -> None:
-    np.testing.assert_allclose(fairgrad_weights([[8.0]], 0.5).weights, [0.5], rtol=1e-14)
+    np.testing.assert_allclose(alpha_fair_weights([[8.0]], 0.5).weights, [0.5], rtol=1e-14)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, np.inf, np.nan])
 def test_a_wrong_alpha_is_refused_by_name_and_value(alpha: float) -> None:
     with pytest.raises(ValueError, match=rf"alpha must be positive and finite, but is {alpha}"):
-        fairgrad_weights(J1 @ J1.T, alpha)
+        alpha_fair_weights(J1 @ J1.T, alpha)
 
 
 def test_too_few_iterations_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(barrier, "MAX_ITERATIONS", 2)
-    with pytest.raises(SolverError, match=r"fairgrad_weights did not converge .* after 2 iterations"):
-        fairgrad_weights(J2 @ J2.T, 2.0)
+    with pytest.raises(SolverError, match=r"alpha_fair_weights did not converge .* after 2 iterations"):
+        alpha_fair_weights(J2 @ J2.T, 2.0)

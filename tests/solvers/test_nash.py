@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mtl.solvers import SolverError, barrier, fairgrad_weights, is_stationary, min_norm_weights, nash_weights
+from lightning_mtl.solvers import SolverError, alpha_fair_weights, barrier, is_stationary, min_norm_weights
 from tests.solvers.families import J1, J2, NEVER_STATIONARY, STATIONARY, Array, Case
 
 EPS = np.finfo(np.float64).eps
@@ -29,14 +29,14 @@ def assert_solved(rows: Array, weights: Array, tol: float = 1e-9) -> None:
     ids=["J1", "J2"],
 )
 def test_golden(rows: Array, expected: list[float]) -> None:
-    weights, stationary = nash_weights(rows @ rows.T)
+    weights, stationary = alpha_fair_weights(rows @ rows.T)
     np.testing.assert_allclose(weights, expected, rtol=1e-12)
     assert not stationary
 
 
 def test_solution_or_stationary_point(case: Case) -> None:
     gramian = case.rows @ case.rows.T
-    weights, stationary = nash_weights(gramian)
+    weights, stationary = alpha_fair_weights(gramian)
     assert stationary == is_stationary(gramian)
     assert not (stationary and case.family in NEVER_STATIONARY)
     assert stationary or case.family not in STATIONARY
@@ -54,28 +54,28 @@ def test_closed_form_of_two_tasks() -> None:
         # Rounding in the Gramian itself moves 1 + cos by EPS.
         tolerance = 1e-10 + 4 * EPS / (1 + cosine)
         np.testing.assert_allclose(
-            nash_weights(gramian).weights, 1 / (norms * np.sqrt(1 + cosine)), rtol=float(tolerance)
+            alpha_fair_weights(gramian).weights, 1 / (norms * np.sqrt(1 + cosine)), rtol=float(tolerance)
         )
 
 
-def test_orthogonal_rows_are_normalised() -> None:
+def test_orthogonal_rows_are_normalized() -> None:
     norms = np.array([1e-12, 1e-3, 1.0, 1e9])
-    np.testing.assert_allclose(nash_weights(np.diag(norms**2)).weights, 1 / norms, rtol=1e-14)
+    np.testing.assert_allclose(alpha_fair_weights(np.diag(norms**2)).weights, 1 / norms, rtol=1e-14)
 
 
 def test_the_combined_gradient_has_norm_root_k(independent_rows: Array) -> None:
-    weights = nash_weights(independent_rows @ independent_rows.T).weights
+    weights = alpha_fair_weights(independent_rows @ independent_rows.T).weights
     assert np.linalg.norm(weights @ independent_rows) == pytest.approx(np.sqrt(len(weights)), rel=1e-12)
 
 
 def test_it_is_fairgrad_with_alpha_one(case: Case) -> None:
     gramian = case.rows @ case.rows.T
-    np.testing.assert_array_equal(nash_weights(gramian).weights, fairgrad_weights(gramian, 1.0).weights)
+    np.testing.assert_array_equal(alpha_fair_weights(gramian).weights, alpha_fair_weights(gramian, 1.0).weights)
 
 
 def test_one_task() -> None:
-    np.testing.assert_allclose(nash_weights([[4.0]]).weights, [0.5], rtol=1e-14)
-    weights, stationary = nash_weights([[0.0]])
+    np.testing.assert_allclose(alpha_fair_weights([[4.0]]).weights, [0.5], rtol=1e-14)
+    weights, stationary = alpha_fair_weights([[0.0]])
     np.testing.assert_array_equal(weights, [1.0])
     assert stationary
 
@@ -86,7 +86,9 @@ def test_permutation_of_the_tasks_permutes_the_weights() -> None:
         rows = rng.standard_normal((num_tasks, num_tasks + 3))
         order = rng.permutation(num_tasks)
         np.testing.assert_allclose(
-            nash_weights(rows[order] @ rows[order].T).weights, nash_weights(rows @ rows.T).weights[order], rtol=1e-9
+            alpha_fair_weights(rows[order] @ rows[order].T).weights,
+            alpha_fair_weights(rows @ rows.T).weights[order],
+            rtol=1e-9,
         )
 
 
@@ -98,13 +100,15 @@ def test_scaling_a_row_divides_its_weight(seed: int, exponents: list[float]) -> 
     scales: Array = 10.0 ** np.array(exponents)
     gramian = rows @ rows.T
     scaled = gramian * scales * scales[:, None]
-    np.testing.assert_allclose(nash_weights(scaled).weights * scales, nash_weights(gramian).weights, rtol=1e-8)
+    np.testing.assert_allclose(
+        alpha_fair_weights(scaled).weights * scales, alpha_fair_weights(gramian).weights, rtol=1e-8
+    )
 
 
 def test_the_way_to_a_stationary_point_is_solved_until_it_is_one() -> None:
     for gap in np.geomspace(1e-1, 1e-16, 46):
         gramian = np.array([[1.0, gap - 1, 0.0], [gap - 1, 1.0, 0.0], [0.0, 0.0, 1.0]])
-        weights, stationary = nash_weights(gramian)
+        weights, stationary = alpha_fair_weights(gramian)
         assert stationary == is_stationary(gramian)
         if not stationary:
             assert np.abs(weights * (gramian @ weights) - 1).max() <= 1e-9 + 10 * EPS / gap
@@ -114,7 +118,7 @@ def test_a_float32_gramian_of_a_stationary_point_that_is_indefinite() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         rows = rng.standard_normal((8, 3)).astype(np.float32)
-        weights, stationary = nash_weights(rows @ rows.T)
+        weights, stationary = alpha_fair_weights(rows @ rows.T)
         exact = rows.astype(np.float64)
         assert stationary or np.linalg.norm(weights @ exact) < 4  # The root of 8, with room for the error.
 
@@ -122,6 +126,6 @@ def test_a_float32_gramian_of_a_stationary_point_that_is_indefinite() -> None:
 def test_too_few_iterations_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(barrier, "MAX_ITERATIONS", 2)
     with pytest.raises(
-        SolverError, match=r"nash_weights did not converge .* K=3 tasks: residual .* after 2 iterations"
+        SolverError, match=r"alpha_fair_weights did not converge .* K=3 tasks: residual .* after 2 iterations"
     ):
-        nash_weights(J2 @ J2.T)
+        alpha_fair_weights(J2 @ J2.T)

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import mse_loss
 from torchmetrics import MeanAbsoluteError, MetricCollection
 from torchmetrics.classification import BinaryAccuracy
+from typing_extensions import Unpack
 
-from lightning_mtl import MultiTaskModule, Task
+from lightning_mtl import MultiTaskModule, Signals, Task, Weighting
+from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.weighting import (
+    CRMOGM,
     DTP,
     DWA,
+    FAMO,
     LBTW,
     MGDA,
+    STCH,
+    GradDrop,
     GradientNormBalance,
     GradNorm,
     StaticWeights,
     UncertaintyWeighting,
+    UPGrad,
 )
-from tests.contract_rows import ROWS
-from tests.small import batch, heads, trunk
+from tests.contract_rows import METHODS, ROWS
+from tests.small import batch, heads, small, trunk
 from tests.training import fit, loader
 from tests.weightings import WeightedSum
 
@@ -71,6 +80,85 @@ def test_arguments_that_all_have(row: Any) -> None:
         cls(*required, start_step=-1)
 
 
+COMMON = "importance start_step total"
+GRADIENTS = f"{COMMON} at every_n_steps"
+# Spelled out, with what methods hand on to their base class: a common argument that a method has no use for is refused.
+ACCEPTED = {
+    "AlignedMTL": f"scale preference {GRADIENTS}",
+    "CAGrad": f"c rescale {GRADIENTS}",
+    "CRMOGM": f"weighting alpha {COMMON}",
+    "CoVWeighting": COMMON,
+    "ConFIG": GRADIENTS,
+    "DTP": f"metric gamma alpha stage {COMMON}",
+    "DWA": f"temperature {COMMON}",
+    "DualProj": f"preference {GRADIENTS}",
+    "FAMO": f"lr gamma losses_after min_losses {COMMON}",
+    "FairGrad": f"alpha {GRADIENTS}",
+    "FromTorchJD": f"weighting seed {GRADIENTS}",
+    "GLS": COMMON,
+    "GradDrop": "leak seed importance start_step at",
+    "GradNorm": f"alpha lr min_weight {GRADIENTS}",
+    "GradVac": f"beta seed {GRADIENTS}",
+    "GradientNormBalance": f"eps {GRADIENTS}",
+    "IMTL": f"lr {GRADIENTS}",
+    "IMTLG": GRADIENTS,
+    "IMTLL": f"lr {COMMON}",
+    "LBTW": f"alpha reference {COMMON}",
+    "MGDA": f"normalize {GRADIENTS}",
+    "NashMTL": f"max_norm {GRADIENTS}",
+    "PCGrad": f"seed {GRADIENTS}",
+    "RLW": f"distribution seed {COMMON}",
+    "STCH": f"mu warmup_epochs preference {COMMON}",
+    "ScaleInvariant": COMMON,
+    "StaticWeights": "weights start_step",
+    "UPGrad": f"preference {GRADIENTS}",
+    "UncertaintyWeighting": f"kinds lr regularizer {COMMON}",
+}
+
+
+def test_the_arguments_that_each_method_takes() -> None:
+    assert {name: set(inspect.signature(type(make())).parameters) for name, make in METHODS.items()} == {
+        name: set(accepted.split()) for name, accepted in ACCEPTED.items()
+    }
+
+
+def test_common_arguments_have_the_defaults_of_the_base_class_and_real_types() -> None:
+    common = inspect.signature(Weighting).parameters
+    for make in METHODS.values():
+        for name, argument in inspect.signature(type(make())).parameters.items():
+            if name in common and (type(make()), name) != (GradNorm, "at"):
+                assert argument.default == common[name].default
+                assert argument.kind is argument.KEYWORD_ONLY
+    assert inspect.signature(MGDA).parameters["total"].annotation == float | None
+    assert inspect.signature(GradNorm).parameters["at"].default == "last_layer"
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_other_arguments_are_refused(name: str) -> None:
+    cls: Any = type(METHODS[name]())
+    required = next((row.required for row in ROWS if row.name == name), ())
+    for argument in ({*GRADIENTS.split()} - {*ACCEPTED[name].split()}) | {"strength"}:
+        with pytest.raises(TypeError, match=f"^{name} has no argument '{argument}'; it takes .*start_step"):
+            cls(*required, **{argument: 1})
+
+
+def test_a_method_of_ones_own_takes_the_common_arguments_too() -> None:
+    class Own(Weighting):
+        def __init__(self, power: float = 1.0, **common: Unpack[CommonArguments]) -> None:
+            super().__init__(at="features", **common)
+            self.power = power
+
+        def weigh(self, signals: Signals) -> Tensor:
+            return signals.losses**self.power
+
+    assert (Own(2.0, start_step=3).start_step, Own().at) == (3, "features")
+    assert list(inspect.signature(Own).parameters) == ["power", "importance", "start_step", "total"]
+    with pytest.raises(TypeError, match="Own has no argument 'every_n_steps'; it takes power, importance"):
+        Own(every_n_steps=2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'strength'"):
+        WeightedSum({}, strength=1)  # takes anything, and its base class does not
+
+
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
@@ -93,3 +181,29 @@ def test_dtp_needs_a_validation() -> None:
     module = MultiTaskModule(trunk(), heads(), {task: Task(mse_loss, metrics) for task in ("a", "b")})
     with pytest.raises(ValueError, match=re.escape("DTP(stage='val') needs a validation loader")):
         fit(module, loader(batch()), callbacks=[DTP("accuracy")])
+
+
+@pytest.mark.parametrize(
+    ("weighting", "argument"),
+    [
+        (StaticWeights({"z": 1.0}), "weights"),
+        (UncertaintyWeighting({"z": "regression"}), "kinds"),
+        (GradDrop({"z": 0.5}), "leak"),
+        (STCH(preference={"z": 2.0}), "preference"),
+        (UPGrad(preference={"z": 2.0}), "preference"),
+        (FAMO(min_losses={"z": 2.0}), "min_losses"),
+        (MGDA(importance={"z": 2.0}), "importance"),
+        (CRMOGM(UPGrad(preference={"z": 2.0})), "preference"),
+    ],
+)
+def test_names_of_unknown_tasks(weighting: Weighting, argument: str) -> None:
+    with pytest.raises(ValueError, match=rf"\({argument}=...\) names \['z'\], but the tasks are \['a', 'b'\]"):
+        fit(small(), loader(batch()), callbacks=[weighting])
+
+
+def test_a_measurement_that_is_missing_is_named() -> None:
+    signals = Signals(("a", "b"), torch.ones(2), step=3, epoch=0)
+    with pytest.raises(ValueError, match="MGDA needs the gramian, which the signals of step 3 lack"):
+        MGDA().weigh(signals)
+    with pytest.raises(ValueError, match="GradientNormBalance needs the norms"):
+        GradientNormBalance().weigh(signals)

@@ -209,5 +209,5 @@ def test_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_bounds_of_unknown_tasks() -> None:
-    with pytest.raises(ValueError, match=r"FAMO\(min_losses=...\) names the tasks \['z'\], but the module has"):
+    with pytest.raises(ValueError, match=r"FAMO\(min_losses=...\) names \['z'\], but the tasks are"):
         fit(small(), loader(batch()), callbacks=[FAMO(min_losses={"z": 0.0})])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import mse_loss
 
-from lightning_mtl.solvers.adam import AdamState, adam_step
 from lightning_mtl.weighting import GradNorm, UncertaintyWeighting
 from lightning_mtl.weighting.gradnorm import gradnorm_gradient
+from lightning_mtl.weighting.learned import AdamState, adam_step
 from tests.contract import ask, course, names, run, signals
 from tests.gradients.oracle import rows_at, task_gradients
 from tests.small import batches, small
@@ -37,7 +37,7 @@ def test_gradnorm_follows_autograd_through_its_loss(alpha: float, num_tasks: int
             weights.mul_(num_tasks / weights.sum())
 
 
-def test_gradnorm_clamps_before_it_renormalises() -> None:
+def test_gradnorm_clamps_before_it_renormalizes() -> None:
     weighting = GradNorm(alpha=0.0, lr=5.0)
     weighting.reset(["a", "b", "c"])
     # a's norm is above the mean, the others' below: 1 - 5, 1 + 5 and 1 + 5, before the clamp.

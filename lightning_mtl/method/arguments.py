@@ -1,0 +1,77 @@
+"""Arguments that many methods have are declared once, taken as ``**common``, and shown with each method's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict, get_args, get_type_hints
+
+from typing_extensions import Self
+
+
+class CommonArguments(TypedDict, total=False):
+    """Every method with weights takes these: ``def __init__(self, ..., **common: Unpack[CommonArguments])``.
+
+    :class:`~lightning_mtl.Weighting` says what the arguments mean and has their defaults.
+    """
+
+    importance: Mapping[str, float] | None
+    start_step: int
+    total: float | None
+
+
+class GradientArguments(CommonArguments, total=False):
+    """The same, and where and how often gradients are measured."""
+
+    at: str | Sequence[str]
+    every_n_steps: int
+
+
+class AggregatorArguments(TypedDict, total=False):
+    """What every :class:`~lightning_mtl.Aggregator` takes, which has no weights to rescale or to keep."""
+
+    importance: Mapping[str, float] | None
+    start_step: int
+    at: Literal["trunk", "features"]
+
+
+class NamedArguments:
+    """Spells out, in the signature of a subclass, what its constructor takes as ``**common``; refuses anything else."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:  # noqa: ANN401 - what a class statement may hold
+        """Show the common arguments in the signature, for the command line, searches and ``help``."""
+        super().__init_subclass__(**arguments)
+        constructor = vars(cls).get("__init__")
+        if constructor is not None and (signature := _in_full(constructor, super(cls, cls).__init__)):
+            constructor.__signature__ = signature
+
+    def __new__(cls, *values: object, **arguments: object) -> Self:
+        """Refuse arguments that the class does not have, which only a base class would notice, or take.
+
+        Raises:
+            TypeError: Naming the class and its arguments.
+        """
+        accepted = inspect.signature(cls).parameters
+        unknown = [name for name in arguments if name not in accepted]
+        if unknown and not any(one.kind is one.VAR_KEYWORD for one in accepted.values()):
+            raise TypeError(f"{cls.__name__} has no argument {unknown[0]!r}; it takes {', '.join(accepted) or 'none'}.")
+        return super().__new__(cls)
+
+
+def _in_full(constructor: Any, inherited: Any) -> inspect.Signature | None:  # noqa: ANN401 - functions' attributes
+    """The signature with the keys of ``**common: Unpack[...]`` spelled out, their defaults those of the base class."""
+    signature = inspect.signature(constructor)
+    *own, last = signature.parameters.values()
+    if last.kind is not last.VAR_KEYWORD or "Unpack[" not in str(last.annotation):
+        return None
+    try:
+        unpacked = eval(str(last.annotation), constructor.__globals__)
+    except NameError:  # Known to type checkers alone: then they alone know the arguments.
+        return None
+    (keys,) = get_args(unpacked)
+    kinds, known = get_type_hints(keys), inspect.signature(inherited).parameters
+    if not kinds.keys() <= known.keys():  # The class takes some of them for itself.
+        return None
+    # Types, not their names: those would be looked up where the class is, which need not import them.
+    common = [known[name].replace(annotation=kind) for name, kind in kinds.items()]
+    return signature.replace(parameters=[*own, *common])
