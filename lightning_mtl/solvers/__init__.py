@@ -3,8 +3,7 @@
 from lightning_mtl.solvers.barrier import alpha_fair_weights
 from lightning_mtl.solvers.dual_cone import project_on_dual_cone, project_rows_on_dual_cone
 from lightning_mtl.solvers.equal_projections import equal_projection_weights
-from lightning_mtl.solvers.gramian import SolverError
-from lightning_mtl.solvers.min_norm import Solution, is_stationary, min_norm_weights
+from lightning_mtl.solvers.gramian import Solution, SolverError, is_stationary, min_norm_weights
 
 __all__ = [
     "Solution",

@@ -6,8 +6,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.linalg.lapack import dposv
 
-from lightning_mtl.solvers.gramian import EPS, Array, SolverError, normalize
-from lightning_mtl.solvers.min_norm import THRESHOLD, Solution, is_stationary_normalized, min_norm_solution
+from lightning_mtl.solvers.gramian import (
+    EPS,
+    THRESHOLD,
+    Array,
+    Solution,
+    SolverError,
+    is_stationary_normalized,
+    min_norm_solution,
+    normalize,
+)
 
 # Of the weights, relative. Newton's method squares it in the step that is still taken.
 TOLERANCE = 1e-6

@@ -3,8 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lightning_mtl.solvers.gramian import Array, SolverError, normalize
-from lightning_mtl.solvers.min_norm import THRESHOLD
+from lightning_mtl.solvers.gramian import THRESHOLD, Array, SolverError, normalize
 
 # Eigenvalues of the cosines below this, relative to the largest, are the rounding of rows in float32: directions along
 # them would be all noise, and as long as the eigenvalue is small.

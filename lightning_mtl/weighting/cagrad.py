@@ -16,8 +16,7 @@ from lightning_mtl.method.base import Measure, Weighting
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.solvers import project_on_dual_cone
-from lightning_mtl.solvers.gramian import EPS, Array, SolverError, factor, normalize
-from lightning_mtl.solvers.min_norm import THRESHOLD, min_norm_of_factor
+from lightning_mtl.solvers.gramian import EPS, THRESHOLD, Array, SolverError, factor, min_norm_of_factor, normalize
 
 Rescale = Literal["c", "c2"]
 # Of the squared multiplier, relative.

@@ -171,7 +171,7 @@ METHODS = (
     ),
     Mutation(
         "MGDA: the weights of the unit gradients",
-        "solvers/min_norm.py",
+        "solvers/gramian.py",
         "weights: Array = v * steepness",
         "weights: Array = v",
         "tests/solvers/test_min_norm.py",

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, minimize
 
-from lightning_mtl.solvers import SolverError, min_norm, min_norm_weights
+from lightning_mtl.solvers import SolverError, gramian, min_norm_weights
 from tests.solvers.families import J1, J2, Array, Case
 
 
@@ -121,6 +121,6 @@ def test_an_active_set_that_does_not_end_raises(monkeypatch: pytest.MonkeyPatch)
     def endless(*_: object, **__: object) -> None:
         raise RuntimeError("Maximum number of iterations reached.")
 
-    monkeypatch.setattr(min_norm, "nnls", endless)
+    monkeypatch.setattr(gramian, "nnls", endless)
     with pytest.raises(SolverError, match="min_norm_weights did not converge on a Gramian of K=2"):
         min_norm_weights(np.eye(2))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_mtl.solvers import is_stationary, min_norm_weights
-from lightning_mtl.solvers.min_norm import min_norm_solution
+from lightning_mtl.solvers.gramian import min_norm_solution
 from tests.solvers.families import NEVER_STATIONARY, STATIONARY, Case
 
 
