@@ -1,4 +1,4 @@
-"""Multi-task learning for PyTorch Lightning: a shared trunk, a dict of heads, and the tasks balanced by a callback."""
+"""Multi-task learning for PyTorch Lightning: a callback balances the tasks of a shared trunk with a dict of heads."""
 
 from lightning_mtl.method.aggregator import Aggregator
 from lightning_mtl.method.base import Weighting

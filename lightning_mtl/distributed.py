@@ -1,4 +1,4 @@
-"""Sums over the processes that train together."""
+"""The processes that train together sum their numbers here."""
 
 from __future__ import annotations
 

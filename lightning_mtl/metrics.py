@@ -1,4 +1,4 @@
-"""Metrics of multi-task learning: pure functions of plain numbers."""
+"""The metrics of multi-task learning are pure functions of plain numbers."""
 
 from __future__ import annotations
 

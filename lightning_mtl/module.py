@@ -1,4 +1,4 @@
-"""The Lightning module that holds a shared trunk and one head a task."""
+"""MultiTaskModule is the LightningModule that holds a shared trunk and one head a task."""
 
 from __future__ import annotations
 

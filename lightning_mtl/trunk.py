@@ -1,4 +1,4 @@
-"""What a trunk may say of itself beside its forward pass; an ordinary module says none of it."""
+"""A trunk may say more of itself than its forward pass does; an ordinary module says nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Per-task gradients measured at the trunk's outputs, or at one layer of it."""
+"""Per-task gradients are measured here at the trunk's outputs, or at one layer of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameters a gradient is measured at."""
+"""The parameters that a gradient is measured at are found here."""
 
 from __future__ import annotations
 

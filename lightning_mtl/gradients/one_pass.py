@@ -1,4 +1,4 @@
-"""One backward pass through all heads that tells the tasks' gradients at the trunk's outputs apart."""
+"""One backward pass through all heads tells the tasks' gradients at the trunk's outputs apart."""
 
 from __future__ import annotations
 

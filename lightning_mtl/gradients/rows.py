@@ -1,4 +1,4 @@
-"""The rows of the Jacobian: each task's gradient of the shared parameters."""
+"""The rows of the Jacobian are the tasks' gradients of the same parameters, side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engines where parameters are sharded over the ranks: every gradient of a parameter by an ordinary backward."""
+"""Where parameters are sharded over the ranks, every gradient of one comes from an ordinary backward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Per-task gradients beside the update: measured before the ordinary backward pass, which stays what it is."""
+"""Per-task gradients are measured here beside the update, before the ordinary backward pass, which stays what it is."""
 
 from __future__ import annotations
 

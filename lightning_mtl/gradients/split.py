@@ -1,4 +1,4 @@
-"""The split between trunk and heads: the trunk's outputs, remembered where the heads begin to read them."""
+"""The split between trunk and heads remembers the trunk's outputs where the heads begin to read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Private parts of torch that the engine needs, in one place."""
+"""All private parts of torch that the engine needs are called here."""
 
 from __future__ import annotations
 

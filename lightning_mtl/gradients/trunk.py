@@ -1,4 +1,4 @@
-"""Per-task gradients of the shared parameters, over one optimizer step: the Jacobian's rows."""
+"""Each task's gradient of all parameters is kept here over one optimizer step: the Jacobian's rows."""
 
 from __future__ import annotations
 
