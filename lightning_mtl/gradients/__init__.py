@@ -1,1 +1,1 @@
-"""Per-task gradients of the shared parameters, measured three ways and applied in one backward pass."""
+"""Per-task gradients are measured in four ways here, and applied in one backward pass."""

@@ -1,4 +1,4 @@
-"""The update whose weights act at the trunk's outputs: the trunk is passed once whatever the weights."""
+"""The update acts at the trunk's outputs here, so that the trunk is passed once whatever the weights."""
 
 from __future__ import annotations
 

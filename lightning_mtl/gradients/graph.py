@@ -1,4 +1,4 @@
-"""Walks through an autograd graph: which leaves and which outputs of the trunk a loss depends on."""
+"""Walks through a graph find what a loss depends on, and refuse what cannot be differentiated task by task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bases for those who write methods: weightings, aggregators, and the signals that these read."""
+"""Those who write methods begin with these bases: weightings, aggregators, and the signals that they read."""
 
 from lightning_mtl.method.aggregator import Aggregator
 from lightning_mtl.method.base import Weighting

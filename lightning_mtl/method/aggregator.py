@@ -1,4 +1,4 @@
-"""The base of methods that combine the tasks' gradients in another way than by a weighted sum."""
+"""Aggregator is the base of methods that combine gradients in another way than by a weighted sum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base of all weighting methods, and what the training step calls of it."""
+"""Weighting is the base of all methods, and what the training step calls."""
 
 from __future__ import annotations
 

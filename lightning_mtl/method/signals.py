@@ -1,4 +1,4 @@
-"""The measurements of one optimizer step that weightings see, and the decision that they come to."""
+"""Signals are what one optimizer step has measured; a decision is what a weighting makes of them."""
 
 from __future__ import annotations
 

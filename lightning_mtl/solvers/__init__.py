@@ -1,4 +1,4 @@
-"""Small convex problems over the K x K Gramian of the task gradients: NumPy float64 in and out."""
+"""Small convex problems over the K x K Gramian are solved here: NumPy float64 in and out."""
 
 from lightning_mtl.solvers.barrier import alpha_fair_weights
 from lightning_mtl.solvers.dual_cone import project_on_dual_cone, project_rows_on_dual_cone

@@ -1,4 +1,4 @@
-"""The convex problem behind Nash-MTL and FairGrad: the quadratic of the Gramian plus a barrier at zero."""
+"""Nash-MTL and FairGrad solve one convex problem: the quadratic of the Gramian plus a barrier at zero."""
 
 import math
 

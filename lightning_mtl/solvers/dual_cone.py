@@ -1,4 +1,4 @@
-"""Projection on the dual cone of the gradients: the directions that conflict with none of them."""
+"""A projection on the gradients' dual cone finds the nearest direction that conflicts with none of them."""
 
 import numpy as np
 from numpy.typing import ArrayLike

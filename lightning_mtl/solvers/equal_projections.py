@@ -1,4 +1,4 @@
-"""The direction with the same projection on every unit gradient."""
+"""One direction has the same projection on every unit gradient, and its weights are found here."""
 
 import numpy as np
 from numpy.typing import ArrayLike

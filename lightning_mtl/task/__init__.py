@@ -1,4 +1,4 @@
-"""Tasks: what is declared of each, what a batch says about it, and the forms that batches may have."""
+"""Tasks are declared, labeled and read from batches here."""
 
 from lightning_mtl.task.labels import MaskedTarget
 from lightning_mtl.task.task import Task, TaskOutput

@@ -1,4 +1,4 @@
-"""The forms a batch may have, and the outputs a step may return."""
+"""A batch may have one of two forms, and task_losses has to return one; both are read and refused here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pass of the trunk over the inputs of several tasks: put together, and taken apart again."""
+"""The inputs of several tasks are put together for one pass of the trunk, and taken apart again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which part of a batch carries a task's label, where labels are partly missing."""
+"""The part of a batch that carries a task's labels is selected here, where some are missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A module with tasks, as everything below it sees one: the step, the methods and the monitors."""
+"""TaskModule is a module with tasks as the step, the methods and the monitors see one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task is, and what one batch says about it."""
+"""A Task says what is learned; a TaskOutput says what one batch has shown of it."""
 
 from __future__ import annotations
 

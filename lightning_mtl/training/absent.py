@@ -1,4 +1,4 @@
-"""What the other ranks expect of one that lacks a task: its part of the graph, and no gradient that nobody computed."""
+"""A rank that lacks a task gives the others its part of the graph, and moves nothing that nobody computed."""
 
 from __future__ import annotations
 

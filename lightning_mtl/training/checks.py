@@ -1,4 +1,4 @@
-"""What a module refuses, at construction and before training."""
+"""A module refuses here, at construction and before training, what cannot work."""
 
 from __future__ import annotations
 

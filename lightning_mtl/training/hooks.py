@@ -1,4 +1,4 @@
-"""The training step's own callbacks: where a fit begins, and where Lightning takes the optimizer's step."""
+"""The training step's own callbacks begin a fit, and end the steps that Lightning takes."""
 
 from __future__ import annotations
 

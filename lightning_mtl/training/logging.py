@@ -1,4 +1,4 @@
-"""What a module logs: per task, vectorised, under fixed names."""
+"""The recorder logs what a module reports: as vectors over the tasks, under fixed names."""
 
 from __future__ import annotations
 

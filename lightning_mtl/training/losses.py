@@ -1,4 +1,4 @@
-"""The losses of a micro-batch: averaged over the ranks, their samples counted, and handed to the gradient engines."""
+"""A micro-batch's losses are averaged over the ranks, counted, and handed to the gradient engines."""
 
 from __future__ import annotations
 

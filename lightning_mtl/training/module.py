@@ -1,4 +1,4 @@
-"""Lightning's hooks of a module with tasks, which lead to the training step and to the means of a stage."""
+"""Lightning calls these hooks of a module with tasks, and they lead to the training step and to a stage's means."""
 
 from __future__ import annotations
 

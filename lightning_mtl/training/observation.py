@@ -1,4 +1,4 @@
-"""What the monitors look at in one optimizer step: measured beside the update, handed over after it."""
+"""Monitors are measured for beside the update, and told after it."""
 
 from __future__ import annotations
 

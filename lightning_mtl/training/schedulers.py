@@ -1,4 +1,4 @@
-"""Learning-rate schedulers in manual optimization, stepped as automatic optimization steps them."""
+"""Learning-rate schedulers are stepped here as automatic optimization steps them."""
 
 from __future__ import annotations
 

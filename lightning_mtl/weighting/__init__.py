@@ -1,4 +1,4 @@
-"""The balancing methods of the literature, one Lightning callback each."""
+"""The balancing methods of the literature are Lightning callbacks, one a file."""
 
 from lightning_mtl.weighting.aligned_mtl import AlignedMTL
 from lightning_mtl.weighting.cagrad import CAGrad

@@ -1,4 +1,4 @@
-"""Weights that make the gradients' principal components equally strong."""
+"""Aligned-MTL makes the gradients' principal components equally strong."""
 
 from __future__ import annotations
 

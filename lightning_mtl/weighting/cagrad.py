@@ -1,4 +1,4 @@
-"""Weights that help the worst task most, near the mean gradient."""
+"""CAGrad helps the worst task most, near the mean gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of the direction at equal angles to all gradients, as long as they agree."""
+"""ConFIG takes the direction at equal angles to all gradients, as long as they agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights from how much each loss still varies, relative to its mean."""
+"""CoVWeighting weighs by how much each loss still varies, relative to its mean."""
 
 from __future__ import annotations
 

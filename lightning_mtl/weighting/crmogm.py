@@ -1,4 +1,4 @@
-"""The running mean of another method's weights."""
+"""CRMOGM takes the running mean of another method's weights."""
 
 from __future__ import annotations
 

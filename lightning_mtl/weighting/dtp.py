@@ -1,4 +1,4 @@
-"""Weights from how badly each task still performs."""
+"""DTP weighs by how badly each task still performs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of the mean gradient, freed from its conflicts."""
+"""DualProj takes the mean gradient, freed from its conflicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights from how fast each loss fell over the last epochs."""
+"""DWA weighs by how fast each loss fell over the last epochs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of the alpha-fair share of each task in the step."""
+"""FairGrad gives each task its alpha-fair share of the step."""
 
 from __future__ import annotations
 

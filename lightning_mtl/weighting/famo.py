@@ -1,4 +1,4 @@
-"""Weights that make all losses fall at the same rate."""
+"""FAMO makes all losses fall at the same rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any weighting of the TorchJD library."""
+"""Any weighting of the TorchJD library works here, too."""
 
 from __future__ import annotations
 

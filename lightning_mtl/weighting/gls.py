@@ -1,4 +1,4 @@
-"""Weights that descend the geometric mean of the losses."""
+"""GLS descends the geometric mean of the losses."""
 
 from __future__ import annotations
 

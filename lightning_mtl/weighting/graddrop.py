@@ -1,4 +1,4 @@
-"""A direction whose every element follows the tasks of one sign."""
+"""GradDrop lets every element of the direction follow the tasks of one sign."""
 
 from __future__ import annotations
 

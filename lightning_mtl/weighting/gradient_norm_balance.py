@@ -1,4 +1,4 @@
-"""Weights inverse to the tasks' gradient norms."""
+"""GradientNormBalance weighs inversely to the tasks' gradient norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that make the tasks' gradient norms follow their training rates."""
+"""GradNorm makes the tasks' gradient norms follow their training rates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights from turning gradients towards each other until they are as alike as they usually are."""
+"""GradVac turns gradients toward each other until they are as alike as they usually are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Impartial learning of heads, by scaled losses, and of shared parameters, by equal projections."""
+"""IMTL treats heads impartially by scaled losses, and shared parameters by equal projections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that give the step the same projection on every task's gradient."""
+"""IMTL-G gives the step the same projection on every task's gradient."""
 
 from __future__ import annotations
 

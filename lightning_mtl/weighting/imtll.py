@@ -1,4 +1,4 @@
-"""Learned weights that bring all losses to the same scale."""
+"""IMTL-L learns weights that bring all losses to the same scale."""
 
 from __future__ import annotations
 

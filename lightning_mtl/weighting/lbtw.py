@@ -1,4 +1,4 @@
-"""Weights from how much of its first loss each task has left."""
+"""LBTW weighs by how much of its first loss each task has left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods that learn one number a task, by an Adam with its own count of steps for each."""
+"""Methods that learn one number a task do so by an Adam with its own count of steps for each."""
 
 from __future__ import annotations
 

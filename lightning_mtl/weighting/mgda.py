@@ -1,4 +1,4 @@
-"""Weights of the common descent direction of least norm."""
+"""MGDA takes the common descent direction of least norm."""
 
 from __future__ import annotations
 

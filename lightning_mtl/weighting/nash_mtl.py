@@ -1,4 +1,4 @@
-"""Weights of the Nash bargaining solution among the tasks."""
+"""Nash-MTL weighs by the Nash bargaining solution among the tasks."""
 
 from __future__ import annotations
 

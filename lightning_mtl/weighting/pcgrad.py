@@ -1,4 +1,4 @@
-"""Weights from projecting conflicting gradients off each other."""
+"""PCGrad projects conflicting gradients off each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods that prefer some tasks, by positive numbers that the user gives for all of them or for some."""
+"""Some methods prefer tasks, by positive numbers that the user gives for all of them or for some."""
 
 from __future__ import annotations
 

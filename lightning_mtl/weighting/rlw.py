@@ -1,4 +1,4 @@
-"""Weights drawn at random in every step."""
+"""RLW draws the weights at random in every step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that descend the sum of the losses' logarithms."""
+"""ScaleInvariant descends the sum of the losses' logarithms."""
 
 from __future__ import annotations
 

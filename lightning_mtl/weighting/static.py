@@ -1,4 +1,4 @@
-"""Fixed weights, set by hand."""
+"""StaticWeights are fixed, and set by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that descend a smooth maximum of the losses, each relative to where it started."""
+"""STCH descends a smooth maximum of the losses, each relative to where it started."""
 
 from __future__ import annotations
 

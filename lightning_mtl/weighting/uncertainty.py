@@ -1,4 +1,4 @@
-"""Weights from each task's learned noise."""
+"""UncertaintyWeighting weighs by each task's learned noise."""
 
 from __future__ import annotations
 

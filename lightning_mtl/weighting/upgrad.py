@@ -1,4 +1,4 @@
-"""Weights that add up the gradients, each freed from its conflicts."""
+"""UPGrad adds up the gradients, each freed from its conflicts."""
 
 from __future__ import annotations
 
