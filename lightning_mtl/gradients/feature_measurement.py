@@ -52,6 +52,7 @@ class FeatureMeasurement:
         self._reached_above = {leaf for one in above for leaf in one.leaves}
         self.short = False
         """Whether all is known down to the trunk's outputs, and every path to the trunk runs through them."""
+        # Three looks that cost next to nothing; the fourth is the pass itself, which stops where it would be wrong.
         if may_be_short and CAN_ASK_ENGINE and batch.split.clean and _apart(batch, above):
             with parameter_hooks_off(leaf for one in above for leaf in one.leaves):
                 self.short = self._take_short_way(above)
@@ -113,6 +114,7 @@ class FeatureMeasurement:
         """Each task's gradient of the layer, from its gradient at the trunk's outputs where that is enough."""
         if self.batch.unseen:
             check_repeatable([output.z for output in self.read] if self.short else self.batch.losses)
+        # A layer lies below the outputs: what is known at the outputs leads there by one pass a task.
         rows, edges = Rows(layer, len(self._own)), [output.edge for output in self.read]
         with parameter_hooks_off(layer):
             if not self.short:  # the pass that reaches the layer passes the trunk's outputs, too

@@ -80,6 +80,7 @@ class FeatureGradients(FeatureMeasurement):
             if any(p not in self._reached_above for p in others):
                 below = {leaf for one in self._below_outputs() for leaf in one.leaves}
                 mended = self._mended([p for p in others if p in below], self._at_outputs(weights, directions), v)
+        # One entry a parameter, in an order that does not depend on which task came first.
         parameters = list(dict.fromkeys(p for own in (*self._own, *tied, mended) for p in own))
         # A graph that is the same on all ranks has every output in it.
         read = {output.key for output in self.read}
@@ -113,11 +114,13 @@ class FeatureGradients(FeatureMeasurement):
                 "A loss reaches shared parameters by a way that does not run through the trunk's output alone, and the "
                 "direction that a method without weights gives has no meaning on that way. Measure at='trunk'."
             )
+        # Where the paths cross, weights of their own for trunk and heads cannot be told apart at the outputs.
         if directions is None and (not clean or nested or not separate):
             return self._by_parameters(weights, v)
         wanted = self._at_outputs(weights, directions)
         # Parameters that are not shared may lie below the split, too, as the parts of a trunk that serve one task.
         mended = self._mended([p for p in others if p in leaves], wanted, v)
+        # The losses weighed by v bring Σ v_k c_k to each output by themselves; only the difference is sent in.
         corrections = [d - self._combined(i, v) for i, d in enumerate(wanted)]
         targets = [output.z for output in self.read]
         if not clean:  # nothing can be sent into an output that was written into
@@ -156,6 +159,7 @@ class FeatureGradients(FeatureMeasurement):
         known: dict[Tensor, Tensor] = {}
         for group, factors in zip(self._parameters(), (weights, v), strict=True):
             loss = self.batch.weighted_sum(factors)
+            # Shared parameters are differentiated from the losses under w, all others from those under v.
             if group and loss.requires_grad:
                 with parameter_hooks_off(group):
                     got = torch.autograd.grad(loss, group, retain_graph=True, allow_unused=True)

@@ -47,6 +47,7 @@ def reached_leaves(roots: Iterable[Tensor]) -> dict[Tensor, int]:
                 continue
             if type(child) is ACCUMULATE_GRAD:
                 leaf = child.variable  # type: ignore[attr-defined]  # only this node type has it
+                # A leaf that is read several times counts as last used where it was read last.
                 found[leaf] = max(found.get(leaf, -1), forward_order(node))
             elif child not in seen:
                 seen.add(child)
@@ -87,6 +88,7 @@ def above_split(loss: Tensor, stops: Mapping[tuple[Node, int], int]) -> Above:
     if (index := stops.get((start, loss.output_nr))) is not None:
         found.readers[start] = [(0, index)]
         return found
+    # Depth first, each node once; a stop is a pair (node, output), for one node may have several outputs.
     seen, stack = {start}, [start]
     while stack:
         node = stack.pop()

@@ -58,12 +58,14 @@ def one_pass(
         asked = True
 
     try:
+        # Autograd says which nodes it will run only once a pass has begun: so the first node of each loss asks.
         handles += [batch.losses[index].grad_fn.register_prehook(ask) for index in batch.with_graph]  # type: ignore[union-attr]
         # A penalty's graph may be a part of the losses', and runs in the final backward pass.
         found = batch.all_gradients([*(o.edge for o in read), *leaves], retain_graph=batch.penalty is not None)
     finally:
         for handle in handles:
             handle.remove()
+    # The gradients of the leaves come back in the order in which they were asked for, task after task.
     remaining = iter(found[len(read) :])
     own: list[dict[Tensor, Tensor]] = [{} for _ in above]
     for index in batch.with_graph:
@@ -82,6 +84,7 @@ def _recorder(
             if (gradient := rest[slot]) is not None:
                 before = cotangents[position[index]]
                 cotangents[position[index]] = gradient if before is None else before + gradient
+                # What is kept is not passed on: the outputs' sum over the tasks would cost memory and tell nothing.
                 rest[slot] = None
         return tuple(rest)
 

@@ -84,6 +84,7 @@ class Rows:
                 else:
                     self._dense.add(i)
         for members, matrix in zip(self._members, self._matrices, strict=True):
+            # One copy into the row: torch.cat writes where the matrix lies, without a concatenated tensor in between.
             pieces = [_flat(gradients[i], self.parameters[i]) for i in members]
             if row in self._filled:
                 matrix[row].add_(torch.cat(pieces))

@@ -68,6 +68,7 @@ class TrunkGradients:
         """Differentiate one micro-batch; in the last one, each row travels while the next is computed."""
         self._newest, self._open_penalty, self._scale = batch.names, batch.penalty, batch.scale
         parameters = [*self.shared, *self.others]
+        # The walks above the split are needed only where features are measured while gradients are collected.
         above = [] if self._products is None else [above_split(loss, batch.split.stops) for loss in batch.losses]
         read = outputs_read(batch, above) if above else []
         if self._products is not None and not read:
@@ -88,15 +89,18 @@ class TrunkGradients:
                     found = torch.autograd.grad(
                         loss, inputs, batch.starts[index], retain_graph=retain, allow_unused=True
                     )
+                # Shared gradients become a row at once, so that never more than one task's gradients exist twice.
                 self.rows.add(slot, found[: len(self.shared)])
                 add_gradients(self._own[slot], by_parameter(self.others, found[len(self.shared) : len(parameters)]))
                 cotangents.append(found[len(parameters) :])
                 if last and self.ranks.size > 1:
                     self.rows.begin_sum(slot, self.ranks)
+            # The last micro-batch's penalty is differentiated by the step's own backward pass; earlier ones have none.
             if not last and batch.penalty is not None and batch.penalty.requires_grad:
                 seed = None if batch.scale is None else batch.scale.to(batch.penalty.dtype)
                 own = torch.autograd.grad(batch.penalty, parameters, seed, allow_unused=True)
                 add_gradients(self._penalty, by_parameter(parameters, own))
+        # All rows zero is possible, and is what a graph with hidden parameters looks like, too.
         if self.shared and not self.rows.used:
             check_nothing_hidden(batch.losses)
         if self._products is not None and edges:
@@ -150,6 +154,7 @@ class TrunkGradients:
         flags = torch.tensor([float(p in reached) for p in parameters], device=parameters[0].device)
         flags = self.ranks.sum(flags)
         self.reached = {p for p, flag in zip(parameters, flags.tolist(), strict=True) if flag}
+        # Where only another rank's tasks use a parameter, its column here is zero and has to take part all the same.
         self.rows.use(i for i, p in enumerate(self.shared) if p in self.reached)
 
     def measure(self, wanted: Wanted, layer: Sequence[Tensor] | None = None) -> Measured:
@@ -159,6 +164,7 @@ class TrunkGradients:
             return Measured()
         slots = [self._slots[task] for task in self.present]
         if self._products is not None:
+            # Each rank has the products of its own samples, and those of different samples are orthogonal: they add up.
             at = torch.tensor([self._tasks.index(task) for task in self.present])
             products = self._products[at[:, None], at].to(self._losses.device)
             products = self.ranks.sum(products).cpu()
@@ -167,6 +173,7 @@ class TrunkGradients:
         if wanted == "gramian":
             return Measured.of_products(gramian(blocks)[slots][:, slots], scale)
         norms = row_norms(blocks)[slots]
+        # Rows lie in the order in which tasks came; methods read them in the module's. Most steps have one order.
         in_order = slots == list(range(len(slots)))
         rows = [block if in_order else block[slots] for block in blocks] if wanted == "rows" else ()
         return Measured.of_norms(norms, scale, rows)
@@ -174,6 +181,7 @@ class TrunkGradients:
     def _blocks_of(self, layer: Sequence[Tensor]) -> list[Tensor]:
         """The gradients of some parameters, ``[K, n]``; those outside of the trunk are not summed over ranks yet."""
         inside = [i for i, p in enumerate(self.shared) if any(p is q for q in layer)]
+        # What is measured for the trunk already serves a layer inside of it: no second pass.
         blocks = self.rows.columns(inside)
         outside = [p for p in layer if not any(p is q for q in self.shared)]
         if outside:
