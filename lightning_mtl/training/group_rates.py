@@ -88,15 +88,12 @@ class GroupRates:
                 group["lr"] = before
         self._scaled = []
 
-    def gradient_norms(
-        self, module: TaskModule, optimizer: torch.optim.Optimizer, scale: Tensor | None = None
-    ) -> Tensor:
+    def gradient_norms(self, module: TaskModule, optimizer: torch.optim.Optimizer) -> Tensor:
         """The norm of each head's gradient as it is now, ``[K]``; nan for a head without one.
 
         Args:
             module: The model.
             optimizer: The optimizer, whose groups say what belongs to a head.
-            scale: A gradient scaler's factor, if the gradients still have it.
         """
         owners: list[int] = []
         gradients: list[Tensor] = []
@@ -110,7 +107,7 @@ class GroupRates:
             index = torch.tensor(owners, device=module.device)
             parts = torch.stack(_norms(gradients)).square().to(squares)
             squares = squares.index_fill(0, index, 0.0).index_add(0, index, parts)
-        return squares.sqrt() if scale is None else squares.sqrt() / scale
+        return squares.sqrt()
 
 
 def _norms(gradients: list[Tensor]) -> list[Tensor]:

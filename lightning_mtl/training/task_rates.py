@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -62,21 +61,10 @@ class Steering:
         multipliers = self.rates.current(window.step).tolist()
         self.effective = self.groups.choose(module, _optimizer_of(module), multipliers)
 
-    @contextmanager
-    def around_step(self, module: TaskModule, scaler: Any, *, finite: bool) -> Iterator[None]:  # noqa: ANN401
-        """Scale the learning rates of the step inside, where the module takes it."""
-        optimizer = _optimizer_of(module)
-        if finite:
-            scale = None if scaler is None else scaler.scale(torch.ones((), device=module.device))
-            self.before_step(module, optimizer, scale)
-        with self.groups.putting_back(optimizer):
-            self.groups.apply(optimizer)
-            yield
-
-    def before_step(self, module: TaskModule, optimizer: torch.optim.Optimizer, scale: Tensor | None = None) -> None:
+    def before_step(self, module: TaskModule, optimizer: torch.optim.Optimizer) -> None:
         """Show the heads' gradients, finite ones, before they are clipped."""
         if self.rates.reads_heads:
-            self.rates.observe_heads(self.groups.gradient_norms(module, optimizer, scale))
+            self.rates.observe_heads(self.groups.gradient_norms(module, optimizer))
 
     def observe(self, window: Window, signals: Signals) -> None:
         """Show what else the step has measured."""
