@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
@@ -30,6 +32,7 @@ class Cast:
         sharded: Whether parameters are sharded over the ranks (FSDP2).
         scaler: The gradient scaler of half precision.
         thaws: Whether a callback may unfreeze parameters.
+        asks_again: Whether the optimizer may call its closure more than once, as SAM and LBFGS do.
     """
 
     weighting: Weighting | None
@@ -39,6 +42,7 @@ class Cast:
     sharded: bool
     scaler: Any
     thaws: bool
+    asks_again: bool
 
     @classmethod
     def of(cls, module: TaskModule, phases: Phases) -> Cast:
@@ -58,4 +62,10 @@ class Cast:
             sharded=isinstance(strategy, ModelParallelStrategy),
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             thaws=any(isinstance(callback, BaseFinetuning) for callback in callbacks),
+            asks_again=is_overridden("optimizer_step", module) or any(_asks_again(o) for o in trainer.optimizers),
         )
+
+
+def _asks_again(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is none of torch's own, of which LBFGS alone calls its closure more than once."""
+    return isinstance(optimizer, torch.optim.LBFGS) or not type(optimizer).__module__.startswith("torch.optim.")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_unreached
 from lightning_mtl.training.step import Optimization
-from lightning_mtl.training.update import finite_if_all
 
 
 class StepHooks(Callback):
@@ -39,21 +37,3 @@ class AutomaticStepHooks(StepHooks):
             forget_unreached(pl_module, update.awaited, sharded=cast.sharded)
         update.awaited.gradients = None
         update.awaited = None
-
-    def on_before_optimizer_step(
-        self,
-        trainer: pl.Trainer,
-        pl_module: TaskModule,  # type: ignore[override]
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        """Take gradients that are not finite away from an optimizer that Lightning steps whatever they are."""
-        steering = self.optimization.cast.steering
-        zero = torch.zeros((), device=pl_module.device)
-        if self.optimization.update.drops or not finite_if_all(optimizer.param_groups, zero).isfinite():
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
-        elif steering is not None:
-            steering.before_step(pl_module, optimizer)
-        if steering is not None:
-            steering.groups.apply(optimizer)

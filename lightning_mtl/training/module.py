@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 
 from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.task.batches import is_per_task, under_its_name
-from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import sample_counts
 from lightning_mtl.training.schedulers import Hook, keep_schedules_of_instance, keeping_schedules
 from lightning_mtl.training.step import Optimization
-
-
-def putting_rates_back(step: Hook) -> Hook:
-    """Let ``optimizer_step`` of automatic optimization leave the learning rates as it found them."""
-
-    @functools.wraps(step)
-    def optimizer_step(
-        self: SteppedModule,
-        epoch: int,
-        batch_idx: int,
-        optimizer: LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - whatever the hook returns
-        steering = self.optimization.find_cast(self).steering
-        if steering is None:
-            return step(self, epoch, batch_idx, optimizer, optimizer_closure)
-        with steering.groups.putting_back(optimizer.optimizer):
-            return step(self, epoch, batch_idx, optimizer, optimizer_closure)
-
-    return cast("Hook", optimizer_step)
+from lightning_mtl.training.update import OptimizerHooks
 
 
 def with_own_callbacks(configure: Hook) -> Hook:
@@ -56,7 +34,7 @@ def with_own_callbacks(configure: Hook) -> Hook:
     return cast("Hook", configure_callbacks)
 
 
-class SteppedModule(TaskModule):
+class SteppedModule(OptimizerHooks):
     """The hooks of :class:`~lightning_mtl.MultiTaskModule`.
 
     Attributes:
@@ -73,8 +51,6 @@ class SteppedModule(TaskModule):
         # calling super() would lose the logging: both are put back around whatever the subclass defines.
         cls.configure_optimizers = keeping_schedules(cls.configure_optimizers)  # type: ignore[method-assign]
         cls.configure_callbacks = with_own_callbacks(cls.configure_callbacks)  # type: ignore[method-assign]
-        if "optimizer_step" in cls.__dict__:
-            cls.optimizer_step = putting_rates_back(cls.optimizer_step)
 
     @property
     def opens_window(self) -> bool:
@@ -117,8 +93,6 @@ class SteppedModule(TaskModule):
         self.recorder.update_metrics(self, stage, outputs)
         losses = torch.stack([output.loss.detach() for output in outputs.values()])
         self.recorder.losses[stage].add(losses, sample_counts(list(outputs.values())), list(outputs))
-
-    optimizer_step = putting_rates_back(pl.LightningModule.optimizer_step)
 
     @with_own_callbacks
     def configure_callbacks(self) -> list[pl.Callback]:

@@ -25,20 +25,16 @@ def parse_optimizer_config(returned: Any) -> tuple[torch.optim.Optimizer, list[L
     """Read what ``configure_optimizers`` returned, in any form that Lightning takes.
 
     Raises:
-        ValueError: If there is not exactly one optimizer, or it needs a closure.
+        ValueError: If there is not exactly one optimizer.
     """
     # Lightning's own reading, private as it is, accepts and refuses just what automatic optimization does.
     optimizers, schedulers, monitor = _configure_optimizers(returned)
     if len(optimizers) != 1:
         raise ValueError(
-            f"configure_optimizers returned {len(optimizers)} optimizers, a MultiTaskModule takes one; give it a named "
-            "parameter group for each part instead: "
-            'Adam([{"params": trunk, "name": "trunk"}, {"params": heads, "name": "heads", "lr": 1e-4}]).'
-        )
-    if isinstance(optimizers[0], torch.optim.LBFGS):
-        raise ValueError(
-            "LBFGS evaluates the loss several times a step, which no weighting of one step's gradients can follow; "
-            "use a first-order optimizer such as SGD or Adam."
+            f"configure_optimizers returned {len(optimizers)} optimizers, a MultiTaskModule takes one: give it a named "
+            "parameter group for each part, "
+            'Adam([{"params": trunk, "name": "trunk"}, {"params": heads, "name": "heads", "lr": 1e-4}]), or chain the '
+            "optimizers: one torch.optim.Optimizer with all their parameter groups, whose step() steps each of them."
         )
     return optimizers[0], _configure_schedulers_automatic_opt(schedulers, monitor)
 

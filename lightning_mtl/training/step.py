@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -24,12 +25,14 @@ from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_unreached
 from lightning_mtl.training.cast import Cast
 from lightning_mtl.training.checks import check_accumulation, collects_shards, no_shared_parameters
+from lightning_mtl.training.closure import pass_again
 from lightning_mtl.training.features import features_of, find_layer
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import micro_batch_of, reduce_losses, sample_counts
 from lightning_mtl.training.observation import Observation
 from lightning_mtl.training.snapshots import losses_after
-from lightning_mtl.training.update import Update, synchronizing
+from lightning_mtl.training.synchronization import synchronizing
+from lightning_mtl.training.update import Update
 from lightning_mtl.training.window import Reduced, Window
 
 _SILENT: AbstractContextManager[None] = nullcontext()
@@ -52,6 +55,7 @@ class Optimization:
         self._callbacks: list[Any] | None = None  # the Trainer's, when the cast was found
         self._observation: Observation | None = None  # of the open window
         self._rows: Rows | None = None
+        self._closed: tuple[int, Window] | None = None  # the newest step, which Lightning may ask for again
         self._looked = False  # whether a graph of this fit was looked at for what cannot be measured
 
     def __reduce__(self) -> tuple[type[Optimization], tuple[Recorder]]:
@@ -61,7 +65,7 @@ class Optimization:
 
     def begin(self, module: TaskModule) -> None:
         """Begin a fit: nothing of a step that another one left unfinished goes on."""
-        self.window = self._callbacks = None
+        self.window = self._callbacks = self._closed = None
         self.find_cast(module)
         self._looked = False
         self.update.begin()
@@ -74,21 +78,26 @@ class Optimization:
         """
         if self._callbacks != module.trainer.callbacks:  # type: ignore[attr-defined]
             self.find_cast(module)
+        if self._closed is not None:
+            number, closed = self._closed
+            if number == module.trainer.fit_loop.epoch_loop.total_batch_idx:
+                return pass_again(self, module, closed, batch_idx)  # Lightning's closure asks for the same step
+            self._closed = None
         if self.window is None or batch_idx % self.window.size == 0:
-            self.window = self._open(module)
+            self.window = self._open(module, batch_idx)
         window = self.window
         last = (batch_idx + 1) % window.size == 0 or module.trainer.is_last_batch
         observes = self._observation is not None and self._observation.passes_again
         with KEEPING_BUFFERS if window.passes_again or observes else _SILENT:
-            loss = self._pass(module, window, batch, last=last)
+            loss = self.pass_batch(module, window, batch, last=last)
         if last:
             self.window = None
-            self._close(module, window)
+            self._close(module, window, batch_idx)
         if self.recorder.unlogged and module.trainer._logger_connector.should_update_logs:
             self.recorder.log_step(module)
         return loss
 
-    def _pass(self, module: TaskModule, window: Window, batch: object, *, last: bool) -> Tensor | None:
+    def pass_batch(self, module: TaskModule, window: Window, batch: object, *, last: bool) -> Tensor | None:
         """Pass one micro-batch forward and, unless Lightning does it or gradients are still collected, backward."""
         micro_batch, reduced = self._forward(module, window, batch)
         kind = module.device.type
@@ -96,15 +105,16 @@ class Optimization:
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT:
             with self.phases.during("measuring"), self._looking(module, window):
                 loss = self._loss(module, window, reduced, micro_batch, last=last)
-            if module.automatic_optimization:
-                # Lightning passes something backward in every micro-batch; what this one's gradients are is kept.
-                kept = loss is None and window.collects
-                return torch.zeros((), device=module.device, requires_grad=True) if kept else loss
-            if loss is None:
-                return None
-            with self.phases.during("backward"), _SILENT if last else synchronizing(module):
+            if kept := loss is None and window.collects:
+                # Something is passed backward in every micro-batch, for the hooks; what its gradients are is kept.
+                loss = torch.zeros((), device=module.device, requires_grad=True)
+            if module.automatic_optimization or loss is None:
+                return window.with_earlier(loss) if loss is not None and self.cast.asks_again else loss
+            with self.phases.during("backward"), _SILENT if last else synchronizing(module, nothing=kept):
                 module.manual_backward(loss)
-        return loss.detach()
+        loss = loss.detach()
+        window.loss = loss if window.loss is None else window.loss + loss
+        return loss
 
     # The state of an optimizer step
 
@@ -115,7 +125,7 @@ class Optimization:
             self.cast, self._callbacks = Cast.of(module, self.phases), list(callbacks)
         return self.cast
 
-    def _open(self, module: TaskModule) -> Window:
+    def _open(self, module: TaskModule, batch_idx: int) -> Window:
         trainer, cast = module.trainer, self.cast
         weighting = cast.weighting
         step, epoch = trainer.global_step, trainer.current_epoch
@@ -127,12 +137,21 @@ class Optimization:
             weighting, shares = weighting if able else None, None
         window = Window(tuple(module.tasks), weighting, step, epoch, size, cast.ranks, shares)
         if not module.automatic_optimization:
-            module.optimizers().zero_grad()  # type: ignore[union-attr]  # several are refused at setup
+            self.zero_gradients(module, batch_idx)
         if window.way == "rows":
             # Before the forward pass: after it, a sharded module lists other tensors, which get no gradients.
             window.gradients = self._collection(module, window)
+        window.keeps_batches = cast.asks_again or (weighting is not None and weighting.wants_losses_after)
         self._observation = Observation(module, window, cast.monitors, cast.scaler) if cast.monitors else None
         return window
+
+    def zero_gradients(self, module: TaskModule, batch_idx: int) -> None:
+        """Begin a step without gradients, by the hooks that automatic optimization calls."""
+        optimizer = module.optimizers().optimizer  # type: ignore[union-attr]  # several are refused at setup
+        for callback in self._callbacks or ():
+            callback.on_before_zero_grad(module.trainer, module, optimizer)
+        module.on_before_zero_grad(optimizer)
+        module.optimizer_zero_grad(module.trainer.current_epoch, batch_idx, optimizer)
 
     def _collection(self, module: TaskModule, window: Window) -> TrunkGradients | ShardedTrunkGradients:
         """Make ready to keep the step's gradients, task by task, where its weights are not known before its end."""
@@ -155,7 +174,8 @@ class Optimization:
 
     def _forward(self, module: TaskModule, window: Window, batch: object) -> tuple[MicroBatch, Reduced]:
         """Pass one micro-batch forward, and tell everybody about its losses before any gradient is taken."""
-        cast, observation, recorder, weighting = self.cast, self._observation, self.recorder, window.weighting
+        cast, recorder, weighting = self.cast, self.recorder, window.weighting
+        observation = None if window.repeats else self._observation
         if observation is not None:
             observation.before_forward(module)
         split = Split() if cast.sharded or self._needs_split(window) else _NOWHERE
@@ -163,13 +183,13 @@ class Optimization:
             with _SILENT if split is _NOWHERE else split.applied_to(module.trunk):
                 outputs = module.present_outputs(batch)
             penalties = module.penalties()
-        if weighting is not None and weighting.wants_losses_after:
+        if window.keeps_batches:
             window.batches.append(batch)
         scores = None
-        if len(module.train_metrics):
+        if len(module.train_metrics) and not window.repeats:
             step_metric = None if weighting is None else weighting.step_metric
             scores = recorder.update_metrics(module, "train", outputs, step_metric)
-        if cast.steering is not None:
+        if cast.steering is not None and not window.repeats:
             cast.steering.collect(module, window, batch, outputs)
         device, kind = module.device, module.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT:
@@ -240,7 +260,7 @@ class Optimization:
 
     # The optimizer, and what follows it
 
-    def _close(self, module: TaskModule, window: Window) -> None:
+    def _close(self, module: TaskModule, window: Window, batch_idx: int) -> None:
         """Step the optimizer, unless something is not finite, and tell weighting, monitors and loggers."""
         cast, update, automatic = self.cast, self.update, module.automatic_optimization
         steering = cast.steering
@@ -248,7 +268,9 @@ class Optimization:
         positions = [] if signals is None else window.positions(signals.tasks)
         weights = window.applied_weights
         if automatic:
-            update.awaited = window
+            update.awaited, update.seen = window, False
+            if cast.asks_again:
+                self._closed = module.trainer.fit_loop.epoch_loop.total_batch_idx, window
         else:
             if window.ranks.size > 1:
                 forget_unreached(module, window, sharded=cast.sharded)
@@ -258,8 +280,9 @@ class Optimization:
             steering.choose(module, window)
         if not automatic:
             with self.phases.during("optimizer"):
-                rates = _SILENT if steering is None else steering.around_step(module, cast.scaler, finite=finite)
-                update.step(module, rates, scaler=cast.scaler, finite=finite)
+                again = functools.partial(pass_again, self, module, window, batch_idx)
+                loss = window.mean_loss() if cast.asks_again else window.loss
+                update.step(module, batch_idx, loss, again, scaler=cast.scaler, finite=finite)
             if module.trainer.lr_scheduler_configs:  # those that follow a metric wait until it is logged
                 self.recorder.plateau_due = "step", module.trainer.fit_loop.epoch_loop.batch_idx
         if not finite or signals is None:

@@ -95,15 +95,12 @@ class GroupRates:
                 group["lr"] = before
         self._scaled = []
 
-    def gradient_norms(
-        self, module: TaskModule, optimizer: torch.optim.Optimizer, scale: Tensor | None = None
-    ) -> Tensor:
+    def gradient_norms(self, module: TaskModule, optimizer: torch.optim.Optimizer) -> Tensor:
         """The norm of each head's gradient as it is now, ``[K]``; nan for a head without one.
 
         Args:
             module: The model.
             optimizer: The optimizer, whose groups say what belongs to a head.
-            scale: A gradient scaler's factor, if the gradients still have it.
         """
         owners: list[int] = []
         gradients: list[Tensor] = []
@@ -117,7 +114,7 @@ class GroupRates:
             index = torch.tensor(owners, device=module.device)
             parts = torch.stack(_norms(gradients)).square().to(squares)
             squares = squares.index_fill(0, index, 0.0).index_add(0, index, parts)
-        return squares.sqrt() if scale is None else squares.sqrt() / scale
+        return squares.sqrt()
 
 
 def _norms(gradients: list[Tensor]) -> list[Tensor]:
@@ -171,21 +168,10 @@ class Steering:
         multipliers = self.rates.current(window.step).tolist()
         self.effective = self.groups.choose(module, _optimizer_of(module), multipliers)
 
-    @contextmanager
-    def around_step(self, module: TaskModule, scaler: Any, *, finite: bool) -> Iterator[None]:  # noqa: ANN401
-        """Scale the learning rates of the step inside, where the module takes it."""
-        optimizer = _optimizer_of(module)
-        if finite:
-            scale = None if scaler is None else scaler.scale(torch.ones((), device=module.device))
-            self.before_step(module, optimizer, scale)
-        with self.groups.putting_back(optimizer):
-            self.groups.apply(optimizer)
-            yield
-
-    def before_step(self, module: TaskModule, optimizer: torch.optim.Optimizer, scale: Tensor | None = None) -> None:
+    def before_step(self, module: TaskModule, optimizer: torch.optim.Optimizer) -> None:
         """Show the heads' gradients, finite ones, before they are clipped."""
         if self.rates.reads_heads:
-            self.rates.observe_heads(self.groups.gradient_norms(module, optimizer, scale))
+            self.rates.observe_heads(self.groups.gradient_norms(module, optimizer))
 
     def observe(self, window: Window, signals: Signals) -> None:
         """Show what else the step has measured."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
+import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -20,7 +20,7 @@ from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.schedulers import step_schedulers
 from lightning_mtl.training.window import Window
 
-_SILENT: AbstractContextManager[None] = nullcontext()
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 class Update:
@@ -29,6 +29,7 @@ class Update:
     Attributes:
         awaited: The window whose backward pass Lightning is about to run, in automatic optimization.
         drops: Whether the newest step is not to be taken.
+        seen: Whether somebody has looked at the newest step's gradients; an optimizer with a closure comes by again.
         skipped: How many steps were skipped.
         skipped_in_a_row: How many of them were the last ones.
     """
@@ -41,6 +42,7 @@ class Update:
         """Begin a fit."""
         self.awaited: Window | None = None
         self.drops = False
+        self.seen = True
 
     def optimizer_of(self, module: TaskModule) -> LightningOptimizer:
         """The one optimizer: several are refused at setup."""
@@ -84,27 +86,159 @@ class Update:
                 "finite. Lower the learning rate, mend the loss, or raise max_skipped_steps."
             )
 
-    def step(self, module: TaskModule, rates: AbstractContextManager[None], *, scaler: object, finite: bool) -> None:
-        """Clip, step the optimizer and the schedulers that count steps or epochs.
+    def judge(self, module: TaskModule, optimizer: torch.optim.Optimizer, steering: Any) -> None:  # noqa: ANN401
+        """Look at a step's gradients before they are clipped.
+
+        In automatic optimization, gradients that are not finite are taken away from an optimizer that Lightning steps
+        whatever they are.
+        """
+        if module.automatic_optimization and (self.drops or not _are_finite(optimizer, module.device)):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        elif steering is not None and not self.seen:
+            steering.before_step(module, optimizer)
+        self.seen = True
+        if steering is not None:
+            steering.groups.apply(optimizer)
+
+    def step(
+        self,
+        module: TaskModule,
+        batch_idx: int,
+        loss: Tensor | None,
+        again: Callable[[], Tensor | None],
+        *,
+        scaler: object,
+        finite: bool,
+    ) -> None:
+        """Step the optimizer, and the schedulers that count steps or epochs, through the module's hooks.
 
         Args:
             module: What is trained.
-            rates: A block in which the tasks' own learning rates hold.
+            batch_idx: The place of the step's last batch in its epoch.
+            loss: The step's loss, whose gradients the parameters have.
+            again: Computes loss and gradients once more, for an optimizer that calls its closure more than once.
             scaler: The gradient scaler of half precision, if there is one.
             finite: Whether gradients and losses are.
         """
-        optimizer = self.optimizer_of(module)
+        optimizer, trainer = self.optimizer_of(module), module.trainer
         if finite or scaler is not None:
             # A scaler has to see gradients that are not finite: it skips the step, and lowers its factor.
-            with rates, _SILENT if module.gradient_clip_val is None else clipping(module, optimizer):
-                optimizer.step()
+            known = [loss]
+
+            @torch.enable_grad()
+            def closure() -> Tensor | None:
+                return known.pop() if known else again()
+
+            self.seen = not finite
+            # Where Lightning's manual loop counts steps. As in automatic optimization, one is counted once the hook is
+            # over, whatever the hook makes of it.
+            begin, end = optimizer._on_before_step, optimizer._on_after_step
+            optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
+            begin()
+            try:
+                module.optimizer_step(trainer.current_epoch, batch_idx, optimizer, closure)
+            finally:
+                optimizer._on_before_step, optimizer._on_after_step = begin, end
+            end()
         else:
             optimizer.zero_grad()
-        trainer = module.trainer
         if trainer.lr_scheduler_configs:
             step_schedulers(module, module.schedules, "step", trainer.fit_loop.epoch_loop.batch_idx, plateau=False)
             if trainer.is_last_batch:
                 step_schedulers(module, module.schedules, "epoch", trainer.current_epoch, plateau=False)
+
+
+class Taking(Protocol):
+    """What takes a module's steps."""
+
+    update: Update
+    cast: Any  # it knows the steering, which knows this file
+
+    def find_cast(self, module: TaskModule) -> Any:  # noqa: ANN401
+        """Look for who takes part."""
+
+
+def putting_rates_back(step: Hook) -> Hook:
+    """Let ``optimizer_step`` leave the learning rates as it found them, where tasks have their own."""
+
+    @functools.wraps(step)
+    def optimizer_step(
+        self: OptimizerHooks,
+        epoch: int,
+        batch_idx: int,
+        optimizer: LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the hook returns
+        taking = self.optimization
+        steering = (taking.find_cast(self) if self.automatic_optimization else taking.cast).steering
+        if steering is None:
+            return step(self, epoch, batch_idx, optimizer, optimizer_closure)
+        with steering.groups.putting_back(optimizer.optimizer):
+            return step(self, epoch, batch_idx, optimizer, optimizer_closure)
+
+    return cast("Hook", optimizer_step)
+
+
+def judged_and_clipped(before_step: Hook) -> Hook:
+    """Let ``on_before_optimizer_step`` see finite gradients, and clip what it leaves, as automatic optimization does.
+
+    Lightning calls this hook last before an optimizer's step, with gradients free of a scaler's factor. In manual
+    optimization it does not clip after it, and no callback comes that late.
+    """
+
+    @functools.wraps(before_step)
+    def on_before_optimizer_step(self: OptimizerHooks, optimizer: torch.optim.Optimizer) -> None:
+        if vars(self).get("_judging"):  # a call of super()
+            before_step(self, optimizer)
+            return
+        self.__dict__["_judging"] = True
+        try:
+            self.optimization.update.judge(self, optimizer, self.optimization.cast.steering)
+            before_step(self, optimizer)
+        finally:
+            self.__dict__["_judging"] = False
+        if not self.automatic_optimization:
+            self.configure_gradient_clipping(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
+
+    return cast("Hook", on_before_optimizer_step)
+
+
+class OptimizerHooks(TaskModule):
+    """Lightning's hooks around the optimizer, which the module calls itself in manual optimization.
+
+    Attributes:
+        optimization: What takes the steps.
+    """
+
+    optimization: Taking
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init_subclass__(**kwargs)
+        if "optimizer_step" in cls.__dict__:
+            cls.optimizer_step = putting_rates_back(cls.optimizer_step)
+        if "on_before_optimizer_step" in cls.__dict__:
+            cls.on_before_optimizer_step = judged_and_clipped(cls.on_before_optimizer_step)
+
+    optimizer_step = putting_rates_back(pl.LightningModule.optimizer_step)
+    on_before_optimizer_step = judged_and_clipped(pl.LightningModule.on_before_optimizer_step)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, sparse gradients too, to what the module's arguments or the Trainer's say."""
+        if gradient_clip_val is None:
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if any(gradient.is_sparse for gradient in gradients):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            _clip_sparse(parameters, gradient_clip_val, gradient_clip_algorithm or "norm")
+        elif gradients:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
 def finite_if_all(groups: Iterable[Mapping[str, Any]], zero: Tensor) -> Tensor:
@@ -121,36 +255,8 @@ def finite_if_all(groups: Iterable[Mapping[str, Any]], zero: Tensor) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def synchronizing(module: TaskModule) -> AbstractContextManager[None]:
-    """Keep the ranks' gradients from being averaged before a step's last backward pass."""
-    strategy = module.trainer.strategy
-    if not isinstance(strategy, DDPStrategy):
-        return nullcontext()
-    # A static graph is learned in the very first backward pass, which has to be a synchronized one, by Lightning's own
-    # book-keeping. Averaging early, or twice, changes nothing: what is the same on all ranks is its own average.
-    if getattr(strategy.model, "static_graph", False) and not strategy._pl_static_graph_delay_done:
-        return nullcontext()
-    return strategy.block_backward_sync()
-
-
-@contextmanager
-def clipping(module: TaskModule, optimizer: LightningOptimizer) -> Iterator[None]:
-    """Clip inside ``optimizer.step``, after all hooks and after a scaler's factor is gone, as Lightning clips."""
-
-    def clip(stepping: torch.optim.Optimizer, *_: Any) -> None:  # noqa: ANN401
-        parameters = [p for group in stepping.param_groups for p in group["params"]]
-        if any(p.grad is not None and p.grad.is_sparse for p in parameters):
-            _clip_sparse(parameters, module.gradient_clip_val or 0.0, module.gradient_clip_algorithm)
-            return
-        module.trainer.precision_plugin.clip_gradients(
-            stepping, module.gradient_clip_val or 0.0, GradClipAlgorithmType(module.gradient_clip_algorithm)
-        )
-
-    handle = optimizer.optimizer.register_step_pre_hook(clip)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _are_finite(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    return bool(finite_if_all(optimizer.param_groups, torch.zeros((), device=device)).isfinite())
 
 
 def _clip_sparse(parameters: Sequence[Tensor], limit: float, algorithm: str) -> None:

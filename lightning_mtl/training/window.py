@@ -66,6 +66,9 @@ class Window:
         gradients: The gradients kept until the step's weights are known, where the step collects them.
         layer: The parameters that gradients are measured at, over the micro-batches so far; None for a place of all.
         passes_again: Whether some step of the training may pass a part of the graph more than once.
+        loss: The step's loss, detached; None before the first backward pass.
+        keeps_batches: Whether the step's batches are kept until it is over.
+        repeats: Whether this is a step of which an optimizer's closure asks again, see :meth:`again`.
     """
 
     def __init__(
@@ -97,6 +100,8 @@ class Window:
         self.gradients: TrunkGradients | ShardedTrunkGradients | None = None
         self.collects = False
         self.layer: list[Tensor] | None = None
+        self.loss: Tensor | None = None
+        self.keeps_batches = self.repeats = False
         self.micro_batches = 0
         self.penalties: dict[str, Tensor] = {}
         self.weights: Tensor | None = None
@@ -109,6 +114,7 @@ class Window:
         self._position = dict(zip(tasks, range(len(tasks)), strict=True))
         self._noted: list[tuple[list[int], Reduced]] = []
         self._weighed: set[str] = set()
+        self._decisions: list[Decision | None] = []  # None for one that no weights describe
 
     def positions(self, names: Sequence[str]) -> list[int]:
         """Where these tasks stand among all."""
@@ -134,7 +140,7 @@ class Window:
         self.penalties = {name: value.detach() for name, value in penalties.items()}
         if reduced.names:
             self._noted.append((self.positions(reduced.names), reduced))
-        if self.micro_batches == 1:
+        if self.micro_batches == 1 and not self.repeats:
             complete = len(reduced.names) == (len(self.tasks) if learned is None else learned)
             self.collects = self._has_to_collect(complete=complete)
 
@@ -193,6 +199,8 @@ class Window:
 
     def decide(self, names: Sequence[str], losses: Tensor, measured: Measured) -> Decision:
         """Ask the weighting, or let the weights serve that were known at the step's first micro-batch."""
+        if self.repeats and (known := self._decisions.pop(0)) is not None:
+            return known
         positions = self.positions(names)
         if self.weights is None or self.asks(names):
             decision = self._ask(names, positions, losses, measured)
@@ -200,11 +208,46 @@ class Window:
             decision = Decision(self.weights[positions])
             if self.weighting is not None:
                 decision = self.weighting.with_heads(decision.weights, self.step, positions)
-        if self.shares is None:
-            return decision
-        heads = decision.weights if decision.head_weights is None else decision.head_weights
-        shared = decision.weights * self.shares[positions].to(decision.weights)
-        return replace(decision, weights=shared, head_weights=heads)
+        if self.shares is not None:
+            heads = decision.weights if decision.head_weights is None else decision.head_weights
+            shared = decision.weights * self.shares[positions].to(decision.weights)
+            decision = replace(decision, weights=shared, head_weights=heads)
+        self._decisions.append(decision if decision.directions is None else None)
+        return decision
+
+    def with_earlier(self, loss: Tensor) -> Tensor:
+        """Add a micro-batch's loss to the step's; return it with the step's value, for an optimizer that compares."""
+        if self.repeats:
+            return loss
+        whole = loss if self.loss is None else loss + self.loss
+        self.loss = whole.detach()
+        return whole
+
+    def mean_loss(self) -> Tensor | None:
+        """The step's loss over all ranks, which an optimizer may compare: all ranks have to come to the same end."""
+        if self.loss is None or self.ranks.size == 1:
+            return self.loss
+        return self.ranks.sum(self.loss.clone()) / self.ranks.size
+
+    def again(self) -> Window:
+        """The same step from its beginning, for a closure: nothing is measured, and all is weighed as before.
+
+        Raises:
+            ValueError: If no weights describe the step.
+        """
+        known = [decision for decision in self._decisions if decision is not None]
+        if len(known) < len(self._decisions):
+            raise ValueError(
+                f"{type(self.weighting).__name__} combines gradients into a direction that no weights describe, so "
+                "that an optimizer's closure has no loss to compute again; use a method with weights, or an optimizer "
+                "that does not need a closure."
+            )
+        # Weights and heads' weights that agree make a sum of losses, of which one backward pass is enough.
+        alike = self.size == 1 and all(decision.head_weights is None for decision in known)
+        again = Window(self.tasks, None, self.step, self.epoch, self.size, self.ranks)
+        again.way, again.collects = ("losses", False) if alike else (self.way, self.collects)
+        again.passes_again, again.repeats, again._decisions = self.passes_again, True, list(known)
+        return again
 
     def _ask(self, names: Sequence[str], positions: list[int], losses: Tensor, measured: Measured) -> Decision:
         wide = losses.to(torch.promote_types(losses.dtype, torch.float32))

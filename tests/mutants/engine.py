@@ -245,7 +245,7 @@ ENGINE = (
     Mutation(
         "gradients of the last step stay",
         "training/step.py",
-        "module.optimizers().zero_grad()",
+        "self.zero_gradients(module, batch_idx)",
         "pass",
         ACCUMULATION,
         "automatic",

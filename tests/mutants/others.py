@@ -102,14 +102,6 @@ OTHERS = (
         f"{RATES}/test_schedules.py",
     ),
     Mutation(
-        "the scaler's factor stays in the heads' norms",
-        "training/task_rates.py",
-        "return squares.sqrt() if scale is None else squares.sqrt() / scale",
-        "return squares.sqrt()",
-        f"{RATES}/test_steps.py",
-        "scaler",
-    ),
-    Mutation(
         "factors of learning rates are not restored",
         "method/holder.py",
         "child.load_state_dict(state)",

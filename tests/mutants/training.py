@@ -144,8 +144,8 @@ TRAINING = (
     Mutation(
         "clipping is skipped",
         "training/update.py",
-        "_SILENT if module.gradient_clip_val is None else clipping(module, optimizer)",
-        "_SILENT",
+        "self.configure_gradient_clipping(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)",
+        "pass",
         "tests/test_clipping.py",
     ),
     Mutation(
