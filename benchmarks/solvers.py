@@ -6,7 +6,7 @@
 
 Microseconds of processor time per solve, one thread, float64: the median over rounds, in each of which every solver
 goes through the same Gramians of independent normal rows, K x 3K. TorchJD (`pip install torchjd[full]`) runs with its
-own defaults, which are approximate: its solvers stop early or regularise, ours are exact.
+own defaults, which are approximate: its solvers stop early or regularize, ours are exact.
 """
 # ruff: noqa: E402 - the number of threads has to be set before NumPy and torch are imported, which read it once.
 

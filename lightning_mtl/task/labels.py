@@ -15,28 +15,28 @@ MissingPer = Literal["element", "sample"]
 
 
 class MaskedTarget(NamedTuple):
-    """A target and the mask that says where it is labelled; what is not labelled may hold anything.
+    """A target and the mask that says where it is labeled; what is not labeled may hold anything.
 
     A dataset may yield it in place of a target: default collation, pinned memory and the transfer to a device take it
     as any named tuple. It needs no ``Task(missing=...)``; where both are given, a label has to pass both.
 
     Args:
         target: A tensor, or a nested structure of tensors that all begin with the mask's dimensions.
-        labelled: Boolean, True where there is a label: ``[B]``, one for each sample, or of the target's shape, one for
+        labeled: Boolean, True where there is a label: ``[B]``, one for each sample, or of the target's shape, one for
             each element.
 
     Example:
         >>> boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.0, 0.0, 0.0, 0.0]])
-        >>> MaskedTarget(boxes, labelled=torch.tensor([True, False])).labelled.sum()
+        >>> MaskedTarget(boxes, labeled=torch.tensor([True, False])).labeled.sum()
         tensor(1)
     """
 
     target: Any
-    labelled: Any  # a tensor; True or False before collation
+    labeled: Any  # a tensor; True or False before collation
 
 
-class LabelledPart(NamedTuple):
-    """The labelled part of a prediction and its target; see :func:`labelled_part`."""
+class LabeledPart(NamedTuple):
+    """The labeled part of a prediction and its target; see :func:`labeled_part`."""
 
     prediction: Any
     target: Any
@@ -44,13 +44,13 @@ class LabelledPart(NamedTuple):
     num_missing: int
 
 
-def labelled_part(
+def labeled_part(
     prediction: Any,  # noqa: ANN401 - any nested structure of tensors
     target: Any,  # noqa: ANN401
     missing: float | None = None,
     missing_per: MissingPer = "element",
-) -> LabelledPart:
-    """Select what is labelled of a prediction and its target.
+) -> LabeledPart:
+    """Select what is labeled of a prediction and its target.
 
     What is left depends on the mask, ``target is not missing`` or :class:`MaskedTarget`'s own:
 
@@ -71,7 +71,7 @@ def labelled_part(
         missing_per: ``"element"`` looks at each number by itself, ``"sample"`` drops a sample with any number missing.
 
     Returns:
-        The labelled prediction and target, the number of labels (samples where these stay whole, else elements), and
+        The labeled prediction and target, the number of labels (samples where these stay whole, else elements), and
         the number that is missing.
 
     Raises:
@@ -79,7 +79,7 @@ def labelled_part(
         ValueError: If shapes do not fit the mask, or ``missing`` is NaN and the target is of integers.
 
     Example:
-        >>> part = labelled_part(torch.tensor([0.5, 2.0, 1.0]), torch.tensor([1.0, torch.nan, 1.5]), torch.nan)
+        >>> part = labeled_part(torch.tensor([0.5, 2.0, 1.0]), torch.tensor([1.0, torch.nan, 1.5]), torch.nan)
         >>> part.prediction, part.target, part.num_samples, part.num_missing
         (tensor([0.5000, 1.0000]), tensor([1.0000, 1.5000]), 2, 1)
     """
@@ -91,24 +91,24 @@ def labelled_part(
         present = _present(target, missing, missing_per)
         mask = present if mask is None else _both(mask, present)
     if mask is None:
-        return LabelledPart(prediction, target, number_of_samples(target), 0)
+        return LabeledPart(prediction, target, number_of_samples(target), 0)
     if mask.numel() == mask.shape[0]:
         mask = mask.reshape(-1)  # [B, 1] says as much as [B], and samples keep their shape
     where = mask.nonzero(as_tuple=True)
     found = len(where[0])
     left = mask.numel() - found
     if left == 0 and mask.ndim == 1:
-        return LabelledPart(prediction, target, found, 0)
+        return LabeledPart(prediction, target, found, 0)
     if isinstance(prediction, Tensor) and isinstance(target, Tensor) and _classes_second(prediction, target, mask):
         prediction = prediction.movedim(1, -1)
-    return LabelledPart(_select(prediction, mask, where), _select(target, mask, where), found, left)
+    return LabeledPart(_select(prediction, mask, where), _select(target, mask, where), found, left)
 
 
 def _check_mask(mask: Any) -> None:  # noqa: ANN401 - what is checked here
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim == 0:
         found = f"{mask.dtype} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
-            f"MaskedTarget(labelled=...) must be a boolean tensor, True where labelled, one for each sample or "
+            f"MaskedTarget(labeled=...) must be a boolean tensor, True where labeled, one for each sample or "
             f"element; found {found}."
         )
 
@@ -117,7 +117,7 @@ def _present(target: Any, missing: float, missing_per: MissingPer) -> Tensor:  #
     if not isinstance(target, Tensor):
         raise TypeError(
             f"Task(missing={missing}) looks into targets that are tensors, found {type(target).__name__}; have the "
-            "dataset yield MaskedTarget(target, labelled) instead."
+            "dataset yield MaskedTarget(target, labeled) instead."
         )
     if not math.isnan(missing):
         present = target != missing

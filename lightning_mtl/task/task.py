@@ -28,8 +28,8 @@ class Task:
         baseline: Scores of a model trained on this task alone, ``{metric name: value}``, for ``val/delta_m``. The
             metric names are those of ``metrics``; ``"loss"`` stands for the task's loss.
         missing: The value in targets that stands for no label: NaN (``torch.nan``), or an integer among classes, what
-            torch's losses call ``ignore_index``. Loss and metrics then see the labelled part alone, as
-            :func:`~lightning_mtl.task.labels.labelled_part` selects it, and means are over the labels of all ranks.
+            torch's losses call ``ignore_index``. Loss and metrics then see the labeled part alone, as
+            :func:`~lightning_mtl.task.labels.labeled_part` selects it, and means are over the labels of all ranks.
             Looking costs a small selection a step, on a GPU a wait for its size; without it nothing is looked at.
         missing_per: ``"element"`` selects single numbers of targets that have several to a sample; ``"sample"`` leaves
             out samples with any number missing and keeps the others whole, as boxes have to be.
@@ -128,7 +128,7 @@ class TaskOutput:
         loss: The task's loss, a scalar with its graph.
         prediction: What the task's metrics take first; none leaves the metrics alone.
         target: What the task's metrics take second.
-        num_samples: How many labelled samples the loss is a mean over; 0 stands for an absent task. Epoch means,
+        num_samples: How many labeled samples the loss is a mean over; 0 stands for an absent task. Epoch means,
             gradients averaged over ranks, and gradients accumulated at the trunk are then exact sample means; without
             it all batches count the same.
 

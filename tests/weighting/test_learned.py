@@ -37,7 +37,7 @@ def test_gradnorm_follows_autograd_through_its_loss(alpha: float, num_tasks: int
             weights.mul_(num_tasks / weights.sum())
 
 
-def test_gradnorm_clamps_before_it_renormalises() -> None:
+def test_gradnorm_clamps_before_it_renormalizes() -> None:
     weighting = GradNorm(alpha=0.0, lr=5.0)
     weighting.reset(["a", "b", "c"])
     # a's norm is above the mean, the others' below: 1 - 5, 1 + 5 and 1 + 5, before the clamp.
