@@ -193,7 +193,7 @@ class MultiTaskModule(SteppedModule):
         declared = self.tasks[task]
         if declared.missing is None and not isinstance(target, MaskedTarget):
             return TaskOutput(declared.loss(prediction, target), prediction, target)
-        part = labeled_part(prediction, target, declared.missing, declared.missing_per)
+        part = labeled_part(prediction, target, declared.missing, declared.missing_per, declared.class_dim)
         self.recorder.labels.add(task, part.num_samples, part.num_missing, number_of_samples(target))
         loss = declared.loss(part.prediction, part.target) if part.num_samples else torch.zeros(())
         return TaskOutput(loss, part.prediction, part.target, part.num_samples)

@@ -57,7 +57,7 @@ def test_whole_samples_of_several_numbers() -> None:
 def test_dense_classes_are_what_the_losss_own_ignore_index_makes_of_them(size: tuple[int, int], ignored: int) -> None:
     logits, classes = torch.randn(4, 6, *size), torch.randint(6, (4, *size))
     classes[torch.rand(4, *size) < 0.4] = ignored
-    part = labeled_part(logits, classes, ignored)
+    part = labeled_part(logits, classes, ignored, class_dim=1)
     expected = cross_entropy(logits, classes, ignore_index=ignored)
     torch.testing.assert_close(cross_entropy(part.prediction, part.target), expected)
     torch.testing.assert_close(cross_entropy(part.prediction, part.target, ignore_index=ignored), expected)
@@ -73,6 +73,32 @@ def test_classes_last_and_dense_regression() -> None:
     depth[0, 0, 1] = NAN
     part = labeled_part(torch.rand(2, 1, 3, 3), depth, NAN)
     assert part.target.shape == part.prediction.shape == (15,)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 6])
+def test_tokens_are_selected_where_as_many_as_classes(length: int) -> None:
+    logits, tags = torch.randn(3, length, 5), torch.randint(5, (3, length))
+    tags[0, length // 2 :] = -100
+    expected = cross_entropy(logits.flatten(0, 1), tags.flatten(), ignore_index=-100)
+    for prediction, class_dim in ((logits, -1), (logits, 2), (logits.movedim(2, 1), 1)):
+        part = labeled_part(prediction, tags, -100, class_dim=class_dim)
+        torch.testing.assert_close(cross_entropy(part.prediction, part.target), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 5), (2, 3, 3, 3)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_shape_with_two_readings_is_refused(shape: tuple[int, ...], nested: bool) -> None:
+    prediction = torch.randn(shape)
+    with pytest.raises(ValueError, match=r"two ways.*Task\(class_dim=1\).*Task\(class_dim=-1\)"):
+        labeled_part([prediction] if nested else prediction, torch.zeros(shape[:-1], dtype=torch.long), -100)
+
+
+def test_masks_of_samples_and_of_boxes_leave_no_second_reading() -> None:
+    boxes = MaskedTarget(torch.rand(2, 4, 4), torch.tensor([[True, False, True, True]] * 2))  # 4 boxes an image
+    assert labeled_part(torch.rand(2, 4, 4), boxes).prediction.shape == (6, 4)
+    samples = MaskedTarget(torch.zeros(3, 5), torch.tensor([[True], [False], [True]]))
+    assert labeled_part(torch.rand(3, 5, 1), samples).prediction.shape == (2, 5, 1)
+    assert labeled_part(torch.rand(3, 5, 5), samples, class_dim=-1).prediction.shape == (2, 5, 5)
 
 
 def test_a_mask_of_samples_selects_from_nested_structures() -> None:
@@ -108,6 +134,12 @@ def test_gradients_of_what_is_unlabeled_are_zero() -> None:
         ((torch.zeros(2), torch.zeros(2, dtype=torch.long), NAN), ValueError, "NaN among targets of torch.int64.*-100"),
         ((torch.zeros(2, 4), torch.tensor([[1.0, NAN], [1.0, 1.0]]), NAN), ValueError, r"\[2, 2\].*\[2, 4\]"),
         ((torch.zeros(3), MaskedTarget(torch.zeros(2), torch.tensor([True, False]))), ValueError, r"\[2\].*\[3\]"),
+        ((torch.zeros(2, 4), torch.zeros(2, 4), NAN, "element", 1), ValueError, r"class_dim=1.*one dimension more"),
+        (
+            (torch.zeros(2, 3, 4), MaskedTarget(torch.zeros(2, 3, 4), torch.ones(2, 3) > 0), None, "element", -1),
+            ValueError,
+            r"class_dim=-1.*one class for each element.*\[2, 3\]",
+        ),
     ],
 )
 def test_what_cannot_be_selected_is_refused(arguments: Any, error: type[Exception], says: str) -> None:
@@ -121,6 +153,9 @@ def test_what_cannot_be_selected_is_refused(arguments: Any, error: type[Exceptio
         ({"missing": "nan"}, TypeError, "missing='nan'.*torch.nan"),
         ({"missing": True}, TypeError, "missing=True"),
         ({"missing": NAN, "missing_per": "row"}, ValueError, "missing_per='row'.*'element' or 'sample'"),
+        ({"class_dim": 1.0}, TypeError, "class_dim=1.0.*must be an int"),
+        ({"class_dim": True}, TypeError, "class_dim=True.*must be an int"),
+        ({"class_dim": 0}, ValueError, "class_dim=0.*the dimension of the samples"),
         ({"loss": nn.CrossEntropyLoss(ignore_index=255), "missing": -1}, ValueError, "ignores 255"),
         ({"loss": functools.partial(cross_entropy, ignore_index=255), "missing": -1}, ValueError, "ignores 255"),
     ],

@@ -49,6 +49,7 @@ def labeled_part(
     target: Any,  # noqa: ANN401
     missing: float | None = None,
     missing_per: MissingPer = "element",
+    class_dim: int | None = None,
 ) -> LabeledPart:
     """Select what is labeled of a prediction and its target.
 
@@ -59,16 +60,19 @@ def labeled_part(
     ==============================  =================================  ===================================
     ``[B]`` or ``[B, 1]``           ``[B, ...]``, nested structures    ``[n, ...]``, samples stay whole
     of the target's shape           of the target's shape              ``[n]`` elements
-    ``[B, H, W]``, a class a pixel  ``[B, C, H, W]``, as torch has it  ``[n, C]``, and ``[n]`` of the target
+    ``[B, H, W]``, a class a pixel  ``[B, C, H, W]``, class_dim 1      ``[n, C]``, and ``[n]`` of the target
+    ``[B, T]``, a class a token     ``[B, T, C]``, class_dim -1        ``[n, C]``, and ``[n]`` of the target
     ==============================  =================================  ===================================
 
-    On a GPU it waits for the number of labels, once.
+    Shapes show which of the last two it is, unless the numbers agree: logits of shape ``[B, 5, 5]`` are refused without
+    ``class_dim``. Give it wherever lengths vary from batch to batch. On a GPU it waits for the number of labels, once.
 
     Args:
         prediction: What the task's head returned.
         target: What the batch holds for the task.
         missing: The value that stands for no label, NaN for instance; None if labels are missing by a mask alone.
         missing_per: ``"element"`` looks at each number by itself, ``"sample"`` drops a sample with any number missing.
+        class_dim: The dimension of the classes in a prediction that has one more than the target. None infers it.
 
     Returns:
         The labeled prediction and target, the number of labels (samples where these stay whole, else elements), and
@@ -76,7 +80,8 @@ def labeled_part(
 
     Raises:
         TypeError: If the mask is not boolean, or ``missing`` is asked of a target that is no tensor.
-        ValueError: If shapes do not fit the mask, or ``missing`` is NaN and the target is of integers.
+        ValueError: If shapes do not fit the mask or can be read in two ways, or ``missing`` is NaN and the target is of
+            integers.
 
     Example:
         >>> part = labeled_part(torch.tensor([0.5, 2.0, 1.0]), torch.tensor([1.0, torch.nan, 1.5]), torch.nan)
@@ -92,15 +97,15 @@ def labeled_part(
         mask = present if mask is None else _both(mask, present)
     if mask is None:
         return LabeledPart(prediction, target, number_of_samples(target), 0)
-    if mask.numel() == mask.shape[0]:
+    if mask.numel() == mask.shape[0] and (class_dim is None or mask.ndim == 1 or not _is_for_elements(mask, target)):
         mask = mask.reshape(-1)  # [B, 1] says as much as [B], and samples keep their shape
+    if mask.ndim > 1:
+        prediction = _classes_last(prediction, target, mask, class_dim)
     where = mask.nonzero(as_tuple=True)
     found = len(where[0])
     left = mask.numel() - found
     if left == 0 and mask.ndim == 1:
         return LabeledPart(prediction, target, found, 0)
-    if isinstance(prediction, Tensor) and isinstance(target, Tensor) and _classes_second(prediction, target, mask):
-        prediction = prediction.movedim(1, -1)
     return LabeledPart(_select(prediction, mask, where), _select(target, mask, where), found, left)
 
 
@@ -138,14 +143,42 @@ def _both(mask: Tensor, present: Tensor) -> Tensor:
     return mask & present
 
 
-def _classes_second(prediction: Tensor, target: Tensor, mask: Tensor) -> bool:
-    """Whether classes lie in dimension 1, as losses of torch have them for dense targets."""
-    return (
-        mask.ndim > 1
-        and mask.shape == target.shape
-        and prediction.ndim == mask.ndim + 1
-        and prediction.shape[2:] == mask.shape[1:]
-    )
+def _is_for_elements(mask: Tensor, target: Any) -> bool:  # noqa: ANN401
+    return isinstance(target, Tensor) and target.shape == mask.shape
+
+
+def _classes_last(prediction: Any, target: Any, mask: Tensor, class_dim: int | None) -> Any:  # noqa: ANN401
+    """Move the classes of a prediction behind the dimensions of the mask."""
+    if not _is_for_elements(mask, target):
+        if class_dim is None:
+            return prediction  # begins with the mask's dimensions, as the target does
+        raise ValueError(
+            f"Task(class_dim={class_dim}) needs a target tensor with one class for each element of the mask, of shape "
+            f"{list(mask.shape)}; leave it out, and have predictions begin with these dimensions."
+        )
+
+    def move(value: Tensor) -> Tensor:
+        if value.ndim != mask.ndim + 1:
+            return value
+        if class_dim is not None:
+            return value.movedim(class_dim, -1)
+        # Second is where losses of torch have them.
+        second = value.shape[:1] + value.shape[2:] == mask.shape
+        last = value.shape[:-1] == mask.shape
+        if second and last:
+            raise ValueError(
+                f"A prediction of shape {list(value.shape)} can be read in two ways beside labels of shape "
+                f"{list(mask.shape)}: give Task(class_dim=1) if its classes come second, Task(class_dim=-1) if they "
+                "come last."
+            )
+        return value.movedim(1, -1) if second else value
+
+    if class_dim is not None and isinstance(prediction, Tensor) and prediction.ndim != mask.ndim + 1:
+        raise ValueError(
+            f"Task(class_dim={class_dim}) needs predictions with one dimension more than the labels; found shape "
+            f"{list(prediction.shape)} beside labels of shape {list(mask.shape)}."
+        )
+    return apply_to_collection(prediction, Tensor, move)
 
 
 def _select(values: Any, mask: Tensor, where: tuple[Tensor, ...]) -> Any:  # noqa: ANN401
