@@ -89,12 +89,12 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         here = [result for result in results if result["sweep"] == sweep]
         for number, variant in enumerate(dict.fromkeys(result["variant"] for result in here)):
             found = [result for result in here if result["variant"] == variant]
-            values, colour = [result["value"] for result in found], f"C{number}"
-            above.plot(values, [result["step_ms"] for result in found], "o-", color=colour, label=variant)
-            above.plot(values, [result["over_ms"] for result in found], ":", color=colour)
-            below.plot(values, [result["ratio"] for result in found], "o-", color=colour)
+            values, color = [result["value"] for result in found], f"C{number}"
+            above.plot(values, [result["step_ms"] for result in found], "o-", color=color, label=variant)
+            above.plot(values, [result["over_ms"] for result in found], ":", color=color)
+            below.plot(values, [result["ratio"] for result in found], "o-", color=color)
             quartiles = [result["quartiles"] for result in found]
-            below.fill_between(values, [q[0] for q in quartiles], [q[1] for q in quartiles], color=colour, alpha=0.15)
+            below.fill_between(values, [q[0] for q in quartiles], [q[1] for q in quartiles], color=color, alpha=0.15)
         below.axhline(1, color="0.3", linewidth=0.8)
         ticks = sorted({result["value"] for result in here})
         for axes in (above, below):

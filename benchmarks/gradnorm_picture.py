@@ -46,11 +46,11 @@ def draw_sums(axes: Any, courses: Sequence[Course], num_tasks: int) -> None:  # 
 def draw_weights(axes: Any, course: Course, scales: Sequence[float]) -> None:  # noqa: ANN401 - matplotlib's
     import matplotlib as mpl
 
-    colours = mpl.colormaps["viridis"]
+    colors = mpl.colormaps["viridis"]
     for task, scale in enumerate(scales):
         label = f"σ = {scale:g}" if len(scales) == 2 else f"σ = {scale:.1f}" if task in (0, len(scales) - 1) else None
-        colour = colours(0.9 * math.log(scale) / math.log(100))
-        axes.plot(course.steps, [weights[task] for weights in course.weights], color=colour, label=label)
+        color = colors(0.9 * math.log(scale) / math.log(100))
+        axes.plot(course.steps, [weights[task] for weights in course.weights], color=color, label=label)
     axes.set_yscale("log")
     axes.set_title(f"K = {course.num_tasks}: weights of {course.method}, one seed", fontsize=10)
     axes.legend(frameon=False, fontsize=9)

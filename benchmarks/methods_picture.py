@@ -26,9 +26,9 @@ def draw(problem: Problem, rows: Sequence[Row], differences: Mapping[str, Differ
         change.plot(own.mean, place, "o", color="C0", markersize=5)
         if row.name in differences:
             found = differences[row.name]
-            colour = "C7" if not found.significant else "C2" if found.interval.mean < 0 else "C3"
-            difference.plot([found.interval.low, found.interval.high], [place, place], color=colour, linewidth=1.5)
-            difference.plot(found.interval.mean, place, "o", color=colour, markersize=5)
+            color = "C7" if not found.significant else "C2" if found.interval.mean < 0 else "C3"
+            difference.plot([found.interval.low, found.interval.high], [place, place], color=color, linewidth=1.5)
+            difference.plot(found.interval.mean, place, "o", color=color, markersize=5)
     for axes in (change, difference):
         axes.axvline(0, color="0.3", linewidth=0.8)
         axes.grid(axis="x", alpha=0.3)
@@ -36,10 +36,10 @@ def draw(problem: Problem, rows: Sequence[Row], differences: Mapping[str, Differ
     change.axvline(t_interval(rows[equal].delta_m).mean, color="C0", linewidth=0.8, linestyle=":")
     change.set_yticks(range(len(rows)), [row.name for row in rows])
     change.invert_yaxis()
-    change.set_xlabel("Δm, %: left of 0 is better than single-task models\n(grey: each seed; dotted: equal weights)")
+    change.set_xlabel("Δm, %: left of 0 is better than single-task models\n(gray: each seed; dotted: equal weights)")
     difference.set_xlabel(
         "Δm less that of equal weights, points: left of 0 is better\n"
-        "(green, red: significant after Holm's correction; grey: not)"
+        "(green, red: significant after Holm's correction; gray: not)"
     )
     figure.suptitle(
         f"{problem.name}, {problem.metric} on test data, {len(rows[0].scores)} seeds: means and 95 % intervals",

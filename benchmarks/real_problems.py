@@ -97,11 +97,11 @@ def adult(data_dir: Path) -> Problem:
     splits = census.load_splits(data_dir)
     tasks = tuple(splits.tasks)
 
-    def labelled(table: census.Table) -> missing_labels.Labelled:
+    def labeled(table: census.Table) -> missing_labels.Labeled:
         labels = torch.cat([table.labels[task] for task in tasks], dim=1)
-        return missing_labels.Labelled(table.features, labels.long(), tasks)
+        return missing_labels.Labeled(table.features, labels.long(), tasks)
 
-    data, test = labelled(splits.train), labelled(splits.test)
+    data, test = labeled(splits.train), labeled(splits.test)
 
     @functools.cache
     def fold(seed: int) -> Fold:
@@ -115,7 +115,7 @@ def adult(data_dir: Path) -> Problem:
 PROBLEMS: dict[str, Callable[[Path], Problem]] = {"multimnist": digits, "tox21": tox21, "adult": adult}
 
 
-def _fold_of(data: missing_labels.Labelled, train: Tensor, val: Tensor, test: missing_labels.Labelled) -> Fold:
+def _fold_of(data: missing_labels.Labeled, train: Tensor, val: Tensor, test: missing_labels.Labeled) -> Fold:
     return Fold(
         data.at(train).loader(TRAIN_BATCH, shuffle=True), data.at(val).loader(TEST_BATCH), test.loader(TEST_BATCH)
     )

@@ -45,7 +45,7 @@ EPOCH = 500
 ALLOWED_GROWTH = 8 * 2**20  # what an allocator may keep
 
 
-class Penalised(MultiTaskModule):
+class Penalized(MultiTaskModule):
     """With a penalty, and a task without a label in every third step."""
 
     def task_losses(self, batch: Any) -> Any:  # noqa: ANN401
@@ -139,9 +139,9 @@ def monitors() -> list[pl.Callback]:
     return found
 
 
-def module() -> Penalised:
+def module() -> Penalized:
     torch.manual_seed(0)
-    return Penalised(
+    return Penalized(
         nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU()),
         {"kind": nn.Linear(16, 3), "size": nn.Linear(16, 1), "pose": nn.Linear(16, 2)},
         {"kind": Task(cross_entropy, MulticlassAccuracy(3)), "size": Task(mse_loss), "pose": Task(mse_loss)},

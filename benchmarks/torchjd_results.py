@@ -62,9 +62,9 @@ def draw(results: Sequence[Mapping[str, Any]], title: str) -> Figure:
 
 def _steps(axes: Axes, found: Sequence[tuple[int, Mapping[str, float]]]) -> None:
     in_order = sorted(found, key=lambda pair: pair[0])
-    for name, (colour, style) in LINES.items():
+    for name, (color, style) in LINES.items():
         points = [(k, steps[name]) for k, steps in in_order if name in steps]
-        axes.plot([k for k, _ in points], [ms for _, ms in points], style, color=colour, label=name, markersize=4)
+        axes.plot([k for k, _ in points], [ms for _, ms in points], style, color=color, label=name, markersize=4)
     axes.set(xscale="log", yscale="log", xlabel="K")
     axes.set_xticks([k for k, _ in in_order], [str(k) for k, _ in in_order])
     axes.minorticks_off()
@@ -72,12 +72,12 @@ def _steps(axes: Axes, found: Sequence[tuple[int, Mapping[str, float]]]) -> None
 
 
 def _ratios(axes: Axes, found: Mapping[str, Mapping[str, Any]]) -> None:
-    for number, (key, (label, colour)) in enumerate(RATIOS.items()):
+    for number, (key, (label, color)) in enumerate(RATIOS.items()):
         places = [place + 0.3 * (number - 0.5) for place in range(len(found))]
         middles = [result[key]["median"] for result in found.values()]
-        axes.plot(places, middles, "o", color=colour, label=label, markersize=5)
+        axes.plot(places, middles, "o", color=color, label=label, markersize=5)
         for place, result in zip(places, found.values(), strict=True):
-            axes.plot([place, place], result[key]["quartiles"], color=colour, linewidth=1.5)
+            axes.plot([place, place], result[key]["quartiles"], color=color, linewidth=1.5)
     axes.axhline(1, color="0.3", linewidth=0.8)
     axes.set_xticks(range(len(found)), list(found), rotation=45, ha="right", fontsize=8)
     axes.set_ylim(0, None)

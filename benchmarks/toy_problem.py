@@ -51,15 +51,15 @@ def evaluate(x1: float, x2: float) -> Evaluated:
     c2, dc2 = (-half, -bend) if half <= 0 else (0.0, 0.0)
     bowl = 0.01 * (x2 + 8) ** 2 - 20
     losses, gradients = [], []
-    for scale, inner, inner_slope, centre in (
+    for scale, inner, inner_slope, center in (
         (SCALE, -0.5 * x1 - 3.5 + t, slope, 7.0),
         (1.0, -0.5 * x1 + 3.5 - t, -slope, -7.0),
     ):
         f = math.log(max(abs(inner), FLOOR)) + 6
         inverse = 1 / inner if abs(inner) >= FLOOR else 0.0
-        g = (x1 - centre) ** 2 / 10 + bowl
+        g = (x1 - center) ** 2 / 10 + bowl
         losses.append(scale * (c1 * f + c2 * g))
-        d1 = c1 * -0.5 * inverse + c2 * (x1 - centre) / 5
+        d1 = c1 * -0.5 * inverse + c2 * (x1 - center) / 5
         d2 = dc1 * f + c1 * inner_slope * inverse + dc2 * g + c2 * 0.02 * (x2 + 8)
         gradients.append((scale * d1, scale * d2))
     return (losses[0], losses[1]), (gradients[0], gradients[1])

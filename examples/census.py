@@ -79,7 +79,7 @@ def diabetes(seed: int) -> Splits:
     order = np.random.default_rng(seed).permutation(len(bundled.target))
     test, train = np.split(order, [len(order) // 4])
     labels = {task: value > np.median(value[train]) for task, value in values.items()}
-    return Splits("diabetes", *standardised(bundled.data[:, given], labels, train, test))
+    return Splits("diabetes", *standardized(bundled.data[:, given], labels, train, test))
 
 
 def adult(data_dir: Path) -> Splits:
@@ -98,10 +98,10 @@ def adult(data_dir: Path) -> Splits:
         "income": columns["income"] == ">50K",
         "never-married": columns["marital-status"] == "Never-married",
     }
-    return Splits("Adult", *standardised(np.stack(features, axis=1), labels, train, test))
+    return Splits("Adult", *standardized(np.stack(features, axis=1), labels, train, test))
 
 
-def standardised(
+def standardized(
     features: np.ndarray, labels: dict[str, np.ndarray], train: np.ndarray, test: np.ndarray
 ) -> tuple[Table, Table]:
     """Both tables, each feature with mean 0 and deviation 1 over the first."""

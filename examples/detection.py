@@ -11,7 +11,7 @@ What came out with the defaults, three seeds: equal weights neglect the box, who
 accuracy 62 %); IMTL-L restores it (77 %) and gives up accuracy for it (52 %); alone the tasks reach 79 % and 58 %. None
 is trained to the end within eight epochs.
 
-The box's loss is torch's ``l1_loss``, as DETR has it beside the generalised IoU; where torchvision is installed,
+The box's loss is torch's ``l1_loss``, as DETR has it beside the generalized IoU; where torchvision is installed,
 ``torchvision.ops.generalized_box_iou_loss`` takes its place in ``Task`` as it is.
 """
 
@@ -61,15 +61,15 @@ SHOWN = 8
 
 
 class Corners(nn.Module):
-    """Features to ``(left, top, right, bottom)``, ``[B, 4]``, by way of centre and size."""
+    """Features to ``(left, top, right, bottom)``, ``[B, 4]``, by way of center and size."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layer = nn.Linear(width, 4)
 
     def forward(self, features: Tensor) -> Tensor:
-        centre, size = self.layer(features).sigmoid().split(2, dim=1)
-        return torch.cat([centre - size / 2, centre + size / 2], dim=1)
+        center, size = self.layer(features).sigmoid().split(2, dim=1)
+        return torch.cat([center - size / 2, center + size / 2], dim=1)
 
 
 class MeanIoU(Metric):
@@ -172,10 +172,10 @@ def draw(models: dict[str, WhatAndWhere], scenes: Scenes) -> Figure:
         for column in range(SHOWN):
             axes = figure.add_subplot(len(models), SHOWN, row * SHOWN + column + 1)
             axes.imshow(images[column, 0].numpy(), cmap="gray", vmin=0, vmax=1)
-            for boxes, colour in ((targets["box"], "limegreen"), (predictions["box"], "orange")):
+            for boxes, color in ((targets["box"], "limegreen"), (predictions["box"], "orange")):
                 left, top, right, bottom = (canvas * boxes[column] - 0.5).tolist()
                 axes.add_patch(
-                    Rectangle((left, top), right - left, bottom - top, fill=False, color=colour, linewidth=1.8)
+                    Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=1.8)
                 )
             found, true = int(predictions["digit"][column].argmax()), int(targets["digit"][column])
             says = f"{found}" if found == true else f"{found}, not {true}"

@@ -1,9 +1,9 @@
-"""Learn two tasks from 30 labelled scans of a new scanner: what is a pretrained trunk worth, and how to thaw it?
+"""Learn two tasks from 30 labeled scans of a new scanner: what is a pretrained trunk worth, and how to thaw it?
 
     python examples/finetune.py
 
 A model learns which digit a scan shows, from 900 scans. Then it gets two tasks more, on scans that are out of focus:
-whether the digit is odd, and whether it is 5 or more, with 30 labelled scans for both. Compared are a trunk from
+whether the digit is odd, and whether it is 5 or more, with 30 labeled scans for both. Compared are a trunk from
 scratch, the pretrained one frozen, trained at once, and thawed layer by layer, over five seeds; and what each forgets
 of the first task. What to copy is ``finetuned``. Ends with a table and a picture.
 """
@@ -36,7 +36,7 @@ from quickstart import quieten, spread
 
 CLASSES = {"digit": 10, "odd": 2, "upper": 2}
 NEW = ("odd", "upper")
-MANY, LABELLED, BATCH = 900, 30, 15
+MANY, LABELED, BATCH = 900, 30, 15
 SCRATCH, FROZEN, AT_ONCE, GRADUAL = "from scratch", "frozen trunk", "thawed at once", "thawed step by step"
 WAYS = (SCRATCH, FROZEN, AT_ONCE, GRADUAL)
 
@@ -119,7 +119,7 @@ def load(seed: int) -> tuple[Scans, Scans, dict[str, Scans]]:
     images, digits = images[order], digits[order]
     sharp: Scans = (images, {"digit": digits})
     blurred: Scans = (avg_pool2d(images, 3, 1, 1), {"odd": digits % 2, "upper": (digits >= 5).long()})
-    taught = MANY + LABELLED
+    taught = MANY + LABELED
     held_out = {"digit": part(sharp, taught), "new": part(blurred, taught)}
     return part(sharp, 0, MANY), part(blurred, MANY, taught), held_out
 
@@ -162,7 +162,7 @@ def draw(results: dict[str, list[Scores]], path: Path) -> None:
     axes.set_xticks(range(len(WAYS)), WAYS)
     axes.set_ylim(40, 100)
     axes.set_ylabel("accuracy on test scans, %")
-    axes.set_title(f"Two new tasks from {LABELLED} labelled scans of a new scanner; a dot is a seed")
+    axes.set_title(f"Two new tasks from {LABELED} labeled scans of a new scanner; a dot is a seed")
     figure.legend(loc="outside lower center", fontsize=8, ncols=3)
     figure.savefig(path, dpi=130)
 

@@ -37,7 +37,7 @@ QUESTIONS = {
 }
 
 
-class Labelled(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+class Labeled(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """Inputs and the labels of all tasks, 0, 1, or -1 where there is none."""
 
     def __init__(self, inputs: Tensor, labels: Tensor, tasks: Sequence[str]) -> None:
@@ -49,21 +49,21 @@ class Labelled(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def __getitem__(self, index: int | Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         return self.inputs[index], dict(zip(self.tasks, self.labels[index].unbind(-1), strict=True))
 
-    def at(self, rows: Tensor) -> Labelled:
-        return Labelled(self.inputs[rows], self.labels[rows], self.tasks)
+    def at(self, rows: Tensor) -> Labeled:
+        return Labeled(self.inputs[rows], self.labels[rows], self.tasks)
 
-    def of(self, task: str) -> Labelled:
-        """The labelled samples of one task."""
+    def of(self, task: str) -> Labeled:
+        """The labeled samples of one task."""
         labels = self.labels[:, self.tasks.index(task)]
         rows = labels != MISSING
-        return Labelled(self.inputs[rows], labels[rows, None], [task])
+        return Labeled(self.inputs[rows], labels[rows, None], [task])
 
     def loader(self, batch_size: int, *, shuffle: bool = False) -> DataLoader[tuple[Tensor, dict[str, Tensor]]]:
         sampler = RandomSampler(self) if shuffle else SequentialSampler(self)
         return DataLoader(self, sampler=BatchSampler(sampler, batch_size, drop_last=False), batch_size=None)
 
 
-def load(data_dir: Path | None, *, seed: int) -> Labelled:
+def load(data_dir: Path | None, *, seed: int) -> Labeled:
     """Tox21, or scikit-learn's digits with a sixth of the labels removed.
 
     Raises:
@@ -78,10 +78,10 @@ def load(data_dir: Path | None, *, seed: int) -> Labelled:
     generator = torch.Generator().manual_seed(seed)
     removed = torch.rand(labels.shape, generator=generator) < SHARE_REMOVED
     inputs = torch.as_tensor(bundled.data / 16, dtype=torch.float32)
-    return Labelled(inputs, labels.masked_fill(removed, MISSING), list(QUESTIONS))
+    return Labeled(inputs, labels.masked_fill(removed, MISSING), list(QUESTIONS))
 
 
-def load_tox21(data_dir: Path) -> Labelled:
+def load_tox21(data_dir: Path) -> Labeled:
     path = next(
         (
             path
@@ -96,18 +96,18 @@ def load_tox21(data_dir: Path) -> Labelled:
         if not {"fp", "y", "tasks"} <= set(content.files):
             raise ValueError(f"{path} holds {sorted(content.files)}; it should be {EXPECTED}.")
         inputs = torch.as_tensor(np.unpackbits(content["fp"], axis=1), dtype=torch.float32)
-        return Labelled(inputs, torch.as_tensor(content["y"]).long(), [str(task) for task in content["tasks"]])
+        return Labeled(inputs, torch.as_tensor(content["y"]).long(), [str(task) for task in content["tasks"]])
 
 
 @dataclass(frozen=True)
 class Splits:
     """Training and test samples."""
 
-    train: Labelled
-    test: Labelled
+    train: Labeled
+    test: Labeled
 
 
-def split(data: Labelled, *, test_share: float, seed: int) -> Splits:
+def split(data: Labeled, *, test_share: float, seed: int) -> Splits:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     test = round(test_share * len(data))
     return Splits(data.at(order[test:]), data.at(order[:test]))

@@ -165,7 +165,7 @@ def overlay_pairs(
     corner = slice(overlay.offset, overlay.offset + height)
     images[:, corner, corner] = torch.maximum(images[:, corner, corner], digits[right])
     if overlay.size != overlay.canvas:
-        # Nearest neighbour: the pixel of the canvas under the centre of the new one.
+        # Nearest neighbor: the pixel of the canvas under the center of the new one.
         nearest = ((torch.arange(overlay.size) + 0.5) * overlay.canvas / overlay.size).long()
         images = images[:, nearest][:, :, nearest]
     return DigitPairs(images, torch.stack([labels[left], labels[right]], dim=1), torch.stack([left, right], dim=1))

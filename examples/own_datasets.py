@@ -3,7 +3,7 @@
     python examples/own_datasets.py
     python examples/own_datasets.py --seeds 3 --batches 300
 
-1,200 scans are labelled with their digit, 300 others with its parity, 60 others with whether it is at least 5.
+1,200 scans are labeled with their digit, 300 others with its parity, 60 others with whether it is at least 5.
 What to copy is ``data_module``. The rest trains a model with each way of mixing on as many batches, and compares.
 """
 
@@ -190,7 +190,7 @@ def picture(results: dict[str, list[Outcome]]) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=600, help="training batches of each run; default: 600")
-    parser.add_argument("--seeds", type=int, default=5, help="splits and initialisations; default: 5")
+    parser.add_argument("--seeds", type=int, default=5, help="splits and initializations; default: 5")
     parser.add_argument("--logdir", type=Path, default=Path("lightning_logs"), help="default: lightning_logs")
     options = parser.parse_args(argv)
     if options.batches < EPOCHS * len(SAMPLES) or options.seeds < 1:

@@ -6,8 +6,8 @@
 
 By default the tasks are twelve questions about the scan of a digit (is it even, is it prime, has it a loop, ...) with
 few scans to learn from, and labels are taken away at random. ``Task(missing=-1)`` is all that a model needs to know:
-loss and ROC-AUC see the labelled samples of each task. One model of all tasks, with equal weights and with the
-chosen weighting, meets twelve models of one task each that get as many steps; ROC-AUC on the labelled test samples.
+loss and ROC-AUC see the labeled samples of each task. One model of all tasks, with equal weights and with the
+chosen weighting, meets twelve models of one task each that get as many steps; ROC-AUC on the labeled test samples.
 
 What came out: on Tox21 the shared trunk is worth 4 points of mean ROC-AUC, whatever the weights (79.9 against 75.4 %,
 300 steps, two seeds). On the digits it costs 1.1 points after 120 steps (96.2 against 97.3 %, three seeds): one trunk
@@ -66,7 +66,7 @@ def model_of(tasks: Sequence[str], width: int) -> MultiTaskModule:
     )
 
 
-Scores = dict[str, float]  # each task's ROC-AUC on its labelled test samples, in percent
+Scores = dict[str, float]  # each task's ROC-AUC on its labeled test samples, in percent
 
 
 def train(
@@ -86,10 +86,10 @@ def train(
         enable_model_summary=False,
     )
     trainer.fit(model, data.train.loader(128, shuffle=True))
-    labelled = {task: float(trainer.callback_metrics[f"labelled/{task}"]) for task in data.train.tasks}
+    labeled = {task: float(trainer.callback_metrics[f"labeled/{task}"]) for task in data.train.tasks}
     trainer.test(model, data.test.loader(4096), verbose=False)
     scores = model.recorder.scores["test"]
-    return {task: 100 * scores[task]["auc"] for task in data.train.tasks}, labelled, trainer
+    return {task: 100 * scores[task]["auc"] for task in data.train.tasks}, labeled, trainer
 
 
 def draw(scores: dict[str, list[Scores]], tasks: Sequence[str]) -> Figure:
@@ -99,45 +99,45 @@ def draw(scores: dict[str, list[Scores]], tasks: Sequence[str]) -> Figure:
     names = list(scores)
     for index, (name, found) in enumerate(scores.items()):
         rows = [row + 0.22 * (index - (len(names) - 1) / 2) for row in range(len(tasks))]
-        colour = f"C{index}"
+        color = f"C{index}"
         for row, task in zip(rows, tasks, strict=True):
             values = [of_seed[task] for of_seed in found]
-            axes.plot(values, [row] * len(values), ".", color=colour, alpha=0.35, markersize=5)
+            axes.plot(values, [row] * len(values), ".", color=color, alpha=0.35, markersize=5)
             axes.plot(
-                statistics.mean(values), row, "o", color=colour, markersize=6, label=name if row == rows[0] else None
+                statistics.mean(values), row, "o", color=color, markersize=6, label=name if row == rows[0] else None
             )
     axes.set_yticks(range(len(tasks)), tasks)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("ROC-AUC on the labelled test samples, % (large: mean over the seeds, small: each seed)")
+    axes.set_xlabel("ROC-AUC on the labeled test samples, % (large: mean over the seeds, small: each seed)")
     figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
     return figure
 
 
-def report(scores: dict[str, list[Scores]], labelled: Scores, console: Console) -> None:
+def report(scores: dict[str, list[Scores]], labeled: Scores, console: Console) -> None:
     """Print the table of tasks, and what the shared trunk was worth."""
     names = list(scores)
     seeds = len(scores[names[0]])
-    table = Table(title=f"ROC-AUC %, labelled test samples, mean ± standard deviation over {seeds} seed(s)")
+    table = Table(title=f"ROC-AUC %, labeled test samples, mean ± standard deviation over {seeds} seed(s)")
     table.add_column("task")
-    table.add_column("labelled %", justify="right")
+    table.add_column("labeled %", justify="right")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    for task, fraction in labelled.items():
+    for task, fraction in labeled.items():
         table.add_row(task, f"{100 * fraction:.0f}", *(spread([s[task] for s in scores[name]]) for name in names))
     means = {name: [statistics.mean(s.values()) for s in found] for name, found in scores.items()}
     table.add_section()
-    table.add_row("mean", f"{100 * statistics.mean(labelled.values()):.0f}", *(spread(means[name]) for name in names))
+    table.add_row("mean", f"{100 * statistics.mean(labeled.values()):.0f}", *(spread(means[name]) for name in names))
     console.print("", table)
     for name in names[:-1]:
         gained = [a - b for a, b in zip(means[name], means[names[-1]], strict=True)]
         better = sum(
             statistics.mean(s[task] for s in scores[name]) > statistics.mean(s[task] for s in scores[names[-1]])
-            for task in labelled
+            for task in labeled
         )
         console.print(
             f"{name} against {names[-1]}: {spread(gained, '+.1f')} points of mean ROC-AUC; better on {better} of "
-            f"{len(labelled)} tasks.",
+            f"{len(labeled)} tasks.",
             soft_wrap=True,
         )
 
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name, method in ((args.weighting, args.weighting), ("equal weights", None)):
                 progress.update(bar, description=f"seed {seed}  {name}", advance=1)
                 logger = TensorBoardLogger(log_to.parent, name=log_to.name, version=f"{name}-{seed}")
-                found, labelled, trainer = train(parts, seed=seed, steps=args.steps, method=method, logger=logger)
+                found, labeled, trainer = train(parts, seed=seed, steps=args.steps, method=method, logger=logger)
                 scores[name].append(found)
             alone: Scores = {}
             for task in data.tasks:
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"seed {seed}  "
                 + "  ".join(f"{name} {statistics.mean(found[-1].values()):.1f} %" for name, found in scores.items())
             )
-    report(scores, labelled, console)
+    report(scores, labeled, console)
     figure = draw(scores, data.tasks)
     figure.savefig(log_to / "auc.png", dpi=150)
     log_figure(trainer, "ROC-AUC", figure)

@@ -1,4 +1,4 @@
-"""Read digits of two scanners, one sharp and one out of focus, from 50 labelled scans each: what is worth sharing?
+"""Read digits of two scanners, one sharp and one out of focus, from 50 labeled scans each: what is worth sharing?
 
     python examples/soft_sharing.py
 
@@ -32,7 +32,7 @@ from lightning_mtl.monitors.figures import blank_figure
 from quickstart import margin_of, quieten, spread
 
 TASKS = ("sharp", "blurred")
-LABELLED, HELD_OUT = 50, 200  # scans of each task to train on, and of all to choose the strength with
+LABELED, HELD_OUT = 50, 200  # scans of each task to train on, and of all to choose the strength with
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 SINGLE, HARD = "single-task", "hard sharing"
 WAYS = (SINGLE, *(f"soft sharing, {strength:g}" for strength in STRENGTHS), HARD)
@@ -60,8 +60,8 @@ def load(seed: int) -> dict[str, dict[str, Scans]]:
     labels = torch.as_tensor(bundled.target, dtype=torch.int64)
     images = {"sharp": sharp, "blurred": avg_pool2d(sharp[:, None], 3, stride=1, padding=1)[:, 0]}
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    taught = dict(zip(TASKS, order[: LABELLED * len(TASKS)].split(LABELLED), strict=True))
-    rest = order[LABELLED * len(TASKS) :]
+    taught = dict(zip(TASKS, order[: LABELED * len(TASKS)].split(LABELED), strict=True))
+    rest = order[LABELED * len(TASKS) :]
     chosen = {"train": taught, "val": dict.fromkeys(TASKS, rest[:HELD_OUT])}
     chosen["test"] = dict.fromkeys(TASKS, rest[HELD_OUT:])
     return {part: {task: (images[task][at[task]], labels[at[task]]) for task in TASKS} for part, at in chosen.items()}
@@ -127,19 +127,19 @@ def draw(results: dict[str, list[Scores]], path: Path) -> None:
     """Accuracy over strength, between the networks apart and the network in common."""
     figure = blank_figure(7.5, 4.2)
     axes = figure.add_subplot()
-    for task, colour, shift in zip(TASKS, ("tab:blue", "tab:orange"), (0.95, 1.05), strict=True):
+    for task, color, shift in zip(TASKS, ("tab:blue", "tab:orange"), (0.95, 1.05), strict=True):
         scores = [[score[task] for score in results[way]] for way in WAYS]
         means, bars = [statistics.mean(found) for found in scores], [deviation(found) for found in scores]
         beside = [strength * shift for strength in STRENGTHS]
         axes.errorbar(
-            beside, means[1:-1], bars[1:-1], color=colour, marker="o", capsize=3, label=f"{task}, soft sharing"
+            beside, means[1:-1], bars[1:-1], color=color, marker="o", capsize=3, label=f"{task}, soft sharing"
         )
-        axes.axhline(means[0], color=colour, linestyle=":", label=f"{task}, single-task")
-        axes.axhline(means[-1], color=colour, linestyle="--", label=f"{task}, hard sharing")
+        axes.axhline(means[0], color=color, linestyle=":", label=f"{task}, single-task")
+        axes.axhline(means[-1], color=color, linestyle="--", label=f"{task}, hard sharing")
     axes.set_xscale("log")
     axes.set_xlabel("strength of the penalty")
     axes.set_ylabel("accuracy on test scans, %")
-    axes.set_title(f"Two tasks with {LABELLED} labelled scans each")
+    axes.set_title(f"Two tasks with {LABELED} labeled scans each")
     figure.legend(loc="outside lower center", fontsize=8, ncols=3)
     figure.savefig(path, dpi=130)
 
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(verdict(picked, results[name], name), highlight=False)
     for way in (soft[0], HARD):
         console.print(f"\n{way}:", highlight=False)
-        console.print(parameter_report(model(way), torch.zeros(LABELLED, 8, 8)))
+        console.print(parameter_report(model(way), torch.zeros(LABELED, 8, 8)))
     draw(results, args.picture)
     console.print(f"Accuracy over strength: {args.picture}", highlight=False)
 

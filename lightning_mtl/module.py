@@ -23,13 +23,13 @@ from lightning_mtl.task.batches import (
     without_others,
 )
 from lightning_mtl.task.concatenation import concatenate, rows_of
-from lightning_mtl.task.labels import MaskedTarget, labelled_part, number_of_samples
+from lightning_mtl.task.labels import MaskedTarget, labeled_part, number_of_samples
 from lightning_mtl.training.checks import check_arguments, check_inputs_differ
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.module import SteppedModule
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable, keeping_schedules
 from lightning_mtl.training.step import Optimization
-from lightning_mtl.trunk import Penalised, penalised_parts, penalties_of
+from lightning_mtl.trunk import Penalized, penalized_parts, penalties_of
 
 
 class MultiTaskModule(SteppedModule):
@@ -110,7 +110,7 @@ class MultiTaskModule(SteppedModule):
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
         self._trunk_lr, self._head_lr = trunk_lr, dict(head_lr or {})
         self.optimization = Optimization(self.recorder)
-        self._penalised: tuple[nn.Module, list[tuple[str, Penalised]]] | None = None
+        self._penalized: tuple[nn.Module, list[tuple[str, Penalized]]] | None = None
         # A loss with buffers or parameters of its own moves with the module and is saved with it.
         losses = {k: task.loss for k, task in tasks.items() if isinstance(task.loss, nn.Module)}
         self.loss_modules = nn.ModuleDict(losses)
@@ -158,7 +158,7 @@ class MultiTaskModule(SteppedModule):
 
         Args:
             batch: ``(inputs, {task: target})``, or ``{task: (inputs, target)}`` when tasks have loaders of their own;
-                a target or an entry of None stands for no label. Where some samples of a batch are labelled, see
+                a target or an entry of None stands for no label. Where some samples of a batch are labeled, see
                 ``Task(missing=...)`` and :class:`~lightning_mtl.MaskedTarget`. A batch with all of the module's tasks
                 may have others, too, so that a model of one task trains on the same loader.
 
@@ -170,7 +170,7 @@ class MultiTaskModule(SteppedModule):
             predictions = self(inputs)
             found = {task: target for task, target in targets.items() if task in self.tasks and target is not None}
             if len(found) < len(self.tasks):
-                self.recorder.labels.add_unlabelled(self.tasks.keys() - found.keys(), number_of_samples(inputs))
+                self.recorder.labels.add_unlabeled(self.tasks.keys() - found.keys(), number_of_samples(inputs))
             return {task: self.task_output(task, predictions[task], target) for task, target in found.items()}
         if not is_per_task(batch, self.tasks):
             raise refuse_batch(batch, self.tasks)
@@ -181,19 +181,19 @@ class MultiTaskModule(SteppedModule):
         return {task: self.task_output(task, predictions[task], pair[1]) for task, pair in pairs.items()}
 
     def task_output(self, task: str, prediction: Any, target: Any) -> TaskOutput:  # noqa: ANN401 - any pytree
-        """Compute a task's loss on what is labelled, for a ``task_losses`` of one's own; see ``Task(missing=...)``.
+        """Compute a task's loss on what is labeled, for a ``task_losses`` of one's own; see ``Task(missing=...)``.
 
         Without a label in the batch the task counts as absent from it, and its loss is not called.
 
         Raises:
             TypeError: If the target is of no form that labels can be looked for in, see
-                :func:`~lightning_mtl.task.labels.labelled_part`.
+                :func:`~lightning_mtl.task.labels.labeled_part`.
             ValueError: If prediction and target do not have the form of the mask.
         """
         declared = self.tasks[task]
         if declared.missing is None and not isinstance(target, MaskedTarget):
             return TaskOutput(declared.loss(prediction, target), prediction, target)
-        part = labelled_part(prediction, target, declared.missing, declared.missing_per)
+        part = labeled_part(prediction, target, declared.missing, declared.missing_per, declared.class_dim)
         self.recorder.labels.add(task, part.num_samples, part.num_missing, number_of_samples(target))
         loss = declared.loss(part.prediction, part.target) if part.num_samples else torch.zeros(())
         return TaskOutput(loss, part.prediction, part.target, part.num_samples)
@@ -212,9 +212,9 @@ class MultiTaskModule(SteppedModule):
         By default those of the trunk and its parts, where these have a method ``penalties()`` of their own; an override
         adds to them: ``{**super().penalties(), "name": value}``.
         """
-        if self._penalised is None or self._penalised[0] is not self.trunk:
-            self._penalised = (self.trunk, penalised_parts(self.trunk))  # looked for once, not in every step
-        return penalties_of(self._penalised[1]) if self._penalised[1] else {}
+        if self._penalized is None or self._penalized[0] is not self.trunk:
+            self._penalized = (self.trunk, penalized_parts(self.trunk))  # looked for once, not in every step
+        return penalties_of(self._penalized[1]) if self._penalized[1] else {}
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """The parameters that tasks share, whose gradients the methods balance.

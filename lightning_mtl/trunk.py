@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 
-class Penalised(Protocol):
+class Penalized(Protocol):
     """A module with terms of its own in the objective; one that holds another such module forwards its terms."""
 
     def penalties(self) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ class PerTask(Protocol):
 # Attributes are asked for by name: a compiled module forwards them, but is no instance of what it holds.
 
 
-def penalised_parts(trunk: nn.Module) -> list[tuple[str, Penalised]]:
+def penalized_parts(trunk: nn.Module) -> list[tuple[str, Penalized]]:
     """The outermost modules in the trunk that have penalties, each with its path; ``""`` is the trunk itself."""
     return list(_outermost(trunk, ""))
 
@@ -47,7 +47,7 @@ def _outermost(module: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
         yield from _outermost(child, f"{path}.{name}" if path else name)
 
 
-def penalties_of(parts: Sequence[tuple[str, Penalised]]) -> dict[str, Tensor]:
+def penalties_of(parts: Sequence[tuple[str, Penalized]]) -> dict[str, Tensor]:
     """All parts' penalties; a name that several parts use gets each part's path in front.
 
     Example:
@@ -55,9 +55,9 @@ def penalties_of(parts: Sequence[tuple[str, Penalised]]) -> dict[str, Tensor]:
         >>> class Norm(nn.Linear):
         ...     def penalties(self):
         ...         return {"norm": self.weight.norm()}
-        >>> list(penalties_of(penalised_parts(nn.Sequential(Norm(1, 1), nn.ReLU()))))
+        >>> list(penalties_of(penalized_parts(nn.Sequential(Norm(1, 1), nn.ReLU()))))
         ['norm']
-        >>> list(penalties_of(penalised_parts(nn.Sequential(Norm(1, 1), Norm(1, 1)))))
+        >>> list(penalties_of(penalized_parts(nn.Sequential(Norm(1, 1), Norm(1, 1)))))
         ['0.norm', '1.norm']
     """
     if len(parts) == 1:

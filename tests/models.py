@@ -151,7 +151,7 @@ class Named(nn.Module):
         return torch.tanh(self.layer(x)) * scale
 
 
-class Penalised(MultiTaskModule):
+class Penalized(MultiTaskModule):
     """Penalties on the trunk, on the features, on a head and on nothing that can be trained."""
 
     features: Tensor
@@ -204,7 +204,7 @@ KINDS = (
     "keywords",
     "loaders",
     "shape one",
-    "penalised",
+    "penalized",
 )
 
 
@@ -257,7 +257,7 @@ def build(kind: str, num_tasks: int, seed: int, **arguments: Any) -> Case:
     trunk, heads = _trunk_and_heads(kind, tasks)
     scales = (10.0 ** (2 * torch.rand(num_tasks) - 1)).tolist()
     losses = {k: functools.partial(_scaled_mse, scale) for k, scale in zip(tasks, scales, strict=True)}
-    cls = Penalised if kind == "penalised" else MultiTaskModule
+    cls = Penalized if kind == "penalized" else MultiTaskModule
     settings: dict[str, Any] = {"optimizer": functools.partial(torch.optim.SGD, lr=1.0)}
     module = cls(
         trunk,

@@ -26,14 +26,14 @@ def module(**arguments: Any) -> MultiTaskModule:
     return small(TASKS, **arguments)
 
 
-def labelled(*tasks: str, seed: int = 5) -> Batch:
+def labeled(*tasks: str, seed: int = 5) -> Batch:
     return batch(4, seed, tasks)
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("present", [("a", "c"), ("b",)])
 def test_the_method_gets_the_sub_problem_of_the_present_tasks(place: str, present: tuple[str, ...]) -> None:
-    model, given = module().double(), labelled(*present)
+    model, given = module().double(), labeled(*present)
     given = given[0].double(), {task: target.double() for task, target in given[1].items()}
     gradients = task_gradients(model, given)
     rows = rows_at(model, gradients, list(model.trunk.parameters()))
@@ -52,7 +52,7 @@ def test_the_method_gets_the_sub_problem_of_the_present_tasks(place: str, presen
     assert logged == {f"weight/{task}" for task in present}
 
 
-class Penalised(MultiTaskModule):
+class Penalized(MultiTaskModule):
     """Keeps the trunk's weights and its output small."""
 
     def task_losses(self, given: Batch) -> Any:
@@ -66,7 +66,7 @@ class Penalised(MultiTaskModule):
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_penalties_count_where_no_task_has_a_label(accumulate: int, place: str) -> None:
-    model, given, steps = module(cls=Penalised), [labelled(seed=seed) for seed in range(accumulate)], Steps()
+    model, given, steps = module(cls=Penalized), [labeled(seed=seed) for seed in range(accumulate)], Steps()
     model.accumulate_grad_batches = accumulate
     for one in given:
         model.task_losses(one)
@@ -81,7 +81,7 @@ def test_penalties_count_where_no_task_has_a_label(accumulate: int, place: str) 
 
 def test_an_aggregator_gets_the_rows_of_the_present_tasks() -> None:
     aggregator = WeightedSum(WEIGHTS)
-    fit(module(), loader(labelled("b", "c"), labelled("a", "b", "c")), callbacks=[aggregator])
+    fit(module(), loader(labeled("b", "c"), labeled("a", "b", "c")), callbacks=[aggregator])
     assert [len(rows) for rows in aggregator.rows] == [2, 3]
 
 
@@ -95,7 +95,7 @@ def test_an_absent_head_stays_as_it_is_under_momentum_and_weight_decay(place: st
         def on_train_batch_end(self, *_: Any) -> None:
             heads.append(torch.cat([p.detach().flatten() for p in model.heads["b"].parameters()]).clone())
 
-    given = [labelled(*TASKS), labelled("a", "c"), labelled("a"), labelled(*TASKS)]
+    given = [labeled(*TASKS), labeled("a", "c"), labeled("a"), labeled(*TASKS)]
     fit(model, loader(*given), callbacks=[weighting, Watch()])
     assert torch.equal(heads[0], heads[1])
     assert torch.equal(heads[1], heads[2])
@@ -106,7 +106,7 @@ def test_an_absent_head_stays_as_it_is_under_momentum_and_weight_decay(place: st
 def test_a_batch_without_any_task_changes_nothing(place: str) -> None:
     weighting = fixed(WEIGHTS, "losses") if place == "losses" else fixed(WEIGHTS, "gramian", at=place)
     steps, model = Steps(), module()
-    trainer = fit(model, loader((torch.ones(2, 3), {}), labelled("a", "b")), callbacks=[weighting, steps])
+    trainer = fit(model, loader((torch.ones(2, 3), {}), labeled("a", "b")), callbacks=[weighting, steps])
     assert trainer.global_step == 2
     assert all(gradient is None for gradient in steps.gradients[0].values())
     assert [signals.tasks for signals in steps.signals] == [("a", "b")]
@@ -115,7 +115,7 @@ def test_a_batch_without_any_task_changes_nothing(place: str) -> None:
 def test_the_states_of_absent_tasks_wait() -> None:
     def states(*present: tuple[str, ...]) -> list[Tensor]:
         weighting = UncertaintyWeighting(lr=0.1)
-        fit(module(), loader(*(labelled(*tasks) for tasks in present)), callbacks=[weighting])
+        fit(module(), loader(*(labeled(*tasks) for tasks in present)), callbacks=[weighting])
         return [weighting.log_variances, weighting.mean, weighting.spread, weighting.steps]
 
     once = states(TASKS)
@@ -131,7 +131,7 @@ def test_the_states_of_absent_tasks_wait() -> None:
 )
 def test_the_first_loss_is_that_of_a_tasks_first_present_step(make: Any) -> None:
     weighting, steps = make(), Steps()
-    given = [labelled("a", "c"), labelled("a"), labelled(*TASKS, seed=8), labelled("b", seed=9)]
+    given = [labeled("a", "c"), labeled("a"), labeled(*TASKS, seed=8), labeled("b", seed=9)]
     fit(module(), loader(*given), callbacks=[weighting, steps])
     first = steps.signals
     expected = [first[0].losses[0], first[2].losses[1], first[0].losses[1]]
@@ -149,7 +149,7 @@ def test_epoch_means_of_a_task_without_a_batch_in_an_epoch() -> None:
 
     model.__class__ = Alternating
     steps = Steps()
-    fit(model, loader(labelled(*TASKS)), callbacks=[weighting, steps], max_epochs=4)
+    fit(model, loader(labeled(*TASKS)), callbacks=[weighting, steps], max_epochs=4)
     ones = torch.ones(3)
     # b and c have one mean, that of the first epoch, when the third begins, and two in the fourth: 1 / 4.
     assert steps.weights[0] is not None
@@ -185,7 +185,7 @@ def test_a_validation_without_a_task_leaves_its_performance() -> None:
 @pytest.mark.parametrize("make", [MGDA, GradientNormBalance, GradNorm])
 def test_weights_of_a_task_alone(make: Any) -> None:
     steps = Steps()
-    fit(module(), loader(labelled("b"), labelled("b")), callbacks=[make(), steps])
+    fit(module(), loader(labeled("b"), labeled("b")), callbacks=[make(), steps])
     for weights in steps.weights:
         assert weights is not None
         assert weights[1] == pytest.approx(1.0)
@@ -194,7 +194,7 @@ def test_weights_of_a_task_alone(make: Any) -> None:
 def test_weights_held_between_measurements_know_nothing_of_a_task_that_was_absent() -> None:
     steps = Steps()
     weighting = fixed(WEIGHTS, "norms", every_n_steps=2)
-    given = [labelled("a", "c"), labelled(*TASKS), labelled(*TASKS), labelled("b")]
+    given = [labeled("a", "c"), labeled(*TASKS), labeled(*TASKS), labeled("b")]
     fit(module(), loader(*given), callbacks=[weighting, steps])
     assert [s.tasks for s in weighting.asked] == [("a", "c"), TASKS]
     second, fourth = steps.weights[1], steps.weights[3]

@@ -54,10 +54,10 @@ class Counted(MultiTaskModule):
         predictions = self(inputs)
         outputs = {}
         for task, target in targets.items():
-            labelled = ~target.isnan().squeeze(1)
-            count = int(labelled.sum())
+            labeled = ~target.isnan().squeeze(1)
+            count = int(labeled.sum())
             if count:
-                loss = mse_loss(predictions[task][labelled], target[labelled])
+                loss = mse_loss(predictions[task][labeled], target[labeled])
                 outputs[task] = TaskOutput(loss, num_samples=count)
         return outputs
 
@@ -73,11 +73,11 @@ def module(accumulate: int) -> Counted:
     ).double()
 
 
-def samples(number: int, unlabelled: list[int], task: str = "b") -> tuple[Tensor, dict[str, Tensor]]:
+def samples(number: int, unlabeled: list[int], task: str = "b") -> tuple[Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(9)
     inputs = torch.randn(number, 3, generator=generator, dtype=torch.float64)
     targets = {task: torch.randn(number, 1, generator=generator, dtype=torch.float64) for task in WEIGHTS}
-    targets[task][unlabelled] = torch.nan
+    targets[task][unlabeled] = torch.nan
     return inputs, targets
 
 
@@ -89,7 +89,7 @@ def split(whole: tuple[Tensor, dict[str, Tensor]], sizes: list[int]) -> list[Any
 
 @pytest.mark.parametrize("aggregate", [False, True])
 @pytest.mark.parametrize(
-    ("sizes", "unlabelled", "task"),
+    ("sizes", "unlabeled", "task"),
     [
         ([2, 2, 2, 2], [], "b"),
         ([1, 4, 3], [], "b"),
@@ -97,12 +97,12 @@ def split(whole: tuple[Tensor, dict[str, Tensor]], sizes: list[int]) -> list[Any
         ([2, 6], [0, 1], "b"),
         ([2, 6], [0, 1], "a"),
     ],
-    ids=["equal", "unequal", "partly labelled", "b later", "a later"],
+    ids=["equal", "unequal", "partly labeled", "b later", "a later"],
 )
 def test_rows_of_micro_batches_are_those_of_one_large_batch(
-    sizes: list[int], unlabelled: list[int], task: str, aggregate: bool
+    sizes: list[int], unlabeled: list[int], task: str, aggregate: bool
 ) -> None:
-    whole, found = samples(sum(sizes), unlabelled, task), []
+    whole, found = samples(sum(sizes), unlabeled, task), []
     for accumulate, given in ((1, [whole]), (len(sizes), split(whole, sizes))):
         model, steps = module(accumulate), Steps()
         before = flat_parameters(model)

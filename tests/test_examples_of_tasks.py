@@ -119,7 +119,7 @@ def test_a_sixth_of_the_labels_is_removed_and_the_others_answer_their_questions(
 def test_partial_labels_ends_with_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     partial_labels.main(["--steps", "8", "--repeats", "1", "--logdir", str(tmp_path)])
     written = capsys.readouterr().out
-    for words in ("GradNorm", "equal weights", "single-task", "labelled %", "has_loop", "points of mean ROC-AUC"):
+    for words in ("GradNorm", "equal weights", "single-task", "labeled %", "has_loop", "points of mean ROC-AUC"):
         assert words in written
     assert (tmp_path / "PartialLabels-0" / "auc.png").read_bytes().startswith(b"\x89PNG")
     assert "ROC-AUC" in pictures_in(tmp_path)

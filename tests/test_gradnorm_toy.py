@@ -25,7 +25,7 @@ SCALES = {"small": 1.0, "large": 100.0}
 SEEDS = (0, 1)  # by how much GradNorm helps differs from one B and ε to the next
 
 
-def normalised(weighting: Weighting | None, seed: int) -> tuple[dict[str, float], Steps]:
+def normalized(weighting: Weighting | None, seed: int) -> tuple[dict[str, float], Steps]:
     """L_k(end) / L_k(0) on test data."""
     problem, steps = ScaledTasks(SCALES, inputs=10, outputs=10, batch_size=100, batches=400, seed=seed), Steps()
     module, test = problem.model(), problem.test_batch(400)
@@ -36,10 +36,10 @@ def normalised(weighting: Weighting | None, seed: int) -> tuple[dict[str, float]
 
 @pytest.mark.slow
 def test_gradnorm_keeps_the_small_task_from_drowning() -> None:
-    equal = [normalised(None, seed)[0] for seed in SEEDS]
+    equal = [normalized(None, seed)[0] for seed in SEEDS]
     balanced = []
     for seed in SEEDS:
-        ratios, steps = normalised(GradNorm(alpha=0.12), seed)
+        ratios, steps = normalized(GradNorm(alpha=0.12), seed)
         balanced.append(ratios)
         weights = steps.weights[-1]
         assert weights is not None

@@ -223,7 +223,7 @@ def classifier(**arguments: Any) -> MultiTaskModule:
     )
 
 
-def labelled(kinds: Tensor) -> Any:
+def labeled(kinds: Tensor) -> Any:
     return torch.randn(len(kinds), 3), {"kind": kinds, "size": torch.randn(len(kinds), 1)}
 
 
@@ -231,7 +231,7 @@ def labelled(kinds: Tensor) -> Any:
 @pytest.mark.parametrize("wrong", [3, -1, 2**40])
 def test_a_class_that_does_not_exist(wrong: int, at: str) -> None:
     with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds"):
-        fit(classifier(), loader(labelled(torch.tensor([0, wrong, 2]))), callbacks=[MGDA(at=at)])
+        fit(classifier(), loader(labeled(torch.tensor([0, wrong, 2]))), callbacks=[MGDA(at=at)])
 
 
 @pytest.mark.filterwarnings("ignore:Step \\d+ is skipped:UserWarning")
@@ -239,7 +239,7 @@ def test_a_class_that_does_not_exist(wrong: int, at: str) -> None:
 @pytest.mark.parametrize("kinds", [[], [-100, -100]], ids=["no sample", "no label"])
 def test_a_mean_over_nothing_takes_no_step(name: str, kinds: list[int]) -> None:
     """Such a mean is not a number; the batches around it train."""
-    some, none = labelled(torch.tensor([0, 1, 2])), labelled(torch.tensor(kinds, dtype=torch.long))
+    some, none = labeled(torch.tensor([0, 1, 2])), labeled(torch.tensor(kinds, dtype=torch.long))
     weighting = WEIGHTINGS[name]()
     module = classifier()
     before = flat_parameters(module)
@@ -251,7 +251,7 @@ def test_a_mean_over_nothing_takes_no_step(name: str, kinds: list[int]) -> None:
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_inputs_that_are_no_numbers(name: str, broken: float) -> None:
-    good, bad = labelled(torch.tensor([0, 1, 2])), labelled(torch.tensor([0, 1, 2]))
+    good, bad = labeled(torch.tensor([0, 1, 2])), labeled(torch.tensor([0, 1, 2]))
     bad[0][1, 1] = broken
     bad[1]["size"][0] = broken
     weighting = WEIGHTINGS[name]()

@@ -1,4 +1,4 @@
-"""What is labelled is selected, and nothing else reaches loss, metrics and gradients."""
+"""What is labeled is selected, and nothing else reaches loss, metrics and gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchmetrics import MeanSquaredError, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_mtl import MaskedTarget, MultiTaskModule, Task, TaskOutput
-from lightning_mtl.task.labels import labelled_part
+from lightning_mtl.task.labels import labeled_part
 from tests.small import batch, heads, trunk
 from tests.training import Steps, fit, loader, quiet_trainer
 from tests.weightings import fixed
@@ -29,7 +29,7 @@ NAN = torch.nan
 def test_elements_of_several_columns(missing: float) -> None:
     prediction, target = torch.randn(5, 3), torch.randn(5, 3)
     hidden = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.bool)
-    part = labelled_part(prediction, target.masked_fill(hidden, missing), missing)
+    part = labeled_part(prediction, target.masked_fill(hidden, missing), missing)
     assert (part.num_samples, part.num_missing) == (10, 5)
     expected = (prediction - target).square()[~hidden].mean()
     torch.testing.assert_close(mse_loss(part.prediction, part.target), expected)
@@ -39,7 +39,7 @@ def test_elements_of_several_columns(missing: float) -> None:
 def test_samples_keep_their_shape(shape: tuple[int, ...]) -> None:
     prediction, target = torch.randn(shape), torch.randn(shape)
     target[1] = NAN
-    part = labelled_part(prediction, target, NAN)
+    part = labeled_part(prediction, target, NAN)
     assert part.prediction.equal(prediction[[0, 2, 3]])
     assert part.target.equal(target[[0, 2, 3]])
 
@@ -47,7 +47,7 @@ def test_samples_keep_their_shape(shape: tuple[int, ...]) -> None:
 def test_whole_samples_of_several_numbers() -> None:
     boxes = torch.rand(4, 4)
     boxes[0, 2], boxes[3] = NAN, NAN
-    part = labelled_part(torch.rand(4, 4), boxes, NAN, "sample")
+    part = labeled_part(torch.rand(4, 4), boxes, NAN, "sample")
     assert part.target.equal(boxes[1:3])
     assert (part.num_samples, part.num_missing) == (2, 2)
 
@@ -57,7 +57,7 @@ def test_whole_samples_of_several_numbers() -> None:
 def test_dense_classes_are_what_the_losss_own_ignore_index_makes_of_them(size: tuple[int, int], ignored: int) -> None:
     logits, classes = torch.randn(4, 6, *size), torch.randint(6, (4, *size))
     classes[torch.rand(4, *size) < 0.4] = ignored
-    part = labelled_part(logits, classes, ignored)
+    part = labeled_part(logits, classes, ignored, class_dim=1)
     expected = cross_entropy(logits, classes, ignore_index=ignored)
     torch.testing.assert_close(cross_entropy(part.prediction, part.target), expected)
     torch.testing.assert_close(cross_entropy(part.prediction, part.target, ignore_index=ignored), expected)
@@ -67,18 +67,44 @@ def test_dense_classes_are_what_the_losss_own_ignore_index_makes_of_them(size: t
 
 def test_classes_last_and_dense_regression() -> None:
     target = torch.tensor([[0, -100, 1], [1, 1, -100]])
-    part = labelled_part(torch.randn(2, 3, 5), target, -100)  # 5 classes of 3 tokens, classes last
+    part = labeled_part(torch.randn(2, 3, 5), target, -100)  # 5 classes of 3 tokens, classes last
     assert part.prediction.shape == (4, 5)
     depth = torch.rand(2, 1, 3, 3)
     depth[0, 0, 1] = NAN
-    part = labelled_part(torch.rand(2, 1, 3, 3), depth, NAN)
+    part = labeled_part(torch.rand(2, 1, 3, 3), depth, NAN)
     assert part.target.shape == part.prediction.shape == (15,)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 6])
+def test_tokens_are_selected_where_as_many_as_classes(length: int) -> None:
+    logits, tags = torch.randn(3, length, 5), torch.randint(5, (3, length))
+    tags[0, length // 2 :] = -100
+    expected = cross_entropy(logits.flatten(0, 1), tags.flatten(), ignore_index=-100)
+    for prediction, class_dim in ((logits, -1), (logits, 2), (logits.movedim(2, 1), 1)):
+        part = labeled_part(prediction, tags, -100, class_dim=class_dim)
+        torch.testing.assert_close(cross_entropy(part.prediction, part.target), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 5), (2, 3, 3, 3)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_shape_with_two_readings_is_refused(shape: tuple[int, ...], nested: bool) -> None:
+    prediction = torch.randn(shape)
+    with pytest.raises(ValueError, match=r"two ways.*Task\(class_dim=1\).*Task\(class_dim=-1\)"):
+        labeled_part([prediction] if nested else prediction, torch.zeros(shape[:-1], dtype=torch.long), -100)
+
+
+def test_masks_of_samples_and_of_boxes_leave_no_second_reading() -> None:
+    boxes = MaskedTarget(torch.rand(2, 4, 4), torch.tensor([[True, False, True, True]] * 2))  # 4 boxes an image
+    assert labeled_part(torch.rand(2, 4, 4), boxes).prediction.shape == (6, 4)
+    samples = MaskedTarget(torch.zeros(3, 5), torch.tensor([[True], [False], [True]]))
+    assert labeled_part(torch.rand(3, 5, 1), samples).prediction.shape == (2, 5, 1)
+    assert labeled_part(torch.rand(3, 5, 5), samples, class_dim=-1).prediction.shape == (2, 5, 5)
 
 
 def test_a_mask_of_samples_selects_from_nested_structures() -> None:
     target = {"boxes": torch.rand(3, 4), "classes": torch.arange(3)}
     prediction = (torch.rand(3, 4), [torch.rand(3, 7)])
-    part = labelled_part(prediction, MaskedTarget(target, torch.tensor([True, False, True])))
+    part = labeled_part(prediction, MaskedTarget(target, torch.tensor([True, False, True])))
     assert part.target["classes"].tolist() == [0, 2]
     assert part.prediction[1][0].equal(prediction[1][0][[0, 2]])
     assert (part.num_samples, part.num_missing) == (2, 1)
@@ -87,13 +113,13 @@ def test_a_mask_of_samples_selects_from_nested_structures() -> None:
 def test_a_mask_and_a_value_have_to_agree() -> None:
     target = torch.tensor([[1.0, NAN], [2.0, 3.0], [4.0, 5.0]])
     rows = MaskedTarget(target, torch.tensor([True, True, False]))
-    assert labelled_part(torch.zeros(3, 2), rows, NAN).target.tolist() == [1.0, 2.0, 3.0]
-    assert labelled_part(torch.zeros(3, 2), rows, NAN, "sample").target.tolist() == [[2.0, 3.0]]
+    assert labeled_part(torch.zeros(3, 2), rows, NAN).target.tolist() == [1.0, 2.0, 3.0]
+    assert labeled_part(torch.zeros(3, 2), rows, NAN, "sample").target.tolist() == [[2.0, 3.0]]
 
 
-def test_gradients_of_what_is_unlabelled_are_zero() -> None:
+def test_gradients_of_what_is_unlabeled_are_zero() -> None:
     prediction = torch.randn(4, 2, requires_grad=True)
-    part = labelled_part(prediction, torch.tensor([[1.0, NAN], [NAN, NAN], [0.0, 2.0], [1.0, 1.0]]), NAN)
+    part = labeled_part(prediction, torch.tensor([[1.0, NAN], [NAN, NAN], [0.0, 2.0], [1.0, 1.0]]), NAN)
     mse_loss(part.prediction, part.target).backward()
     assert prediction.grad is not None
     assert (prediction.grad == 0).tolist() == [[False, True], [True, True], [False, False], [False, False]]
@@ -108,11 +134,17 @@ def test_gradients_of_what_is_unlabelled_are_zero() -> None:
         ((torch.zeros(2), torch.zeros(2, dtype=torch.long), NAN), ValueError, "NaN among targets of torch.int64.*-100"),
         ((torch.zeros(2, 4), torch.tensor([[1.0, NAN], [1.0, 1.0]]), NAN), ValueError, r"\[2, 2\].*\[2, 4\]"),
         ((torch.zeros(3), MaskedTarget(torch.zeros(2), torch.tensor([True, False]))), ValueError, r"\[2\].*\[3\]"),
+        ((torch.zeros(2, 4), torch.zeros(2, 4), NAN, "element", 1), ValueError, r"class_dim=1.*one dimension more"),
+        (
+            (torch.zeros(2, 3, 4), MaskedTarget(torch.zeros(2, 3, 4), torch.ones(2, 3) > 0), None, "element", -1),
+            ValueError,
+            r"class_dim=-1.*one class for each element.*\[2, 3\]",
+        ),
     ],
 )
 def test_what_cannot_be_selected_is_refused(arguments: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        labelled_part(*arguments)
+        labeled_part(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +153,9 @@ def test_what_cannot_be_selected_is_refused(arguments: Any, error: type[Exceptio
         ({"missing": "nan"}, TypeError, "missing='nan'.*torch.nan"),
         ({"missing": True}, TypeError, "missing=True"),
         ({"missing": NAN, "missing_per": "row"}, ValueError, "missing_per='row'.*'element' or 'sample'"),
+        ({"class_dim": 1.0}, TypeError, "class_dim=1.0.*must be an int"),
+        ({"class_dim": True}, TypeError, "class_dim=True.*must be an int"),
+        ({"class_dim": 0}, ValueError, "class_dim=0.*the dimension of the samples"),
         ({"loss": nn.CrossEntropyLoss(ignore_index=255), "missing": -1}, ValueError, "ignores 255"),
         ({"loss": functools.partial(cross_entropy, ignore_index=255), "missing": -1}, ValueError, "ignores 255"),
     ],
@@ -151,7 +186,7 @@ def with_holes(number: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     }
 
 
-def test_losses_gradients_and_epoch_means_are_those_of_the_labelled_samples() -> None:
+def test_losses_gradients_and_epoch_means_are_those_of_the_labeled_samples() -> None:
     given, steps = [with_holes(8, 1), with_holes(4, 7)], Steps()
     module = partial()
     expected = partial()
@@ -220,7 +255,7 @@ def test_an_override_of_task_losses_selects_too() -> None:
         assert outputs[task].num_samples == int((~targets[task].isnan()).sum())
 
 
-def test_classification_metrics_see_labelled_samples_alone() -> None:
+def test_classification_metrics_see_labeled_samples_alone() -> None:
     task = Task(cross_entropy, MulticlassAccuracy(3, average="micro"), missing=-100)
     module = MultiTaskModule(nn.Identity(), {"a": nn.Identity()}, {"a": task})
     logits, classes = torch.eye(3)[[0, 1, 2, 0]], torch.tensor([0, -100, 1, 0])

@@ -225,12 +225,12 @@ def test_every_epochs_means_are_its_own() -> None:
 
 
 def test_penalties_are_logged_as_they_are() -> None:
-    class Penalised(MultiTaskModule):
+    class Penalized(MultiTaskModule):
         def penalties(self) -> dict[str, Tensor]:
             return {"l2": 3 + 0 * next(self.trunk.parameters()).sum()}
 
     memory = Memory()
-    fit(small(cls=Penalised), loader(batch()), callbacks=[DWA()], logger=memory, log_every_n_steps=1)
+    fit(small(cls=Penalized), loader(batch()), callbacks=[DWA()], logger=memory, log_every_n_steps=1)
     assert memory.lines[0][1]["penalty/l2"] == 3.0
 
 

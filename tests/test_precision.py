@@ -178,7 +178,7 @@ def test_small_gradients_survive_half_precision(place: str) -> None:
     assert (norms < 1e-5).all()
 
 
-def test_normalisation_layers_under_autocast() -> None:
+def test_normalization_layers_under_autocast() -> None:
     """Where gradients of half and of full precision meet."""
     layers = [nn.BatchNorm1d(3), *trunk(), nn.LayerNorm(4)]
     module = small()

@@ -41,7 +41,7 @@ def write_idx(path: Path, values: np.ndarray[tuple[int, ...], np.dtype[np.uint8]
 
 
 def write_mnist(folder: Path, stem: str, n: int, *, seed: int = 0, suffix: str = ".gz") -> None:
-    """Digits of n different, constant grey values that are their labels' tens."""
+    """Digits of n different, constant gray values that are their labels' tens."""
     folder.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(seed).permutation(n).astype(np.uint8) + 1
     write_idx(folder / f"{stem}-images-idx3-ubyte{suffix}", np.broadcast_to(values[:, None, None], (n, 28, 28)).copy())

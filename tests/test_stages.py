@@ -116,8 +116,8 @@ def test_a_task_absent_all_along_has_no_figures() -> None:
     trainer = fit(binary(), loader(*given), loader(*given))
     names = set(trainer.callback_metrics)
     assert {"loss_epoch/a", "val/loss/a", "val/accuracy/a", "val/loss"} <= names
-    assert {name for name in names if name.endswith("/b")} == {"labelled/b"}
-    assert trainer.callback_metrics["labelled/b"] == 0
+    assert {name for name in names if name.endswith("/b")} == {"labeled/b"}
+    assert trainer.callback_metrics["labeled/b"] == 0
 
 
 @pytest.mark.parametrize("metrics", [None, "single", "collection"])

@@ -1,4 +1,4 @@
-"""Tasks of every kind in one model, with losses of torch's and metrics of torchmetrics', labelled fully or in part."""
+"""Tasks of every kind in one model, with losses of torch's and metrics of torchmetrics', labeled fully or in part."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_the_means_of_an_epoch_count_samples_of_every_kind(make: Callable[[int, 
 
 
 def fully(model: MultiTaskModule, task: str, given: list[Any]) -> Tensor:
-    """A task's mean loss, one labelled element, or whole sample, at a time."""
+    """A task's mean loss, one labeled element, or whole sample, at a time."""
     losses: list[Tensor] = []
     for images, targets in given:
         target = targets[task]
@@ -216,7 +216,7 @@ def fully(model: MultiTaskModule, task: str, given: list[Any]) -> Tensor:
                 task, lambda t, r=row: t[r : r + 1]
             )
             if isinstance(target, MaskedTarget):
-                if not target.labelled[row]:
+                if not target.labeled[row]:
                     continue
                 losses.append(loss_of(model, task, images[row : row + 1], own(target.target)))
                 continue

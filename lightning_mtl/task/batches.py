@@ -135,7 +135,7 @@ def present_outputs(returned: Mapping[str, Tensor | TaskOutput | None], tasks: S
             if output.loss.numel() != 1:
                 raise ValueError(
                     f"The loss of task {task!r} must be a scalar, found shape {list(output.loss.shape)}; "
-                    "reduce it, by its mean over the labelled samples for instance."
+                    "reduce it, by its mean over the labeled samples for instance."
                 )
             output = TaskOutput(output.loss.reshape(()), output.prediction, output.target, output.num_samples)
         if output.num_samples is None or int(output.num_samples) > 0:

@@ -15,28 +15,28 @@ MissingPer = Literal["element", "sample"]
 
 
 class MaskedTarget(NamedTuple):
-    """A target and the mask that says where it is labelled; what is not labelled may hold anything.
+    """A target and the mask that says where it is labeled; what is not labeled may hold anything.
 
     A dataset may yield it in place of a target: default collation, pinned memory and the transfer to a device take it
     as any named tuple. It needs no ``Task(missing=...)``; where both are given, a label has to pass both.
 
     Args:
         target: A tensor, or a nested structure of tensors that all begin with the mask's dimensions.
-        labelled: Boolean, True where there is a label: ``[B]``, one for each sample, or of the target's shape, one for
+        labeled: Boolean, True where there is a label: ``[B]``, one for each sample, or of the target's shape, one for
             each element.
 
     Example:
         >>> boxes = torch.tensor([[0.1, 0.1, 0.4, 0.5], [0.0, 0.0, 0.0, 0.0]])
-        >>> MaskedTarget(boxes, labelled=torch.tensor([True, False])).labelled.sum()
+        >>> MaskedTarget(boxes, labeled=torch.tensor([True, False])).labeled.sum()
         tensor(1)
     """
 
     target: Any
-    labelled: Any  # a tensor; True or False before collation
+    labeled: Any  # a tensor; True or False before collation
 
 
-class LabelledPart(NamedTuple):
-    """The labelled part of a prediction and its target; see :func:`labelled_part`."""
+class LabeledPart(NamedTuple):
+    """The labeled part of a prediction and its target; see :func:`labeled_part`."""
 
     prediction: Any
     target: Any
@@ -44,13 +44,14 @@ class LabelledPart(NamedTuple):
     num_missing: int
 
 
-def labelled_part(
+def labeled_part(
     prediction: Any,  # noqa: ANN401 - any nested structure of tensors
     target: Any,  # noqa: ANN401
     missing: float | None = None,
     missing_per: MissingPer = "element",
-) -> LabelledPart:
-    """Select what is labelled of a prediction and its target.
+    class_dim: int | None = None,
+) -> LabeledPart:
+    """Select what is labeled of a prediction and its target.
 
     What is left depends on the mask, ``target is not missing`` or :class:`MaskedTarget`'s own:
 
@@ -59,27 +60,31 @@ def labelled_part(
     ==============================  =================================  ===================================
     ``[B]`` or ``[B, 1]``           ``[B, ...]``, nested structures    ``[n, ...]``, samples stay whole
     of the target's shape           of the target's shape              ``[n]`` elements
-    ``[B, H, W]``, a class a pixel  ``[B, C, H, W]``, as torch has it  ``[n, C]``, and ``[n]`` of the target
+    ``[B, H, W]``, a class a pixel  ``[B, C, H, W]``, class_dim 1      ``[n, C]``, and ``[n]`` of the target
+    ``[B, T]``, a class a token     ``[B, T, C]``, class_dim -1        ``[n, C]``, and ``[n]`` of the target
     ==============================  =================================  ===================================
 
-    On a GPU it waits for the number of labels, once.
+    Shapes show which of the last two it is, unless the numbers agree: logits of shape ``[B, 5, 5]`` are refused without
+    ``class_dim``. Give it wherever lengths vary from batch to batch. On a GPU it waits for the number of labels, once.
 
     Args:
         prediction: What the task's head returned.
         target: What the batch holds for the task.
         missing: The value that stands for no label, NaN for instance; None if labels are missing by a mask alone.
         missing_per: ``"element"`` looks at each number by itself, ``"sample"`` drops a sample with any number missing.
+        class_dim: The dimension of the classes in a prediction that has one more than the target. None infers it.
 
     Returns:
-        The labelled prediction and target, the number of labels (samples where these stay whole, else elements), and
+        The labeled prediction and target, the number of labels (samples where these stay whole, else elements), and
         the number that is missing.
 
     Raises:
         TypeError: If the mask is not boolean, or ``missing`` is asked of a target that is no tensor.
-        ValueError: If shapes do not fit the mask, or ``missing`` is NaN and the target is of integers.
+        ValueError: If shapes do not fit the mask or can be read in two ways, or ``missing`` is NaN and the target is of
+            integers.
 
     Example:
-        >>> part = labelled_part(torch.tensor([0.5, 2.0, 1.0]), torch.tensor([1.0, torch.nan, 1.5]), torch.nan)
+        >>> part = labeled_part(torch.tensor([0.5, 2.0, 1.0]), torch.tensor([1.0, torch.nan, 1.5]), torch.nan)
         >>> part.prediction, part.target, part.num_samples, part.num_missing
         (tensor([0.5000, 1.0000]), tensor([1.0000, 1.5000]), 2, 1)
     """
@@ -91,24 +96,24 @@ def labelled_part(
         present = _present(target, missing, missing_per)
         mask = present if mask is None else _both(mask, present)
     if mask is None:
-        return LabelledPart(prediction, target, number_of_samples(target), 0)
-    if mask.numel() == mask.shape[0]:
+        return LabeledPart(prediction, target, number_of_samples(target), 0)
+    if mask.numel() == mask.shape[0] and (class_dim is None or mask.ndim == 1 or not _is_for_elements(mask, target)):
         mask = mask.reshape(-1)  # [B, 1] says as much as [B], and samples keep their shape
+    if mask.ndim > 1:
+        prediction = _classes_last(prediction, target, mask, class_dim)
     where = mask.nonzero(as_tuple=True)
     found = len(where[0])
     left = mask.numel() - found
     if left == 0 and mask.ndim == 1:
-        return LabelledPart(prediction, target, found, 0)
-    if isinstance(prediction, Tensor) and isinstance(target, Tensor) and _classes_second(prediction, target, mask):
-        prediction = prediction.movedim(1, -1)
-    return LabelledPart(_select(prediction, mask, where), _select(target, mask, where), found, left)
+        return LabeledPart(prediction, target, found, 0)
+    return LabeledPart(_select(prediction, mask, where), _select(target, mask, where), found, left)
 
 
 def _check_mask(mask: Any) -> None:  # noqa: ANN401 - what is checked here
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim == 0:
         found = f"{mask.dtype} of shape {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
-            f"MaskedTarget(labelled=...) must be a boolean tensor, True where labelled, one for each sample or "
+            f"MaskedTarget(labeled=...) must be a boolean tensor, True where labeled, one for each sample or "
             f"element; found {found}."
         )
 
@@ -117,7 +122,7 @@ def _present(target: Any, missing: float, missing_per: MissingPer) -> Tensor:  #
     if not isinstance(target, Tensor):
         raise TypeError(
             f"Task(missing={missing}) looks into targets that are tensors, found {type(target).__name__}; have the "
-            "dataset yield MaskedTarget(target, labelled) instead."
+            "dataset yield MaskedTarget(target, labeled) instead."
         )
     if not math.isnan(missing):
         present = target != missing
@@ -138,14 +143,42 @@ def _both(mask: Tensor, present: Tensor) -> Tensor:
     return mask & present
 
 
-def _classes_second(prediction: Tensor, target: Tensor, mask: Tensor) -> bool:
-    """Whether classes lie in dimension 1, as losses of torch have them for dense targets."""
-    return (
-        mask.ndim > 1
-        and mask.shape == target.shape
-        and prediction.ndim == mask.ndim + 1
-        and prediction.shape[2:] == mask.shape[1:]
-    )
+def _is_for_elements(mask: Tensor, target: Any) -> bool:  # noqa: ANN401
+    return isinstance(target, Tensor) and target.shape == mask.shape
+
+
+def _classes_last(prediction: Any, target: Any, mask: Tensor, class_dim: int | None) -> Any:  # noqa: ANN401
+    """Move the classes of a prediction behind the dimensions of the mask."""
+    if not _is_for_elements(mask, target):
+        if class_dim is None:
+            return prediction  # begins with the mask's dimensions, as the target does
+        raise ValueError(
+            f"Task(class_dim={class_dim}) needs a target tensor with one class for each element of the mask, of shape "
+            f"{list(mask.shape)}; leave it out, and have predictions begin with these dimensions."
+        )
+
+    def move(value: Tensor) -> Tensor:
+        if value.ndim != mask.ndim + 1:
+            return value
+        if class_dim is not None:
+            return value.movedim(class_dim, -1)
+        # Second is where losses of torch have them.
+        second = value.shape[:1] + value.shape[2:] == mask.shape
+        last = value.shape[:-1] == mask.shape
+        if second and last:
+            raise ValueError(
+                f"A prediction of shape {list(value.shape)} can be read in two ways beside labels of shape "
+                f"{list(mask.shape)}: give Task(class_dim=1) if its classes come second, Task(class_dim=-1) if they "
+                "come last."
+            )
+        return value.movedim(1, -1) if second else value
+
+    if class_dim is not None and isinstance(prediction, Tensor) and prediction.ndim != mask.ndim + 1:
+        raise ValueError(
+            f"Task(class_dim={class_dim}) needs predictions with one dimension more than the labels; found shape "
+            f"{list(prediction.shape)} beside labels of shape {list(mask.shape)}."
+        )
+    return apply_to_collection(prediction, Tensor, move)
 
 
 def _select(values: Any, mask: Tensor, where: tuple[Tensor, ...]) -> Any:  # noqa: ANN401

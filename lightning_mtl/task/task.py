@@ -28,16 +28,20 @@ class Task:
         baseline: Scores of a model trained on this task alone, ``{metric name: value}``, for ``val/delta_m``. The
             metric names are those of ``metrics``; ``"loss"`` stands for the task's loss.
         missing: The value in targets that stands for no label: NaN (``torch.nan``), or an integer among classes, what
-            torch's losses call ``ignore_index``. Loss and metrics then see the labelled part alone, as
-            :func:`~lightning_mtl.task.labels.labelled_part` selects it, and means are over the labels of all ranks.
+            torch's losses call ``ignore_index``. Loss and metrics then see the labeled part alone, as
+            :func:`~lightning_mtl.task.labels.labeled_part` selects it, and means are over the labels of all ranks.
             Looking costs a small selection a step, on a GPU a wait for its size; without it nothing is looked at.
         missing_per: ``"element"`` selects single numbers of targets that have several to a sample; ``"sample"`` leaves
             out samples with any number missing and keeps the others whole, as boxes have to be.
+        class_dim: Where labels of single pixels or tokens are missing, the dimension of the predictions that holds the
+            classes: 1 for ``[B, C, H, W]`` and ``[B, C, T]``, -1 for ``[B, T, C]``. None infers it, and refuses shapes
+            that can be read in two ways; give it where lengths vary, so that T may come to equal C.
 
     Raises:
         TypeError: If ``loss`` cannot be called, ``metrics`` does not come from torchmetrics, or ``missing`` is no
-            number.
-        ValueError: If ``missing`` is not what the loss ignores, or ``missing_per`` is neither of the two; or if
+            number, or ``class_dim`` no int.
+        ValueError: If ``missing`` is not what the loss ignores, ``missing_per`` is neither of the two, or ``class_dim``
+            is the samples' 0; or if
             ``baseline`` names a metric that the task does not have, or holds a zero, which no relative
             difference can be taken from.
 
@@ -54,6 +58,7 @@ class Task:
     baseline: Mapping[str, float] | None = None
     missing: float | None = None
     missing_per: MissingPer = "element"
+    class_dim: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
@@ -84,6 +89,10 @@ class Task:
             )
         if self.missing_per not in ("element", "sample"):
             raise ValueError(f"Task(missing_per={self.missing_per!r}) must be 'element' or 'sample'.")
+        if self.class_dim is not None and (isinstance(self.class_dim, bool) or not isinstance(self.class_dim, int)):
+            raise TypeError(f"Task(class_dim={self.class_dim!r}) must be an int, 1 or -1 for instance.")
+        if self.class_dim == 0:
+            raise ValueError("Task(class_dim=0) is the dimension of the samples; classes lie in dimension 1 or -1.")
         keywords = self.loss.keywords if isinstance(self.loss, functools.partial) else {}
         ignored = keywords.get("ignore_index", getattr(self.loss, "ignore_index", None))
         # -100 is what torch's losses ignore when nobody has asked them to.
@@ -128,7 +137,7 @@ class TaskOutput:
         loss: The task's loss, a scalar with its graph.
         prediction: What the task's metrics take first; none leaves the metrics alone.
         target: What the task's metrics take second.
-        num_samples: How many labelled samples the loss is a mean over; 0 stands for an absent task. Epoch means,
+        num_samples: How many labeled samples the loss is a mean over; 0 stands for an absent task. Epoch means,
             gradients averaged over ranks, and gradients accumulated at the trunk are then exact sample means; without
             it all batches count the same.
 

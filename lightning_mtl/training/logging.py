@@ -231,7 +231,7 @@ class Recorder(Callback):
             values[f"{stage}/loss"] = sum(score["loss"] for score in scores.values())
         collections = module.stage_metrics(stage)
         updated = torch.tensor([float(any(m.update_called for m in ms.values())) for ms in collections.values()])
-        # Every rank has to take part in the metrics' own synchronisation, or none.
+        # Every rank has to take part in the metrics' own synchronization, or none.
         counts = module.trainer.strategy.reduce(updated.to(module.device), reduce_op="sum").tolist()
         for (task, metrics), count in zip(collections.items(), counts, strict=True):
             for name, value in _compute(task, metrics).items() if count else ():

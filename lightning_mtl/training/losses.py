@@ -146,16 +146,16 @@ def _batch_size(output: TaskOutput) -> int:
 
 
 class LabelCounts:
-    """The fraction of each task's samples that is labelled, over the first epoch and all ranks.
+    """The fraction of each task's samples that is labeled, over the first epoch and all ranks.
 
     Numbers that the host knows anyway are added up, in training steps of the first epoch alone: no transfer, no call a
-    task in any other step. A sample whose target is labelled in part, a map for instance, counts as that part.
+    task in any other step. A sample whose target is labeled in part, a map for instance, counts as that part.
 
     Example:
         >>> counts = LabelCounts(["age", "smile"])
         >>> counts.counting = True
         >>> counts.add("age", num_samples=3, num_missing=1, batch_size=4)
-        >>> counts.add_unlabelled(["age"], batch_size=2)
+        >>> counts.add_unlabeled(["age"], batch_size=2)
         >>> counts.fractions(counts.sums)
         {'age': 0.5}
     """
@@ -166,7 +166,7 @@ class LabelCounts:
 
     def reset(self) -> None:
         """Begin anew."""
-        # Labelled samples, all samples, and how often one was looked for.
+        # Labeled samples, all samples, and how often one was looked for.
         self.sums: list[list[float]] = [[0.0] * len(self.position) for _ in range(3)]
         self.counting = False
 
@@ -187,15 +187,15 @@ class LabelCounts:
                 size = float(_batch_size(output))
                 self._add(task, size, size, looked=False)
 
-    def add_unlabelled(self, tasks: Iterable[str], batch_size: int) -> None:
+    def add_unlabeled(self, tasks: Iterable[str], batch_size: int) -> None:
         """Count a batch that has no label at all of these tasks."""
         if self.counts_now:
             for task in tasks:
                 self._add(task, 0.0, batch_size, looked=True)
 
-    def _add(self, task: str, labelled: float, size: float, *, looked: bool) -> None:
+    def _add(self, task: str, labeled: float, size: float, *, looked: bool) -> None:
         index = self.position[task]
-        for row, value in zip(self.sums, (labelled, float(size), float(looked)), strict=True):
+        for row, value in zip(self.sums, (labeled, float(size), float(looked)), strict=True):
             row[index] += value
 
     def fractions(self, sums: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -207,14 +207,14 @@ class LabelCounts:
         }
 
     def log(self, module: pl.LightningModule) -> None:
-        """Log ``labelled/<task>`` over all ranks for each task that might lack labels."""
+        """Log ``labeled/<task>`` over all ranks for each task that might lack labels."""
         self.counting = False
         # MPS has no float64.
         dtype = torch.float32 if module.device.type == "mps" else torch.float64
         own = torch.tensor(self.sums, dtype=dtype, device=module.device)
         total: Tensor = module.trainer.strategy.reduce(own, reduce_op="sum")
         for task, fraction in self.fractions(total.tolist()).items():
-            module.log(f"labelled/{task}", torch.tensor(fraction, dtype=torch.float32), batch_size=1)
+            module.log(f"labeled/{task}", torch.tensor(fraction, dtype=torch.float32), batch_size=1)
 
     def state_dict(self) -> Tensor:
         """The sums so far, ``[3, K]``."""

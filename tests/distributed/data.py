@@ -31,10 +31,10 @@ class Part:
 
     inputs: Tensor
     targets: dict[str, Tensor]
-    labelled: dict[str, Tensor]
+    labeled: dict[str, Tensor]
 
 
-def labelled(index: int, task: int) -> Tensor:
+def labeled(index: int, task: int) -> Tensor:
     """Which of a batch's samples have a label of a task; rank r of two gets the samples r, r + 2, r + 4, ..."""
     sample = torch.arange(SAMPLES)
     if index % 7 == 5:
@@ -53,7 +53,7 @@ def batches(count: int, pattern: Pattern) -> list[Part]:
         inputs = torch.randn(SAMPLES, INPUTS, generator=generator, dtype=torch.float64)
         targets = {task: torch.randint(classes, (SAMPLES,), generator=generator) for task, classes in CLASSES.items()}
         everyone = torch.ones(SAMPLES, dtype=torch.bool)
-        has = {task: everyone if pattern == "complete" else labelled(index, k) for k, task in enumerate(TASKS)}
+        has = {task: everyone if pattern == "complete" else labeled(index, k) for k, task in enumerate(TASKS)}
         parts.append(Part(inputs, targets, has))
     return parts
 
@@ -64,7 +64,7 @@ def cut(part: Part, rank: int, ranks: int) -> Part:
     return Part(
         part.inputs[mine],
         {task: target[mine] for task, target in part.targets.items()},
-        {task: has[mine] for task, has in part.labelled.items()},
+        {task: has[mine] for task, has in part.labeled.items()},
     )
 
 
@@ -128,7 +128,7 @@ class Faces(MultiTaskModule):
     def _part_losses(self, part: Part) -> dict[str, TaskOutput]:
         if self.pattern == "complete":
             return self._checked(super().task_losses((part.inputs, part.targets)))
-        has = {task: mask for task, mask in part.labelled.items() if mask.any()}
+        has = {task: mask for task, mask in part.labeled.items() if mask.any()}
         if self.pattern == "loaders":
             # What task_losses does with batches of each task's own, which it refuses at the features.
             own = {task: self._predict(part.inputs[mask], [task])[task] for task, mask in has.items()}

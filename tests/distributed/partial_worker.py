@@ -74,7 +74,7 @@ def batches(rank: int, ranks: int) -> list[Any]:
         }
         mine = slice(rank, None, ranks)
         cut = {
-            task: MaskedTarget(target.target[mine], target.labelled[mine])
+            task: MaskedTarget(target.target[mine], target.labeled[mine])
             if isinstance(target, MaskedTarget)
             else target[mine]
             for task, target in targets.items()

@@ -38,15 +38,15 @@ CASES: dict[str, tuple[bool, Callable[[], Weighting | None], dict[str, Any]]] = 
     "losses, absent tasks": (True, UncertaintyWeighting, {}),
     "features, absent tasks": (True, lambda: MGDA(at="features"), {}),
     "trunk, absent tasks": (True, GradientNormBalance, {}),
-    "features, penalty": (False, lambda: MGDA(at="features"), {"penalised": True}),
-    "trunk, penalty": (False, MGDA, {"penalised": True}),
+    "features, penalty": (False, lambda: MGDA(at="features"), {"penalized": True}),
+    "trunk, penalty": (False, MGDA, {"penalized": True}),
 }
 
 
 class Shared(MultiTaskModule):
     """Shards the trunk's layers and each head, where the strategy asks for it."""
 
-    def __init__(self, *, absent: bool, penalised: bool = False, **arguments: Any) -> None:
+    def __init__(self, *, absent: bool, penalized: bool = False, **arguments: Any) -> None:
         torch.manual_seed(0)
         super().__init__(
             nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh()),
@@ -55,11 +55,11 @@ class Shared(MultiTaskModule):
             optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2, weight_decay=0.01),
             **arguments,
         )
-        self.absent, self.penalised = absent, penalised
+        self.absent, self.penalized = absent, penalized
         self.activity = torch.zeros(())
 
     def penalties(self) -> dict[str, Tensor]:
-        return {"activity": self.activity} if self.penalised else {}
+        return {"activity": self.activity} if self.penalized else {}
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
@@ -70,7 +70,7 @@ class Shared(MultiTaskModule):
     def task_losses(self, batch: Part) -> dict[str, TaskOutput]:
         step, samples, inputs, targets = batch
         outputs = {}
-        if self.penalised:  # of what the trunk returned
+        if self.penalized:  # of what the trunk returned
             features = self.trunk(inputs)
             predictions = {task: head(features) for task, head in self.heads.items()}
             self.activity = features.square().mean()
@@ -78,14 +78,14 @@ class Shared(MultiTaskModule):
             predictions = self(inputs)
         for position, task in enumerate(HEADS):
             # Samples with labels lie on one rank in some steps, on both in others, on none in one of five.
-            labelled = torch.tensor([(5 * i + 3 * step + 2 * position) % 4 < 1 + step % 3 for i in samples])
+            labeled = torch.tensor([(5 * i + 3 * step + 2 * position) % 4 < 1 + step % 3 for i in samples])
             if not self.absent:
-                labelled[:] = True
+                labeled[:] = True
             elif (step + position) % 5 == 0:
-                labelled[:] = False
-            if labelled.any():
-                loss = self.tasks[task].loss(predictions[task][labelled], targets[task][labelled])
-                outputs[task] = TaskOutput(loss, num_samples=int(labelled.sum()))
+                labeled[:] = False
+            if labeled.any():
+                loss = self.tasks[task].loss(predictions[task][labeled], targets[task][labeled])
+                outputs[task] = TaskOutput(loss, num_samples=int(labeled.sum()))
         return outputs
 
 

@@ -50,7 +50,7 @@ def complaints(case: Case, ranks: list[dict[str, Any]], alone: dict[str, Any]) -
         yield from (f"the ranks differ in {key}" for key in alike if not _all_close(first[key], other[key], 0.0))
     if not torch.isfinite(first["parameters"]).all():
         yield "parameters are not finite"
-    if case.trunk == "batch norm":  # each rank normalises by its own samples
+    if case.trunk == "batch norm":  # each rank normalizes by its own samples
         return
     if alone["steps"] < 6:
         yield f"{alone['steps']} steps are too few"
@@ -88,7 +88,7 @@ def buffer_complaints(ranks: list[dict[str, Any]]) -> Iterator[str]:
 
 def _nobody_has(case: Case, step: int) -> list[str]:
     part = batches(case.batches, case.pattern)[step % case.batches]
-    return [task for task in TASKS if not part.labelled[task].any()]
+    return [task for task in TASKS if not part.labeled[task].any()]
 
 
 def _all_close(ours: Any, theirs: Any, tolerance: float) -> bool:

@@ -18,9 +18,9 @@ def test_two_processes_with_partial_labels_follow_one(name: str, pair: Pair) -> 
     assert first["metrics"] == second["metrics"]
     assert first["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
     metrics = expected["metrics"]
-    assert {f"labelled/{task}" for task in ("columns", "classes", "masked", "pixels")} <= metrics.keys()
+    assert {f"labeled/{task}" for task in ("columns", "classes", "masked", "pixels")} <= metrics.keys()
     whole = batches(0, 1)
     classes = torch.cat([targets["classes"] for _, targets in whole])
-    masked = torch.cat([targets["masked"].labelled for _, targets in whole])
-    assert metrics["labelled/classes"] == pytest.approx(float((classes != -100).double().mean()))
-    assert metrics["labelled/masked"] == pytest.approx(float(masked.double().mean()))
+    masked = torch.cat([targets["masked"].labeled for _, targets in whole])
+    assert metrics["labeled/classes"] == pytest.approx(float((classes != -100).double().mean()))
+    assert metrics["labeled/masked"] == pytest.approx(float(masked.double().mean()))

@@ -23,7 +23,7 @@ def test_no_scan_is_trained_and_tested_on() -> None:
     tested = {scan.numpy().tobytes() for inputs, _ in held_out.values() for scan in inputs}
     assert not tested.intersection(scan.numpy().tobytes() for scan in (*many[0], *few[0]))
     assert list(few[1]) == list(finetune.NEW)
-    assert len(few[0]) == finetune.LABELLED
+    assert len(few[0]) == finetune.LABELED
     assert len(many[0]) + len(few[0]) + len(held_out["new"][0]) == 1797
 
 

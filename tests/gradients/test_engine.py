@@ -136,7 +136,7 @@ def test_an_aggregator_sees_the_rows_and_its_direction_is_applied(kind: str, pla
 
 
 def test_without_a_weighting_the_sum_of_all_losses_is_descended() -> None:
-    case = build("penalised", 3, seed=2)
+    case = build("penalized", 3, seed=2)
     equal = dict.fromkeys(case.tasks, 1.0)
     penalty = penalty_gradients(case.module, case.batch)
     expected = expected_update(case.module, task_gradients(case.module, case.batch), equal, penalty, weighs_heads=True)

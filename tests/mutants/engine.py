@@ -162,7 +162,7 @@ ENGINE = (
         "return self.batch.with_penalty(loss)",
         "return loss",
         ENGINE_TESTS,
-        "weighted_sum and features and penalised",
+        "weighted_sum and features and penalized",
     ),
     Mutation(
         "penalties are dropped where rows are weighed",
@@ -170,7 +170,7 @@ ENGINE = (
         "return loss if penalty is None else loss + penalty",
         "return loss",
         ENGINE_TESTS,
-        "weighted_sum and trunk and penalised",
+        "weighted_sum and trunk and penalized",
     ),
     Mutation(
         "penalties of a step's earlier micro-batches are dropped",
