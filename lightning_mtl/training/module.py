@@ -120,6 +120,16 @@ class SteppedModule(TaskModule):
 
     optimizer_step = putting_rates_back(pl.LightningModule.optimizer_step)
 
+    def clip_gradients(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, unless there is no gradient, as in a step without labels: torch refuses none."""
+        if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):
+            super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     @with_own_callbacks
     def configure_callbacks(self) -> list[pl.Callback]:
         """Bring the callbacks along that log and begin; a subclass that overrides this need not call ``super()``."""

@@ -138,8 +138,10 @@ def clipping(module: TaskModule, optimizer: LightningOptimizer) -> Iterator[None
     """Clip inside ``optimizer.step``, after all hooks and after a scaler's factor is gone, as Lightning clips."""
 
     def clip(stepping: torch.optim.Optimizer, *_: Any) -> None:  # noqa: ANN401
-        parameters = [p for group in stepping.param_groups for p in group["params"]]
-        if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        parameters = [p for group in stepping.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:  # a step without labels; torch refuses to clip nothing
+            return
+        if any(p.grad.is_sparse for p in parameters):
             _clip_sparse(parameters, module.gradient_clip_val or 0.0, module.gradient_clip_algorithm)
             return
         module.trainer.precision_plugin.clip_gradients(
