@@ -81,6 +81,7 @@ def test_golden(row: Row, golden: Golden) -> None:
     torch.testing.assert_close(weights, torch.tensor(golden.weights, dtype=torch.float64), rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:FairGrad.* makes the shared gradient:UserWarning")
 @each
 @pytest.mark.parametrize("mixed", [False, True], ids=["alike", "mixed"])
 @pytest.mark.parametrize("of", ["losses", "gradients", "both"])

@@ -27,6 +27,11 @@ class Weighting(NamedArguments, TaskState, ABC):
     :meth:`add_state` and changes in :meth:`update`. The :class:`~lightning_mtl.MultiTaskModule` measures, calls,
     applies and logs; a weighting never touches a gradient, an optimizer, a device or a process group.
 
+    A method that measures gradients is not asked about a task whose gradient is zero in a step, because it has no
+    labels in it or its loss does not reach where gradients are measured: the others get the weights that they would get
+    without it, its state stays as it is, and its weight, which scales its head at most, is the mean of theirs. Where
+    all gradients are zero, all weights are 1.
+
     Args:
         importance: ``{task: factor}``, multiplied into the weights; tasks not named keep 1.
         start_step: Optimizer steps with equal weights before the method begins.
@@ -182,18 +187,40 @@ class Weighting(NamedArguments, TaskState, ABC):
             held = self.held_weights[list(present)].to(like)
             known = ~held.isnan()
             return self.with_importance(torch.where(known, self._with_total(held), torch.ones_like(held)), signals)
-        with self._cut_to(present):
-            weights = self.weigh(signals)
-        if weights.shape != like.shape:
-            raise ValueError(
-                f"{type(self).__name__}.weigh returned shape {list(weights.shape)}; "
-                f"{signals.num_tasks} tasks are present, so it must be [{signals.num_tasks}]."
-            )
-        weights = weights.detach().to(like)
+        asked = self._asked_about(signals)
+        if len(asked) == len(signals.tasks):
+            weights = self._weighed(signals, present)
+        else:
+            weights = torch.ones_like(like)
+            if asked:
+                found = self._weighed(signals.cut(asked), [present[position] for position in asked])
+                weights *= found.mean()
+                weights[asked] = found
         self._newest = (list(present), weights)
         if self.total is not None:
             weights = self._with_total(weights)
         return self.with_importance(weights, signals) if self.importance else weights
+
+    def _asked_about(self, signals: Signals) -> list[int]:
+        """The tasks that the method sees, as positions in the signals: not those whose gradient is zero.
+
+        Some methods have no solution with such a task, others one in which the shared parameters stand still.
+        """
+        sizes = signals.norms if signals.gramian is None else signals.gramian.diagonal()
+        if sizes is None or self.measures not in ("norms", "gramian"):
+            return list(range(len(signals.tasks)))
+        return [position for position, size in enumerate(sizes.tolist()) if size != 0]
+
+    def _weighed(self, signals: Signals, present: Sequence[int]) -> Tensor:
+        """What the method says, checked."""
+        with self._cut_to(present):
+            weights = self.weigh(signals)
+        if weights.shape != signals.losses.shape:
+            raise ValueError(
+                f"{type(self).__name__}.weigh returned shape {list(weights.shape)}; "
+                f"{signals.num_tasks} tasks are present, so it must be [{signals.num_tasks}]."
+            )
+        return weights.detach().to(signals.losses)
 
     def decide(
         self, signals: Signals, present: Sequence[int], *, measured: bool, rows: Sequence[Tensor] = ()
@@ -238,8 +265,11 @@ class Weighting(NamedArguments, TaskState, ABC):
             self.held_weights[positions] = weights.to(self.held_weights)
         self._newest = None
         if type(self).update is not Weighting.update and signals.step >= self.start_step:
-            with self.only(present):
-                self.update(signals)
+            asked = self._asked_about(signals)
+            if asked:
+                whole = len(asked) == len(signals.tasks)
+                with self.only([present[position] for position in asked]):
+                    self.update(signals if whole else signals.cut(asked))
 
     def _with_total(self, weights: Tensor) -> Tensor:
         if self.total is None:

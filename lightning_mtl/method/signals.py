@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
@@ -47,6 +47,24 @@ class Signals:
     def num_tasks(self) -> int:
         """K, the number of present tasks."""
         return len(self.tasks)
+
+    def cut(self, positions: Sequence[int]) -> Signals:
+        """Return the measurements of some of the tasks alone.
+
+        Args:
+            positions: Where these stand among :attr:`tasks`.
+
+        Example:
+            >>> import torch
+            >>> Signals(("a", "b"), torch.tensor([1.0, 2.0]), step=0, epoch=0).cut([1]).losses
+            tensor([2.])
+        """
+        chosen = list(positions)
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in found.items():
+            if isinstance(value, Tensor):
+                found[name] = value[chosen] if value.ndim == 1 else value[chosen][:, chosen]
+        return Signals(**found | {"tasks": tuple(self.tasks[position] for position in chosen)})
 
 
 @dataclass

@@ -72,7 +72,8 @@ class TaskAffinity(PairMonitor):
 
     over the shared parameters θ alone. Above 0, a step for i helps j; below 0, it hurts. The first-order form comes
     from inner products of gradients. The exact form tries the step out: one forward pass a task, with the batch and the
-    random numbers of the step itself, after which parameters, buffers and random numbers are put back to the bit.
+    random numbers of the step itself, after which parameters, buffers, plain
+    attributes and random numbers are put back to the bit.
 
     Logged at each measured step are ``affinity/mean`` and ``affinity/lowest`` over the pairs of different tasks; at
     an epoch's end a heatmap, ``affinity/heatmap``, shows the epoch's mean. :attr:`affinity` is the mean over the whole

@@ -1,22 +1,32 @@
-"""A second pass leaves no trace: buffers and random numbers are what they were before it."""
+"""A second pass leaves no trace: buffers, attributes and random numbers are what they were before it."""
 
 from __future__ import annotations
 
+import collections
+import copy
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_mtl.gradients.torch_internals import times_written
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.losses import reduce_losses
 from lightning_mtl.training.window import Window
 
+# What torch keeps in a module's dict for itself: parameters, buffers and hooks.
+_OF_TORCH = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
+
 
 class Snapshot:
-    """Keeps copies of a module's buffers and of the random states of Python, NumPy, torch and the module's device.
+    """Keeps copies of a module's state and of the random states of Python, NumPy, torch and the module's device.
+
+    The state is what its parts have as buffers or as plain attributes: numbers, tensors, and what lists, dicts, sets
+    and deques hold. What lies deeper, inside other objects, is not seen.
 
     Args:
         module: What will run, and must not have.
@@ -37,13 +47,18 @@ class Snapshot:
             for owner in module.modules()
             for name, buffer in owner.named_buffers(recurse=False)
         ]
+        self._attributes = [_Attributes(part) for part in module.modules()]
         self._device = device
         self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state others draw from
         self._torch = torch.get_rng_state()
         self._on_device = None if device.type == "cpu" else _generators(device).get_rng_state()
 
     def put_back(self) -> None:
-        """Make everything what it was."""
+        """Make everything what it was.
+
+        Raises:
+            ValueError: If a tensor that is no buffer was written into.
+        """
         for owner, name, buffer, value in self._buffers:
             if getattr(owner, name) is not buffer:
                 setattr(owner, name, buffer)
@@ -54,6 +69,51 @@ class Snapshot:
         torch.set_rng_state(self._torch)
         if self._on_device is not None:
             _generators(self._device).set_rng_state(self._on_device)
+        for attributes in self._attributes:
+            attributes.put_back()
+
+
+class _Attributes:
+    """The plain attributes of one module: what they are bound to, and what the containers among them hold."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._bound = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+        self._containers = [(v, copy.copy(v)) for v in self._bound.values() if type(v) in _CONTAINERS]
+        # Not copied, for they may be as large as a data set.
+        self._written = [
+            (name, tensor, times_written(tensor))
+            for name, value in self._bound.items()
+            for tensor in _tensors_in(value)
+            if not tensor.is_inference()
+        ]
+
+    def put_back(self) -> None:
+        attributes = vars(self._module)
+        for name in attributes.keys() - _OF_TORCH - self._bound.keys():
+            del attributes[name]
+        for name, value in self._bound.items():
+            if name not in attributes or attributes[name] is not value:
+                attributes[name] = value
+        for container, content in self._containers:
+            container.clear()
+            container.update(content) if isinstance(container, dict | set) else container.extend(content)
+        for name, tensor, times in self._written:
+            if times_written(tensor) != times:
+                raise ValueError(
+                    f"{type(self._module).__name__} writes into the tensor {name!r} in place, which a second pass, as "
+                    "FAMO and an exact TaskAffinity make it, cannot take back; register it as a buffer."
+                )
+
+
+def _tensors_in(value: object) -> Iterable[Tensor]:
+    """A tensor, or those that a container holds."""
+    if isinstance(value, Tensor):
+        return [value]
+    if type(value) not in _CONTAINERS:
+        return []
+    items = value.values() if isinstance(value, dict) else cast("Iterable[object]", value)
+    return [item for item in items if isinstance(item, Tensor)]
 
 
 def _generators(device: torch.device) -> Any:  # noqa: ANN401 - a module of torch's
@@ -64,7 +124,7 @@ def _generators(device: torch.device) -> Any:  # noqa: ANN401 - a module of torc
 def losses_after(module: TaskModule, window: Window, names: Sequence[str]) -> Tensor:
     """Compute the window's mean losses again, under the parameters as they are now, and leave no trace of it.
 
-    Buffers and random numbers are put back, and no metric is updated.
+    The module's state and random numbers are put back, and no metric is updated.
     """
     again = Window(tuple(module.tasks), None, window.step, window.epoch, window.size, window.ranks)
     before = Snapshot(module, module.device)

@@ -6,6 +6,7 @@ import math
 from typing import ClassVar
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -13,15 +14,19 @@ from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.solvers import alpha_fair_weights
-from lightning_mtl.weighting.nash_mtl import Bargaining
+from lightning_mtl.weighting.nash_mtl import Bargaining, bounded, combined_norm
+
+# The shared step's length, relative to Nash-MTL's √K, from which on the user hears of it.
+LONG = 100.0
 
 
-def fairgrad_weights(gramian: Tensor, alpha: float) -> tuple[Tensor, bool]:
+def fairgrad_weights(gramian: Tensor, alpha: float, max_norm: float | None = None) -> tuple[Tensor, bool]:
     r"""Solve :math:`G w = w^{-1 / \alpha}`, elementwise, for positive w.
 
     Args:
         gramian: ``[K, K]``.
         alpha: Fairness.
+        max_norm: Scale w so that the combined gradient is at most this long.
 
     Returns:
         ``[K]``, float64, on the CPU; and whether the point is Pareto stationary, where w does not exist and the
@@ -31,8 +36,9 @@ def fairgrad_weights(gramian: Tensor, alpha: float) -> tuple[Tensor, bool]:
         >>> fairgrad_weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]), alpha=2.0)
         (tensor([0.4714, 0.3195], dtype=torch.float64), False)
     """
-    solution = alpha_fair_weights(gramian.detach().cpu().double().numpy(), alpha)
-    return torch.from_numpy(solution.weights), solution.stationary
+    G = gramian.detach().cpu().double()
+    solution = alpha_fair_weights(G.numpy(), alpha)
+    return bounded(torch.from_numpy(solution.weights), G, max_norm), solution.stationary
 
 
 class FairGrad(Bargaining):
@@ -44,8 +50,14 @@ class FairGrad(Bargaining):
     solved exactly, by Newton's method on its convex form. α = 1 is Nash-MTL, larger ones care more for the task that
     improves least. Heads follow their own, unweighted losses.
 
+    With α other than 1 the shared step's length depends on the gradients': of all gradients times s, the step is
+    :math:`s^{(1 - \alpha) / (1 + \alpha)}` times as long. So with α above 1 it grows without bound as gradients shrink,
+    and with it where one of them is much shorter than the others.
+
     Args:
         alpha: α; the paper tries 1 to 10, most often 2.
+        max_norm: Scale the weights so that the shared gradient is at most this long, as the official code does at 1;
+            None leaves its length. A warning says, once, where it is more than 100 √K.
         **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
             :class:`~lightning_mtl.Weighting`.
 
@@ -58,26 +70,41 @@ class FairGrad(Bargaining):
     Source: Ban and Ji, Fair Resource Allocation in Multi-Task Learning, 2024, arXiv:2402.15638, section 4.
 
     Deviations: the official code solves the equation by a bounded least-squares search, which ends near it; here it is
-    solved exactly. The code weighs the heads as well.
+    solved exactly. The code multiplies the shared gradient by K and clips it to norm 1; so does this class with
+    ``max_norm=1.0``, but for the factor, which matters only below that norm.
 
     Example:
-        >>> FairGrad(alpha=2.0).alpha
+        >>> FairGrad(alpha=2.0, max_norm=1.0).alpha
         2.0
     """
 
     weighs_heads: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {
         "alpha": Range(0.5, 5.0, log=True),
+        "max_norm": Choice((None, 1.0)),
         "at": Choice(("trunk", "features")),
     }
 
-    def __init__(self, alpha: float = 1.0, **common: Unpack[GradientArguments]) -> None:
-        super().__init__(**common)
+    def __init__(self, alpha: float = 1.0, max_norm: float | None = None, **common: Unpack[GradientArguments]) -> None:
+        super().__init__(max_norm, **common)
         if not 0 < alpha < math.inf:
             raise ValueError(f"FairGrad(alpha={alpha}) must be above 0 and finite.")
         self.alpha = alpha
+        self._warned = False
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
-        weights, self.stationary = fairgrad_weights(self.needed(signals, "gramian"), self.alpha)
+        G = self.needed(signals, "gramian")
+        weights, self.stationary = fairgrad_weights(G, self.alpha, self.max_norm)
+        if not self._warned and self.max_norm is None:
+            self._warn_if_long(combined_norm(weights, G.cpu().double()), signals)
         return weights
+
+    def _warn_if_long(self, length: float, signals: Signals) -> None:
+        if length > LONG * signals.num_tasks**0.5:
+            self._warned = True
+            rank_zero_warn(
+                f"FairGrad(alpha={self.alpha}) makes the shared gradient {length:.3g} long at step {signals.step}, for "
+                "gradients are short or their lengths far apart; pass max_norm=1.0 to bound it, as the official code "
+                "does."
+            )

@@ -55,9 +55,10 @@ class FAMO(Learned):
         gamma: γ, how strongly the logits are drawn to 0; the official code's default. Its scripts use 0.001 to 0.01 on
             data, and 0 where the same objective is descended to its end: without noise, a γ above 0 can stall there.
         losses_after: Where D' comes from. ``"forward"`` passes each batch a second time, without gradients, after the
-            step, as the official code does; it costs a forward pass, and BatchNorm's buffers, metrics and random
-            numbers do not notice; only what an overridden ``task_losses`` logs is logged twice. ``"next_batch"`` is
-            free: the next batch's losses serve, the same but for the difference between batches.
+            step, as the official code does. It costs a forward pass. Buffers, plain attributes of modules, metrics and
+            random numbers do not notice; what lies inside other objects does, and what an overridden ``task_losses``
+            logs is logged twice. ``"next_batch"`` is free: the next batch's losses serve, the same but for the
+            difference between batches.
         min_losses: ``{task: b}``, the lowest loss a task can have; tasks not named have 0. Losses must not be lower.
         **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 

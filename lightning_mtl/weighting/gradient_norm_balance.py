@@ -32,7 +32,8 @@ class GradientNormBalance(Weighting):
     .. math:: w_k = \frac{K v_k}{\sum_j v_j}, \qquad v_k = \frac{\iota_k}{\lVert g_k \rVert + \epsilon \bar n}
 
     with :math:`\bar n` the mean norm and :math:`\iota_k` the importance. The weighted gradients then have norms in the
-    ratio of the importances. A task whose gradient vanishes gets at most 1/ε times an average task's weight.
+    ratio of the importances. A task whose gradient almost vanishes gets at most 1/ε times an average task's weight, and
+    little is left for the others, because the sum is K. A task whose gradient is exactly zero takes no part.
 
     Args:
         eps: ε, relative to the mean norm.

@@ -54,6 +54,10 @@ class MGDA(Weighting):
     loss rises, to first order. The problem is solved exactly, as non-negative least squares on the K x K Gramian. Heads
     follow their own, unweighted losses.
 
+    The combination is never longer than the shortest gradient: where a task has almost none, because it is learned or
+    its loss is small, it has almost all of the weight and the shared parameters almost stand still. A gradient of
+    exactly zero takes no part.
+
     Args:
         normalize: Solve for gradients divided by ``"l2"`` ‖g_k‖, ``"loss"`` L_k or ``"loss+"`` L_k ‖g_k‖, and apply the
             weights to the gradients as they are. None follows the paper; without normalizing, tasks with small

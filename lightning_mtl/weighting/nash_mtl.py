@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -32,11 +33,25 @@ def nash_mtl_weights(gramian: Tensor, max_norm: float | None = None) -> tuple[Te
     """
     G = gramian.detach().cpu().double()
     solution = alpha_fair_weights(G.numpy())
-    weights = torch.from_numpy(solution.weights)
-    if max_norm is not None:
-        length = max(float(weights @ G @ weights), 0.0) ** 0.5  # rounding may take it below zero
-        weights = weights * min(1.0, max_norm / length) if length > 0 else weights
-    return weights, solution.stationary
+    return bounded(torch.from_numpy(solution.weights), G, max_norm), solution.stationary
+
+
+def combined_norm(weights: Tensor, gramian: Tensor) -> float:
+    """How long the combined gradient is."""
+    return math.sqrt(max(float(weights @ gramian @ weights), 0.0))  # rounding may take the square below zero
+
+
+def bounded(weights: Tensor, gramian: Tensor, max_norm: float | None) -> Tensor:
+    """Scale weights so that the combined gradient is at most this long; None leaves them.
+
+    Example:
+        >>> bounded(torch.ones(2), torch.diag(torch.tensor([9.0, 16.0])), max_norm=1.0)
+        tensor([0.2000, 0.2000])
+    """
+    if max_norm is None:
+        return weights
+    length = combined_norm(weights, gramian)
+    return weights * min(1.0, max_norm / length) if length > 0 else weights
 
 
 class Bargaining(Weighting):
@@ -44,14 +59,25 @@ class Bargaining(Weighting):
 
     A subclass keeps in ``stationary`` whether the step that it weighs is taken at such a point.
 
+    Args:
+        max_norm: Scale the weights so that the shared gradient is at most this long; None leaves its length.
+        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+            :class:`~lightning_mtl.Weighting`.
+
     Attributes:
         stationary_steps: Steps taken at Pareto-stationary points.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
 
     measures: ClassVar[Measure] = "gramian"
 
-    def __init__(self, **common: Unpack[GradientArguments]) -> None:
+    def __init__(self, max_norm: float | None = None, **common: Unpack[GradientArguments]) -> None:
         super().__init__(**common)
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"{type(self).__name__}(max_norm={max_norm}) must be above 0; None leaves the length.")
+        self.max_norm = max_norm
         self.add_state("stationary_steps", torch.tensor(0), per_task=False)
         self.stationary_steps: Tensor
         self.stationary = False
@@ -99,10 +125,7 @@ class NashMTL(Bargaining):
     }
 
     def __init__(self, max_norm: float | None = None, **common: Unpack[GradientArguments]) -> None:
-        super().__init__(**common)
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"NashMTL(max_norm={max_norm}) must be above 0; None leaves the norm √K.")
-        self.max_norm = max_norm
+        super().__init__(max_norm, **common)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""

@@ -93,7 +93,7 @@ ACCEPTED = {
     "DWA": f"temperature {COMMON}",
     "DualProj": f"preference {GRADIENTS}",
     "FAMO": f"lr gamma losses_after min_losses {COMMON}",
-    "FairGrad": f"alpha {GRADIENTS}",
+    "FairGrad": f"alpha max_norm {GRADIENTS}",
     "FromTorchJD": f"weighting seed {GRADIENTS}",
     "GLS": COMMON,
     "GradDrop": "leak seed importance start_step at",

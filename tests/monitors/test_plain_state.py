@@ -1,0 +1,79 @@
+"""Second passes put plain attributes back: counters, tensors and containers of a module, as they put buffers back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from lightning_mtl.monitors import TaskAffinity
+from lightning_mtl.training.snapshots import Snapshot
+from lightning_mtl.weighting import FAMO
+from tests.small import batches, small
+from tests.training import fit, loader
+
+
+class Remembering(nn.Module):
+    """A layer with an annealed temperature, a running mean, a history and a cache, none of them a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.calls, self.mean = 0, torch.zeros(4)
+        self.history: list[float] = []
+        self.by_size: dict[int, int] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        z = self.layer(x) * min(1.0, self.calls / 10) - self.mean
+        self.mean = 0.9 * self.mean + 0.1 * z.detach().mean(0)
+        self.history.append(float(z.detach().mean()))
+        self.by_size[len(x)] = self.by_size.get(len(x), 0) + 1
+        self.newest = z
+        return torch.tanh(z)
+
+
+def trained(*callbacks: Callback) -> Any:
+    module = small()
+    torch.manual_seed(3)
+    module.trunk = Remembering()
+    fit(module, loader(*batches(4, 5, 6, 4)), callbacks=list(callbacks))
+    return module
+
+
+@pytest.mark.parametrize("make", [FAMO, lambda: TaskAffinity(every_n_steps=1, exact=True, figure=False)])
+def test_attributes_are_what_one_pass_a_step_makes_them(make: Callable[[], Callback]) -> None:
+    trunk, plain = trained(make()).trunk, trained().trunk
+    assert trunk.calls == len(trunk.history) == 4
+    assert trunk.by_size == {4: 2, 5: 1, 6: 1}
+    if make is not FAMO:
+        assert trunk.history == plain.history
+        assert all(torch.equal(a, b) for a, b in zip(trunk.parameters(), plain.parameters(), strict=True))
+
+
+class WritingInPlace(Remembering):
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean += 1
+        return super().forward(x)
+
+
+def test_a_tensor_written_into_is_refused() -> None:
+    module = small()
+    module.trunk = WritingInPlace()
+    with pytest.raises(ValueError, match=r"WritingInPlace writes into the tensor 'mean' in place.* register it as a"):
+        fit(module, loader(*batches(4, 4)), callbacks=[FAMO()])
+
+
+def test_new_attributes_go_and_lost_ones_return() -> None:
+    module = Remembering()
+    before = Snapshot(module, torch.device("cpu"))
+    module(torch.ones(2, 3))
+    del module.by_size
+    before.put_back()
+    assert not hasattr(module, "newest")
+    assert module.by_size == {}
+    assert module.history == []

@@ -1,0 +1,160 @@
+"""A task whose gradient is zero in a step stops no other: every method weighs the others as if it were not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from lightning_mtl import MultiTaskModule, Signals, Task, Weighting
+from lightning_mtl.weighting import MGDA, FairGrad, FromTorchJD, GradNorm, NashMTL
+from tests.contract import Row, ask, course, direction_of, label, names, run
+from tests.contract_rows import AGGREGATORS, MAKES, ROWS
+from tests.training import Steps, fit, loader
+
+OTHERS = [0, 2, 3]
+measuring = pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.make().measures in ("norms", "gramian")], ids=lambda row: row.label
+)
+
+
+def with_zero_row() -> list[Signals]:
+    return course(4, gradient_scale=torch.tensor([1.0, 0.0, 1.0, 1.0]))
+
+
+@measuring
+def test_the_others_get_the_weights_of_the_others_alone(row: Row) -> None:
+    weights = run(row.make(), with_zero_row(), names(4))
+    alone = run(row.make(), [given.cut(OTHERS) for given in course(4)], [names(4)[i] for i in OTHERS])
+    torch.testing.assert_close(weights[:, OTHERS], alone)
+    torch.testing.assert_close(weights[:, 1], alone.mean(dim=1))
+
+
+@measuring
+def test_its_state_stays_as_it_was(row: Row) -> None:
+    weighting = row.make()
+    run(weighting, course(4), names(4))
+    before = weighting.state_dict()["state"]
+    ask(weighting, with_zero_row()[0])
+    for name, state in weighting.state_dict()["state"].items():
+        if state.ndim and len(state) == 4 and name != "held_weights":
+            assert torch.equal(state[1].nan_to_num(7.0), before[name][1].nan_to_num(7.0))
+
+
+@measuring
+def test_without_any_gradient_the_tasks_weigh_the_same(row: Row) -> None:
+    weights = run(row.make(), course(4, gradient_scale=0.0), names(4))
+    assert torch.equal(weights, torch.ones_like(weights))
+
+
+@pytest.mark.parametrize("make", AGGREGATORS)
+def test_aggregators_combine_the_other_rows(make: Callable[[], Any]) -> None:
+    rows = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    rows[1] = 0
+    found = []
+    for positions in (range(4), OTHERS):
+        aggregator, given = make(), course(4)[0].cut(list(positions))
+        aggregator.reset(list(given.tasks))
+        found.append(direction_of(aggregator, given, rows[list(positions)]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_importance_and_total_hold_for_all() -> None:
+    weighting = MGDA(importance={"b": 3.0}, total=8.0)
+    weights = run(weighting, with_zero_row(), names(4))
+    torch.testing.assert_close(weights[:, 1], torch.full((6,), 6.0))
+    torch.testing.assert_close(weights[:, OTHERS].sum(dim=1), torch.full((6,), 6.0))
+
+
+def test_gradnorm_lets_no_idle_task_take_the_weight() -> None:
+    given = course(2, steps=300, gradient_scale=torch.tensor([1.0, 0.0]))
+    weights = run(GradNorm(lr=0.025), given, names(2))
+    assert torch.equal(weights[:, 0], torch.ones(300))
+
+
+def unlabeled(prediction: Tensor, _: Tensor) -> Tensor:
+    return 0.0 * prediction.sum()
+
+
+def fitted(weighting: Weighting, **heads: nn.Module) -> tuple[MultiTaskModule, MultiTaskModule, Steps]:
+    """The module before and after a short training, and the steps."""
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        own = {"a": nn.Linear(4, 1), "b": nn.Linear(4, 1), "c": nn.Linear(4, 1)} | heads
+        tasks = {"a": Task(mse_loss), "b": Task(mse_loss), "c": Task(unlabeled)}
+        found.append(MultiTaskModule(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), own, tasks, optimizer=sgd))
+    generator, steps = torch.Generator().manual_seed(1), Steps()
+    batches = [
+        (torch.randn(6, 3, generator=generator), {t: torch.randn(6, 1, generator=generator) for t in "abc"})
+        for _ in range(6)
+    ]
+    fit(found[1], loader(*batches), callbacks=[weighting, steps])
+    return found[0], found[1], steps
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05)
+
+
+@pytest.mark.parametrize("make", [make for make in MAKES if make().measures != "losses"], ids=label)
+def test_the_trunk_and_the_other_heads_train(make: Callable[[], Weighting]) -> None:
+    before, after, _ = fitted(make())
+    for part in ("trunk", "heads.a", "heads.b"):
+        for one, other in zip(
+            before.get_submodule(part).parameters(), after.get_submodule(part).parameters(), strict=True
+        ):
+            assert other.isfinite().all()
+            assert float((one - other).detach().norm()) > 1e-4
+
+
+class Apart(nn.Module):
+    """A head that reads the inputs of no trunk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.ones(1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.bias.expand(len(z), 1)
+
+
+@pytest.mark.parametrize("make", [NashMTL, MGDA, FairGrad], ids=label)
+def test_a_loss_that_does_not_reach_the_trunk_trains_its_head(make: Callable[[], Weighting]) -> None:
+    _, after, _ = fitted(make(), b=Apart())
+    assert [float(bias.detach()) for bias in after.heads["b"].parameters()] != [1.0]
+
+
+def test_heads_that_begin_at_zero_train_under_any_function_of_the_gramian() -> None:
+    heads = {task: nn.Linear(4, 1) for task in "ab"}
+    for head in heads.values():
+        nn.init.zeros_(head.weight)
+    inverse = FromTorchJD(lambda gramian: 1 / gramian.diagonal().sqrt())
+    before, after, steps = fitted(inverse, **heads)
+    assert len(steps.signals) == 6
+    assert not torch.equal(next(before.trunk.parameters()), next(after.trunk.parameters()))
+
+
+def test_a_nearly_zero_gradient_keeps_what_the_method_says() -> None:
+    given = course(3, steps=1, gradient_scale=torch.tensor([1.0, 1e-20, 1.0]))[0]
+    weighting = MGDA()
+    weighting.reset(list(given.tasks))
+    torch.testing.assert_close(ask(weighting, given), torch.tensor([0.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("alpha", [2.0, 5.0])
+def test_fairgrad_can_be_bounded(alpha: float) -> None:
+    given = course(3, steps=1, gradient_scale=torch.tensor([1.0, 1e-4, 1e-9]))[0]
+    assert given.gramian is not None
+    bounded, ordinary = FairGrad(alpha, max_norm=1.0), FairGrad(alpha)
+    weights = bounded.weigh(given)
+    assert float(weights @ given.gramian @ weights) == pytest.approx(1.0)
+    with pytest.warns(UserWarning, match=rf"FairGrad\(alpha={alpha}\) makes the shared gradient .* pass max_norm=1.0"):
+        free = ordinary.weigh(given)
+    torch.testing.assert_close(weights / weights.sum(), free / free.sum())
+    assert torch.equal(ordinary.weigh(given), free), "it is said once"
+    assert torch.equal(FairGrad(alpha, max_norm=1e12).weigh(given), free)
