@@ -3,7 +3,7 @@
     python examples/detection.py                                   # IMTL-L
     python examples/detection.py --weighting GradNorm --epochs 12  # another method; --help lists them
 
-A classification and a localisation, whose losses differ by a factor of twenty, share a convolutional trunk. The chosen
+A classification and a localization, whose losses differ by a factor of twenty, share a convolutional trunk. The chosen
 weighting, equal weights and a model for each task alone get the same budget. A table compares accuracy and mean IoU;
 predictions drawn on test images go into a PNG and TensorBoard.
 
@@ -215,7 +215,7 @@ def report(results: Sequence[dict[str, Scores]], name: str, console: Console) ->
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Classification and localisation of a digit on a cluttered canvas.")
+    parser = argparse.ArgumentParser(description="Classification and localization of a digit on a cluttered canvas.")
     folder = os.environ.get("LIGHTNING_MTL_DATA")
     parser.add_argument("--weighting", default="IMTLL", choices=sorted(CHOICES))
     parser.add_argument("--epochs", type=positive, default=8, help="passes over the training images; default: 8")

@@ -69,7 +69,7 @@ class Rows:
         self._used: set[int] = set()
         self._touched: dict[int, Tensor] = {}  # of a parameter with sparse gradients: which of its rows, [n] bools
         self._dense: set[int] = set()  # a sparse and a dense gradient make a dense one
-        self._travelling: list[Callable[[], object]] = []
+        self._traveling: list[Callable[[], object]] = []
 
     def add(self, row: int, gradients: Sequence[Tensor | None]) -> None:
         """Add a gradient to a row; None stands for a parameter that the task does not use.
@@ -136,13 +136,13 @@ class Rows:
             for matrix in self._matrices:
                 matrix[row].zero_()
             self._filled.add(row)
-        self._travelling += [ranks.begin_sum(as_real(matrix[row])) for matrix in self._matrices]
+        self._traveling += [ranks.begin_sum(as_real(matrix[row])) for matrix in self._matrices]
 
     def end_sums(self) -> None:
         """Wait for the rows under way."""
-        for arrive in self._travelling:
+        for arrive in self._traveling:
             arrive()
-        self._travelling.clear()
+        self._traveling.clear()
         for index in self._touched:  # other ranks touch other rows
             self._touched[index] = self._nonzero(index)
 

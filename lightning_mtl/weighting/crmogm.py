@@ -47,7 +47,7 @@ class CRMOGM(Holder, Weighting):
     Source: Zhou et al., On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond, NeurIPS
     2022, algorithm 1.
 
-    Deviations: α is constant; the paper's theory lets it grow towards 1 as the learning rate falls.
+    Deviations: α is constant; the paper's theory lets it grow toward 1 as the learning rate falls.
 
     Example:
         >>> from lightning_mtl.weighting import MGDA

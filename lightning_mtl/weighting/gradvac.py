@@ -20,7 +20,7 @@ LARGEST_TARGET = 1 - 1e-6
 
 
 def gradvac_weights(gramian: Tensor, targets: Tensor, orders: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Compute the weights of :math:`\sum_i g'_i`, each turned towards the others until its cosines reach the targets.
+    r"""Compute the weights of :math:`\sum_i g'_i`, each turned toward the others until its cosines reach the targets.
 
     Args:
         gramian: ``[K, K]``.
@@ -58,7 +58,7 @@ def gradvac_weights(gramian: Tensor, targets: Tensor, orders: Tensor) -> tuple[T
 
 
 class GradVac(Weighting):
-    r"""Turn each task's gradient towards the others where it is less like them than usual: gradient vaccine.
+    r"""Turn each task's gradient toward the others where it is less like them than usual: gradient vaccine.
 
     .. math::
         g'_i \leftarrow g'_i + \frac{\lVert g'_i \rVert \big( \hat\phi_{ij} \sqrt{1 - \phi_{ij}^2} - \phi_{ij}
@@ -114,7 +114,7 @@ class GradVac(Weighting):
         return weights
 
     def update(self, signals: Signals) -> None:
-        """Move the targets towards the step's cosines, where it measured some, and go on to the next step's orders."""
+        """Move the targets toward the step's cosines, where it measured some, and go on to the next step's orders."""
         moved = torch.lerp(self.targets, self.cosines, self.beta)
         self.targets = torch.where(self.cosines.isnan(), self.targets, moved)
         self.cosines = torch.full_like(self.cosines, torch.nan)

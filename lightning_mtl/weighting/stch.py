@@ -23,7 +23,7 @@ def stch_weights(values: Tensor, preference: Tensor, mu: float) -> Tensor:
     Args:
         values: v, ``[K]``.
         preference: λ, ``[K]``.
-        mu: How smooth; towards 0 it is the maximum.
+        mu: How smooth; toward 0 it is the maximum.
 
     Example:
         >>> stch_weights(torch.tensor([0.5, 2.0, 1.0]), torch.full((3,), 1 / 3), mu=0.1)
@@ -43,7 +43,7 @@ class STCH(Weighting):
     negative.
 
     Args:
-        mu: μ; towards 0 only the worst task counts, large values count all alike.
+        mu: μ; toward 0 only the worst task counts, large values count all alike.
         warmup_epochs: Epochs of the warmup; with 0 the nadir is the loss of a task's first step.
         preference: ``{task: λ}``; tasks not named keep 1.
         **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.

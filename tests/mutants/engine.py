@@ -18,7 +18,7 @@ ENGINE = (
     Mutation(
         "rows are not summed over the ranks",
         "gradients/rows.py",
-        "self._travelling += [ranks.begin_sum(as_real(matrix[row])) for matrix in self._matrices]",
+        "self._traveling += [ranks.begin_sum(as_real(matrix[row])) for matrix in self._matrices]",
         "pass",
         PARTIAL,
     ),
