@@ -28,10 +28,12 @@ def standing_in(
     Returns:
         Losses of 0 for absent tasks, and losses of 0 that belong to no task and are added to the penalty.
     """
+    # FSDP2 gathers and reduces in the modules' own hooks: a head takes part by what it returned, or not at all.
     zero = reduced.losses.new_zeros(())
     if sharded:
         losses = {task: _ghost_of_outputs(split.head_outputs.get(task, ()), zero) for task in absent}
         return losses, [losses[task] for task in absent if task not in reduced.names]
+    # DDP waits for every parameter's hook in the one synchronized backward pass: one ghost of all is enough.
     if not window.collects:
         return {}, [_ghost_of_parameters(module, zero)]
     # Layers that wait for the other ranks in each backward pass, one a task, wait here, too.
@@ -74,6 +76,7 @@ def forget_unreached(module: TaskModule, window: Window, *, sharded: bool) -> No
         unreached = [p for part in parts for p in part.parameters() if p not in kept]
     else:
         parameters = list(module.parameters())
+        # A gradient of zeros is no None: weight decay and momentum would move what nobody has computed.
         flags = torch.tensor([float(p in window.reached) for p in parameters], device=module.device)
         flags = window.ranks.sum(flags)
         unreached = [p for p, flag in zip(parameters, flags.tolist(), strict=True) if not flag]

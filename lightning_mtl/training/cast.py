@@ -50,6 +50,7 @@ class Cast:
         trainer, strategy = module.trainer, module.trainer.strategy
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         rates = task_rates_of(trainer)
+        # A process by itself talks to nobody, even where another library has opened a process group.
         ranks = Ranks.alone()
         if trainer.world_size > 1:
             mesh = strategy.device_mesh if isinstance(strategy, ModelParallelStrategy) else None

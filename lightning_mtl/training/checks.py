@@ -97,6 +97,7 @@ def check_trainer(module: TaskModule, trainer: pl.Trainer) -> None:
                 )
     if weighting is not None:
         check_accumulation(weighting, module.micro_batches_a_step)
+    # Both flatten parameters, or keep gradients in buffers of their own: what is measured would be of no parameter.
     if isinstance(trainer.strategy, REFUSED_STRATEGIES):
         raise ValueError(
             f"{type(trainer.strategy).__name__} keeps gradients where no weighting can reach them; use strategy='ddp', "

@@ -43,6 +43,7 @@ def reduce_losses(
     values = stack_losses([scores[task] for task in names], device) if scores else None
     if ranks.size == 1:
         return Reduced(names, losses, losses, counts, counts, values)
+    # All tasks have a column, in the module's order: which of them a rank lacks, the others learn by the same sum.
     position = {task: index for index, task in enumerate(tasks)}
     samples = torch.ones_like(losses) if counts is None else counts
     # One dtype on all ranks, whatever the losses that each of them has.
@@ -106,13 +107,16 @@ def micro_batch_of(
             penalty = torch.stack([*ghosts, *([] if penalty is None else [penalty])]).sum()
     if ranks.size > 1 and not window.collects and len(reduced.names) < len(module.tasks):
         window.reached.update(reached_leaves([*(o.loss for o in outputs.values()), *penalties.values()]))
+    # Gradients that are collected are summed over the window, and a penalty is to count once in it.
     if penalty is not None and window.collects and window.size > 1:
         penalty = penalty / window.size
+    # One process and one batch: a loss is its own mean, and nothing has to be multiplied.
     shares = None
     if ranks.size > 1 or window.size > 1:
         shares = reduced.own_counts if window.collects and window.size > 1 else reduced.shares()
         if shares is not None and (not window.collects or cast.sharded):
             shares = shares * ranks.size  # what the average over the ranks divides by
+    # A task that only others have counts here, too, with a loss of 0 that has no graph.
     every_loss = [losses.get(task, zero) for task in reduced.names]
     scale: Tensor | None = None
     starts: list[Tensor | None] = [None] * len(every_loss)
@@ -125,6 +129,7 @@ def micro_batch_of(
 
 def sample_counts(outputs: Sequence[TaskOutput]) -> Tensor | float:
     """How many samples each task's loss is a mean over, for the means of an epoch: one number if all agree."""
+    # Most batches have one size for all tasks; then the count stays a number of the host.
     counts = [_count(output) for output in outputs]
     if any(isinstance(count, Tensor) for count in counts):
         device = next(output.loss.device for output in outputs)

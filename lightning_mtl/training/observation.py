@@ -55,6 +55,7 @@ class Observation:
         self._before: Snapshot | None = None
         for monitor in self.due:
             turn_off_if_slow(monitor)
+        # A weighting that measures a Gramian at the same place has it for the monitor, too: no pass of its own.
         beside = [m for m in self.due if m.measures != "losses" and not self._supplied(m)]
         if beside and window.ranks.size > 1:
             flags = window.ranks.sum(torch.tensor([float(m.off) for m in beside], device=module.device))
@@ -88,6 +89,7 @@ class Observation:
         if not self._beside or not reduced.names or _would_hang(module, reduced, batch):
             return
         scale = None if self._scaler is None else self._scaler.scale(torch.ones((), device=module.device))
+        # The gradient of the mean over all ranks is the sum of what each adds by its share of the samples.
         shares = reduced.shares()
         shares = torch.ones(len(reduced.names), device=module.device) if shares is None else shares
         seeds = list((shares if scale is None else shares * scale).unbind())
@@ -112,6 +114,7 @@ class Observation:
 
     def hand_over(self, module: TaskModule, signals: Signals) -> None:
         """Call the monitors, once the step has been taken."""
+        # In the Trainer's order, after the update: nothing that a monitor does can reach the step any more.
         for monitor in self.due:
             seen = signals if monitor.measures == "losses" or self._supplied(monitor) else self._found.get(monitor)
             if monitor.off or seen is None:
@@ -142,6 +145,7 @@ class Observation:
     ) -> None:
         table, ranks = None, self._window.ranks
         with guarding([monitor]), _leaving_no_trace(module):
+            # Rows have the scaler's factor still, and the trial step must not.
             rate = monitor.lookahead_rate(module) / (1.0 if scale is None else float(scale))
             dtype = self._found[monitor].losses.dtype
             table = self._losses_ahead(module, rows, rate, names, given, dtype) * shares

@@ -49,6 +49,7 @@ class Snapshot:
         ]
         self._attributes = [_Attributes(part) for part in module.modules()]
         self._device = device
+        # All generators that a forward pass may draw from: augmentations use Python's and NumPy's, dropout torch's.
         self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state others draw from
         self._torch = torch.get_rng_state()
         self._on_device = None if device.type == "cpu" else _generators(device).get_rng_state()

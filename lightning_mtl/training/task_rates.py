@@ -47,6 +47,7 @@ class GroupRates:
 
     def places(self, module: TaskModule, optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
         """Where each head's groups stand; looked up again where a callback has added some, as to unfreeze a part."""
+        # Groups are only ever added, so that their number tells whether the places still hold.
         if len(optimizer.param_groups) != self._num_groups:
             self._places = groups_of_heads(module, optimizer)
             self._num_groups = len(optimizer.param_groups)
@@ -109,6 +110,7 @@ class GroupRates:
                 values = values_of_gradients(optimizer.param_groups[place]["params"])
                 owners += [position] * len(values)
                 gradients += values
+        # nan, not 0, for a head without a gradient: it was not measured, and factors leave it out.
         squares = torch.full((len(module.tasks),), torch.nan, device=module.device)
         if gradients:
             index = torch.tensor(owners, device=module.device)

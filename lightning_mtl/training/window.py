@@ -83,6 +83,7 @@ class Window:
     ) -> None:
         self.weighting = weighting
         self.step, self.epoch, self.size, self.ranks, self.shares = step, epoch, size, ranks, shares
+        # What follows from the arguments alone is decided once, so that a step asks attributes instead of the method.
         self.measures = weighting is not None and weighting.measures_in(step)
         self.wanted: Wanted = "nothing"
         self.measures_at: str | tuple[str, ...] = "features"
@@ -181,6 +182,7 @@ class Window:
 
     def _sums(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """For all tasks, ``[K]``: the values times their counts, and the counts."""
+        # Losses, or a metric's values: both are means over the same samples, and are averaged alike.
         like = values[0]
         like = like.to(torch.promote_types(like.dtype, torch.float32))  # wide enough for counts of pixels
         total, count = like.new_zeros(len(self.tasks)), like.new_zeros(len(self.tasks))
@@ -209,6 +211,7 @@ class Window:
             if self.weighting is not None:
                 decision = self.weighting.with_heads(decision.weights, self.step, positions)
         if self.shares is not None:
+            # Shares slow a task in the trunk alone: its head goes on with the weights as the method gave them.
             heads = decision.weights if decision.head_weights is None else decision.head_weights
             shared = decision.weights * self.shares[positions].to(decision.weights)
             decision = replace(decision, weights=shared, head_weights=heads)
@@ -280,6 +283,7 @@ class Window:
         """The step as a whole: what was measured, with the losses averaged over all micro-batches."""
         if self._asked is None or self.collects or self.micro_batches == 1:
             return self._asked
+        # Asked at the first micro-batch, the method saw that one's losses; what it learns from is the whole window.
         names = self.present
         losses = self.mean_losses(names).to(self._asked.losses)
         return replace(self._asked, tasks=tuple(names), losses=losses, scores=self._mean_scores(names))
