@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from lightning_mtl.learning_rates.parameter_groups import Rate, apply_lr_factors, parameter_groups
 from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
-from lightning_mtl.task import Task, TaskOutput
 from lightning_mtl.task.batches import (
-    as_pair,
     call_trunk_with,
     is_joint,
     is_per_task,
@@ -24,6 +22,7 @@ from lightning_mtl.task.batches import (
 )
 from lightning_mtl.task.concatenation import concatenate, rows_of
 from lightning_mtl.task.labels import MaskedTarget, labeled_part, number_of_samples
+from lightning_mtl.task.task import Task, TaskOutput, name_task
 from lightning_mtl.training.checks import check_arguments, check_inputs_differ
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.module import SteppedModule
@@ -133,7 +132,12 @@ class MultiTaskModule(SteppedModule):
         predictions = {}
         for task in wanted:
             own = features[task] if split else features
-            predictions[task] = self.heads[task](own if rows is None else rows_of(task, rows, own))
+            own = own if rows is None else rows_of(task, rows, own)
+            try:
+                predictions[task] = self.heads[task](own)
+            except Exception as error:
+                name_task(error, "head", task)
+                raise
         return predictions
 
     def _predict_each(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -188,15 +192,22 @@ class MultiTaskModule(SteppedModule):
         Raises:
             TypeError: If the target is of no form that labels can be looked for in, see
                 :func:`~lightning_mtl.task.labels.labeled_part`.
-            ValueError: If prediction and target do not have the form of the mask.
+            ValueError: If prediction and target do not fit the mask, or the loss would broadcast them to all pairs.
         """
-        declared = self.tasks[task]
-        if declared.missing is None and not isinstance(target, MaskedTarget):
-            return TaskOutput(declared.loss(prediction, target), prediction, target)
-        part = labeled_part(prediction, target, declared.missing, declared.missing_per, declared.class_dim)
-        self.recorder.labels.add(task, part.num_samples, part.num_missing, number_of_samples(target))
-        loss = declared.loss(part.prediction, part.target) if part.num_samples else torch.zeros(())
-        return TaskOutput(loss, part.prediction, part.target, part.num_samples)
+        declared, num_samples = self.tasks[task], None
+        try:
+            if declared.missing is not None or isinstance(target, MaskedTarget):
+                part = labeled_part(prediction, target, declared.missing, declared.missing_per, declared.class_dim)
+                self.recorder.labels.add(task, part.num_samples, part.num_missing, number_of_samples(target))
+                prediction, target, num_samples = part[:3]
+            if num_samples == 0:
+                return TaskOutput(torch.zeros(()), prediction, target, 0)
+            if (task, self.training) not in self.recorder.shapes:
+                self.recorder.shapes.check(task, self.training, declared.loss, prediction, target)
+            return TaskOutput(declared.loss(prediction, target), prediction, target, num_samples)
+        except Exception as error:
+            name_task(error, "loss", task)
+            raise
 
     def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
         """The checked outputs of the tasks that a batch has labels for, in order."""
@@ -235,17 +246,6 @@ class MultiTaskModule(SteppedModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
         """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
         return self.optimization.run(self, batch, batch_idx)
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:  # noqa: ANN401
-        """Predict every task of a batch of inputs, with or without targets; a task with a loader of its own, alone."""
-        named = self.under_its_name("predict", batch, dataloader_idx)
-        batch = batch if named is batch else {task: as_pair(own) for task, own in named.items()}
-        if is_joint(batch, self.tasks):
-            return self.forward(batch[0])
-        if is_per_task(batch, self.tasks):
-            pairs = {task: pair for task, pair in batch.items() if task in self.tasks and pair is not None}
-            return self._predict_each({task: pair[0] for task, pair in pairs.items()})
-        return self.forward(batch)
 
     def parameter_groups(
         self,

@@ -63,5 +63,5 @@ def batch(number: int = 4, seed: int = 5, tasks: Iterable[str] = TASKS) -> Batch
     return inputs, {task: torch.randint(2, (number, 1), generator=generator).float() for task in tasks}
 
 
-def batches(*sizes: int, seed: int = 5) -> list[Batch]:
-    return [batch(number, seed + position) for position, number in enumerate(sizes)]
+def batches(*sizes: int, seed: int = 5, tasks: Iterable[str] = TASKS) -> list[Batch]:
+    return [batch(number, seed + position, tasks) for position, number in enumerate(sizes)]

@@ -75,7 +75,10 @@ def test_arguments_of_the_module(arguments: dict[str, Any], error: type[Exceptio
     ("arguments", "error", "message"),
     [
         ({"loss": 1.0}, TypeError, ("Task(loss=...) must be a function (prediction, target) -> scalar, found float",)),
-        ({"metrics": [MeanAbsoluteError()]}, TypeError, ("Task(metrics=...)", "found list", "MetricCollection")),
+        ({"metrics": [mse_loss]}, TypeError, ("Task(metrics=...)", "list or dict", "found function")),
+        ({"metrics": "mae"}, TypeError, ("Task(metrics=...)", "found str")),
+        ({"metrics": {"mae": "mae"}}, TypeError, ("Task(metrics=...)", "found str")),
+        ({"metrics": {"loss": MeanAbsoluteError()}}, ValueError, ("metric 'loss'", "rename it")),
         ({"baseline": {"mae": 1.0}}, ValueError, ("Task(baseline=...) names 'mae'", "metrics are ['loss']")),
         ({"baseline": {"loss": 0.0}}, ValueError, ("Task(baseline=...) gives 'loss' the value 0", "Leave 'loss' out")),
         (

@@ -183,6 +183,7 @@ texts = st.text(min_size=0, max_size=12) | st.sampled_from(
         "class",
         "weight",
         "val/loss",
+        "total",
         "step=3",
         "{}",
         "__init__",
@@ -196,9 +197,17 @@ texts = st.text(min_size=0, max_size=12) | st.sampled_from(
 @example(["val/loss", "loss", "a b"])
 @example(list(ATTRIBUTES))
 def test_a_task_of_any_name_trains_or_is_refused_by_name(tasks: list[str]) -> None:
-    refused = [task for task in tasks if not task or "." in task or hasattr(nn.ModuleDict(), task)]
+    refused = [
+        task
+        for task in tasks
+        if not task or "." in task or hasattr(nn.ModuleDict(), task) or task.split("/")[0] == "total"
+    ]
     if refused:
         with pytest.raises(ValueError, match=re.escape(f"{refused[0]!r} cannot name a task")):
+            small(tasks)
+        return
+    if any(other.startswith(f"{task}/") for task in tasks for other in tasks):
+        with pytest.raises(ValueError, match="begins with the name of task"):
             small(tasks)
         return
     module = small(tasks)

@@ -14,8 +14,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # type: ignore[import-untyped]
 from torch import Tensor
+from torch.nn.functional import mse_loss
+from torchmetrics import MeanAbsoluteError
 
 from lightning_mtl import MultiTaskModule, Task
+from lightning_mtl.finetuning import add_task
+from lightning_mtl.learning_rates import Importance, TaskLearningRate
 from lightning_mtl.weighting import DWA, MGDA, GradNorm, StaticWeights, UncertaintyWeighting
 from tests.gradients.oracle import task_gradients
 from tests.models import build
@@ -53,8 +57,8 @@ def test_the_fixed_names(weighting: Any, names: set[str], log_every_n_steps: int
     trainer = fit(with_baselines(), *data, callbacks=callbacks, log_every_n_steps=log_every_n_steps)
     found = set(trainer.callback_metrics)
     epoch = {f"{name}/{task}" for name in ("loss_epoch", "val/loss", "val/accuracy", "val/error") for task in TASKS}
-    assert names | epoch | {"val/delta_m", "val/loss", "loss"} <= found
-    assert {name for name in found if name.split("/")[0] in ("loss", "weight", "grad_norm")} == names | {"loss"}
+    assert names | epoch | {"val/delta_m", "val/loss/total", "loss/total"} <= found
+    assert {name for name in found if name.split("/")[0] in ("loss", "weight", "grad_norm")} == names | {"loss/total"}
 
 
 def test_the_last_step_is_in_the_metrics_however_rarely_steps_are_logged() -> None:
@@ -83,7 +87,7 @@ def test_steps_are_logged_at_the_trainers_interval(every: int) -> None:
             assert line[f"loss/{task}"] == pytest.approx(float(signals.losses[position]))
             assert line[f"weight/{task}"] == pytest.approx(float(weights[position]))
             assert line[f"grad_norm/{task}"] == pytest.approx(float(signals.norms[position]))
-        assert line["loss"] == pytest.approx(float((signals.losses * weights).sum()), rel=1e-5)
+        assert line["loss/total"] == pytest.approx(float((signals.losses * weights).sum()), rel=1e-5)
 
 
 def test_with_accumulation_a_step_is_a_window() -> None:
@@ -104,7 +108,7 @@ def test_a_step_logs_only_what_it_measured() -> None:
     turns = [(inputs, {"a": targets["a"]}), (inputs, {"b": targets["b"]}), (inputs, targets)]
     fit(small(), loader(*turns), callbacks=[GradNorm()], logger=memory, log_every_n_steps=1)
     lines = [line for _, line in memory.lines if "loss_epoch/a" not in line]
-    assert [{name for name in line if name.startswith("loss/")} for line in lines] == [
+    assert [{name for name in line if name.startswith("loss/")} - {"loss/total"} for line in lines] == [
         {"loss/a"},
         {"loss/b"},
         {"loss/a", "loss/b"},
@@ -237,4 +241,42 @@ def test_penalties_are_logged_as_they_are() -> None:
 def test_a_module_without_metrics_logs_none() -> None:
     module = MultiTaskModule(trunk(), heads(), small().tasks)
     names = set(fit(module, loader(batch()), loader(batch())).callback_metrics)
-    assert {name for name in names if name.startswith("val/")} == {"val/loss", "val/loss/a", "val/loss/b"}
+    assert {name for name in names if name.startswith("val/")} == {"val/loss/total", "val/loss/a", "val/loss/b"}
+
+
+def test_no_name_lies_under_another() -> None:
+    class Penalized(MultiTaskModule):
+        def penalties(self) -> dict[str, Tensor]:
+            return {"l2": 0 * next(self.trunk.parameters()).sum()}
+
+    names = ("a", "b/left", "b/right")
+    tasks = {k: Task(mse_loss, MeanAbsoluteError(), {"loss": 0.1}, missing=torch.nan) for k in names}
+    module = Penalized(trunk(), heads(names), tasks)
+    memory, data = Memory(), loader(*batches(4, 4, tasks=names))
+    callbacks = [GradNorm(), TaskLearningRate(Importance(dict.fromkeys(names, 1.0)))]
+    trainer = fit(module, data, data, callbacks=callbacks, logger=memory, log_every_n_steps=1)
+    shown = dict(trainer.progress_bar_metrics)
+    trainer.test(module, data, verbose=False)
+    found = {name for _, line in memory.lines for name in line}
+    families = ("loss", "weight", "grad_norm", "lr", "loss_epoch", "labeled", "val/loss", "test/MeanAbsoluteError")
+    assert {f"{family}/{task}" for family in families for task in names} <= found
+    assert {"loss/total", "val/loss/total", "test/loss/total", "val/delta_m", "penalty/l2"} <= found
+    assert [(one, other) for one in found for other in found if other.startswith(f"{one}/")] == []
+    totals = [line["loss/total"] for _, line in memory.lines if "loss/total" in line]
+    assert shown == {"loss/total": pytest.approx(totals[-1])}
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("a", "total"), "'total' cannot name a task: 'loss/total' is where.*'total_task' would do"),
+        (("a", "total/left"), "'total/left' cannot name a task"),
+        (("a", "a/b"), "'a/b' begins with the name of task 'a' and a slash"),
+    ],
+)
+def test_names_that_would_lie_under_others_are_refused(names: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        small(names)
+    module = small(names[:1])
+    with pytest.raises(ValueError, match=says):
+        add_task(module, names[1], torch.nn.Linear(4, 1), Task(mse_loss))

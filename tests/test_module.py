@@ -43,9 +43,9 @@ class Own(MultiTaskModule):
 
 def test_a_subclass_learns() -> None:
     given = loader(*batches(8, 8))
-    before = quiet_trainer().validate(module := Own(), given, verbose=False)[0]["val/loss"]
+    before = quiet_trainer().validate(module := Own(), given, verbose=False)[0]["val/loss/total"]
     fit(module, given, max_epochs=30)
-    assert quiet_trainer().validate(module, given, verbose=False)[0]["val/loss"] < 0.7 * before
+    assert quiet_trainer().validate(module, given, verbose=False)[0]["val/loss/total"] < 0.7 * before
 
 
 def test_no_subclass_is_needed() -> None:

@@ -12,6 +12,7 @@ from torchmetrics import ConfusionMatrix, MeanAbsoluteError, MetricCollection
 from torchmetrics.classification import BinaryAccuracy
 
 from lightning_mtl import MultiTaskModule, Task, TaskOutput
+from lightning_mtl.training.scores import update_metrics
 from tests.small import TASKS, Batch, batch, batches, binary, heads, small, trunk
 from tests.training import fit, loader, quiet_trainer
 
@@ -43,7 +44,7 @@ def test_evaluation_equals_torchmetrics_on_all_samples(stage: str) -> None:
         total += expected["loss"]
         for name, value in expected.items():
             assert results.pop(f"{stage}/{name}/{task}") == pytest.approx(value, rel=1e-5)
-    assert results.pop(f"{stage}/loss") == pytest.approx(total, rel=1e-5)
+    assert results.pop(f"{stage}/loss/total") == pytest.approx(total, rel=1e-5)
     assert results == {}
 
 
@@ -115,7 +116,7 @@ def test_a_task_absent_all_along_has_no_figures() -> None:
     given = [(inputs, {"a": targets["a"]}) for inputs, targets in batches(4, 4)]
     trainer = fit(binary(), loader(*given), loader(*given))
     names = set(trainer.callback_metrics)
-    assert {"loss_epoch/a", "val/loss/a", "val/accuracy/a", "val/loss"} <= names
+    assert {"loss_epoch/a", "val/loss/a", "val/accuracy/a", "val/loss/total"} <= names
     assert {name for name in names if name.endswith("/b")} == {"labeled/b"}
     assert trainer.callback_metrics["labeled/b"] == 0
 
@@ -161,7 +162,7 @@ def test_metrics_see_what_an_output_says() -> None:
 
 def test_predictions_keep_no_graph_in_metrics() -> None:
     module = binary()
-    module.recorder.update_metrics(module, "train", module.present_outputs(batch()))
+    update_metrics(module, "train", module.present_outputs(batch()))
     states = [s for ms in module.stage_metrics("train").values() for m in ms.values() for s in m.metric_state.values()]
     assert states
     assert not any(state.requires_grad for state in states if isinstance(state, Tensor))
@@ -200,12 +201,12 @@ def test_no_delta_m_without_baselines_or_without_their_tasks() -> None:
     assert "val/delta_m" not in trainer.callback_metrics
 
 
-def test_a_metric_of_several_numbers_is_refused() -> None:
+def test_a_metric_of_several_numbers_is_left_out_with_one_warning() -> None:
     tasks = {"a": Task(mse_loss, ConfusionMatrix(task="binary")), "b": Task(mse_loss)}
     module = MultiTaskModule(trunk(), {k: nn.Sequential(h, nn.Sigmoid()) for k, h in heads().items()}, tasks)
     inputs, targets = batch()
     given = (inputs, {"a": targets["a"], "b": targets["b"]})
-    with pytest.raises(
-        ValueError, match=r"Metric 'BinaryConfusionMatrix' of task 'a' computes shape \[2, 2\].*wrap it"
-    ):
-        quiet_trainer().validate(module, loader(given), verbose=False)
+    with pytest.warns(UserWarning, match=r"'BinaryConfusionMatrix' of task 'a' computes shape \[2, 2\]") as said:
+        trainer = fit(module, loader(given), loader(given), max_epochs=3)
+    assert len([warning for warning in said if "computes shape" in str(warning.message)]) == 1
+    assert {name for name in trainer.callback_metrics if "ConfusionMatrix" in name} == set()

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task import Task
 from lightning_mtl.task.batches import takes_tasks
-from lightning_mtl.task.task import check_task_name
+from lightning_mtl.task.task import check_task_names
 from lightning_mtl.training.checks import check_arguments
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.step import Optimization
@@ -48,9 +48,9 @@ def add_task(module: MultiTaskModule, name: str, head: nn.Module, task: Task) ->
         (['age', 'height'], ['age', 'height'])
     """
     _check_idle("add_task", module)
-    check_task_name(name)
     if name in module.tasks:
         raise ValueError(f"The module has a task {name!r} already; its tasks are {list(module.tasks)}.")
+    check_task_names([*module.tasks, name])
     _check_trunk(module, f"would have none for {name!r}")
     check_arguments(module.trunk, {name: head}, {name: task}, 1, None, "norm")
     module.tasks[name] = task
@@ -94,6 +94,7 @@ def drop_task(module: MultiTaskModule, name: str) -> tuple[nn.Module, Task]:
         raise ValueError(f"The module has no task {name!r}; its tasks are {list(module.tasks)}.")
     if len(module.tasks) == 1:
         raise ValueError(f"{name!r} is the module's only task; add another one before it is dropped.")
+    check_task_names([*module.tasks, name])
     _check_trunk(module, f"would keep that of {name!r}")
     task, head = module.tasks.pop(name), module.heads[name]
     del module.heads[name]

@@ -115,8 +115,8 @@ class Importance(Factor):
         if not isinstance(self.metric, str) and (missing := tasks.keys() - self.metric.keys()):
             raise ValueError(f"Importance(metric=...) names no metric for {sorted(missing)}; name one for each task.")
         for name, task in tasks.items():
-            known = ["loss", *task.metric_collection()]
-            if self.metric_of(name) not in known:
+            if not task.has_metric(self.metric_of(name)):
+                known = ["loss", *task.metric_collection()]
                 raise ValueError(
                     f"Importance(metric={self.metric_of(name)!r}) is not among the metrics of task {name!r}, {known}; "
                     "give metric={task: name} where they differ."
@@ -140,7 +140,7 @@ class Importance(Factor):
     def _check_bounded(self, tasks: Mapping[str, Task]) -> None:
         for name, task in tasks.items():
             metric = self.metric_of(name)
-            found = None if metric == "loss" else task.metric_collection()[metric]
+            found = None if metric == "loss" else task.metric_named(metric)
             bounds = None if found is None else (found.plot_lower_bound, found.plot_upper_bound, found.higher_is_better)
             if bounds != (0.0, 1.0, True):
                 raise ValueError(

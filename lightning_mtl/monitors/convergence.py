@@ -134,7 +134,7 @@ class Convergence(Monitor):
         """Read the module's tasks; refuse a metric that none of them has."""
         super().setup(trainer, pl_module, stage)
         tasks = dict(self.tasks_of(pl_module))
-        if self.metric is not None and not any(self.metric in task.metric_collection() for task in tasks.values()):
+        if self.metric is not None and not any(task.has_metric(self.metric) for task in tasks.values()):
             known = sorted({str(name) for task in tasks.values() for name in task.metric_collection()})
             raise ValueError(f"Convergence(metric={self.metric!r}) is no task's metric; the tasks have {known}.")
         if stage == "fit" and (trainer.global_step == 0 or list(tasks) != list(self.tasks)):

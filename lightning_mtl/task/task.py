@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_mtl.task.labels import MissingPer
 
 LossFunction = Callable[[Any, Any], Tensor]
+Metrics = Metric | MetricCollection | Mapping[str, Metric | MetricCollection] | Sequence[Metric | MetricCollection]
 
 
 @dataclass
@@ -23,10 +25,14 @@ class Task:
         loss: ``(prediction, target) -> scalar``; any function or :class:`torch.nn.Module`. A mean over the samples is
             what the weighting methods of the literature assume. Prediction and target are what the task's head returns
             and what the batch holds: tensors, or any nested structure of them.
-        metrics: A torchmetrics metric or collection, called as ``update(prediction, target)``. It is cloned for each
-            stage, and logged once an epoch as ``<stage>/<metric>/<task>``.
+        metrics: A torchmetrics metric, a collection, or a list or dict of metrics, called as ``update(prediction,
+            target)``. They are cloned for each stage, and logged once an epoch as ``<stage>/<metric>/<task>``. Of a
+            metric that computes a dict, such as ``MeanAveragePrecision``, each number goes by its key, as
+            ``MetricCollection`` has it (``<metric>_<key>`` where two metrics have a key in common); what is no single
+            number is left out with a warning.
         baseline: Scores of a model trained on this task alone, ``{metric name: value}``, for ``val/delta_m``. The
-            metric names are those of ``metrics``; ``"loss"`` stands for the task's loss.
+            names are those that are logged; ``"loss"`` stands for the task's loss. A name that only a dict could have
+            is checked once one is computed, at the sanity check or the first validation.
         missing: The value in targets that stands for no label: NaN (``torch.nan``), or an integer among classes, what
             torch's losses call ``ignore_index``. Loss and metrics then see the labeled part alone, as
             :func:`~lightning_mtl.task.labels.labeled_part` selects it, and means are over the labels of all ranks.
@@ -38,12 +44,12 @@ class Task:
             that can be read in two ways; give it where lengths vary, so that T may come to equal C.
 
     Raises:
-        TypeError: If ``loss`` cannot be called, ``metrics`` does not come from torchmetrics, or ``missing`` is no
+        TypeError: If ``loss`` cannot be called, a metric does not come from torchmetrics, or ``missing`` is no
             number, or ``class_dim`` no int.
         ValueError: If ``missing`` is not what the loss ignores, ``missing_per`` is neither of the two, or ``class_dim``
             is the samples' 0; or if
             ``baseline`` names a metric that the task does not have, or holds a zero, which no relative
-            difference can be taken from.
+            difference can be taken from; or if a metric is called ``loss`` or ``delta_m``.
 
     Example:
         >>> from torch.nn.functional import cross_entropy
@@ -54,7 +60,7 @@ class Task:
     """
 
     loss: nn.Module | LossFunction
-    metrics: Metric | MetricCollection | None = None
+    metrics: Metrics | None = None
     baseline: Mapping[str, float] | None = None
     missing: float | None = None
     missing_per: MissingPer = "element"
@@ -65,21 +71,38 @@ class Task:
             raise TypeError(
                 f"Task(loss=...) must be a function (prediction, target) -> scalar, found {type(self.loss).__name__}."
             )
-        if self.metrics is not None and not isinstance(self.metrics, Metric | MetricCollection):
-            raise TypeError(
-                "Task(metrics=...) must be a torchmetrics Metric or MetricCollection, found "
-                f"{type(self.metrics).__name__}. Wrap several metrics in a MetricCollection."
-            )
+        self._check_metrics()
         self._check_missing()
-        known = {"loss", *self.metric_collection()}
         for name, value in (self.baseline or {}).items():
-            if name not in known:
-                raise ValueError(f"Task(baseline=...) names {name!r}, but the task's metrics are {sorted(known)}.")
+            if not self.has_metric(name):
+                known = sorted({"loss", *self.metric_collection()})
+                raise ValueError(f"Task(baseline=...) names {name!r}, but the task's metrics are {known}.")
             if value == 0:
                 raise ValueError(
                     f"Task(baseline=...) gives {name!r} the value 0; delta_m divides by it. Leave {name!r} out."
                 )
             self.higher_is_better(name)
+
+    def _check_metrics(self) -> None:
+        given: object = self.metrics
+        if given is None:
+            return
+        if isinstance(given, Mapping):
+            found = list(given.values())
+        else:
+            found = list(given) if isinstance(given, list | tuple) else [given]
+        kinds = Metric | MetricCollection
+        if wrong := [type(metric).__name__ for metric in found if not isinstance(metric, kinds)]:
+            raise TypeError(
+                "Task(metrics=...) must be a torchmetrics Metric or MetricCollection, or a list or dict of them, found "
+                f"{wrong[0]}."
+            )
+        for name in self.metric_collection():
+            if name in RESERVED_METRICS:
+                raise ValueError(
+                    f"Task(metrics=...) names a metric {name!r}, which is what the package logs by that name; rename "
+                    "it, in a MetricCollection({name: metric})."
+                )
 
     def _check_missing(self) -> None:
         found: object = self.missing
@@ -110,23 +133,68 @@ class Task:
         """
         if name == "loss":
             return False
-        metrics = self.metric_collection()
-        try:
-            direction = metrics[name].higher_is_better
-        except KeyError as error:
-            known = sorted(["loss", *map(str, metrics)])
-            raise ValueError(f"There is no metric {name!r} among the task's, {known}.") from error
+        direction = self.metric_named(name).higher_is_better
         if direction is None:
             raise ValueError(
                 f"The metric {name!r} does not say whether higher is better; leave it out of the baseline."
             )
         return bool(direction)
 
+    def has_metric(self, name: str) -> bool:
+        """Whether ``name`` is ``"loss"`` or a metric, or may be a key of what a metric computes."""
+        try:
+            return name == "loss" or self.metric_named(name) is not None
+        except ValueError:
+            return False
+
+    def metric_named(self, name: str) -> Metric:
+        """The metric that computes what is logged by this name; a key of a dict is its metric's.
+
+        Raises:
+            ValueError: If the task has no such metric, or several may have that key and differ in direction.
+        """
+        metrics = dict(self.metric_collection().items())
+        if name in metrics:
+            return metrics[name]
+        mappings = {str(own): metric for own, metric in metrics.items() if computes_dict(metric) is not False}
+        found = [metric for own, metric in mappings.items() if name.startswith(f"{own}_")] or list(mappings.values())
+        if not found:
+            raise ValueError(f"There is no metric {name!r} among the task's, {sorted(['loss', *map(str, metrics)])}.")
+        if len({metric.higher_is_better for metric in found}) > 1:
+            raise ValueError(
+                f"{name!r} may be a key of any of {list(mappings)}, of which some are better when higher and some when "
+                "lower; leave it out."
+            )
+        return found[0]
+
     def metric_collection(self) -> MetricCollection:
         """A fresh copy of the metrics as a collection, maybe empty; a lone metric goes by its class name."""
         if self.metrics is None:
             return MetricCollection([])
-        return MetricCollection([self.metrics.clone()]) if isinstance(self.metrics, Metric) else self.metrics.clone()
+        if isinstance(self.metrics, MetricCollection):
+            return self.metrics.clone()
+        given = self.metrics
+        if isinstance(given, Metric):
+            given = [given]
+        return MetricCollection(dict(given) if isinstance(given, Mapping) else list(given)).clone()
+
+
+RESERVED_METRICS = ("loss", "delta_m")  # val/loss/<task> and val/delta_m are logged without any metric
+
+
+def computes_dict(metric: Metric) -> bool | None:
+    """Whether a metric computes a dict of numbers, by its annotation; None where it has none that says so.
+
+    Example:
+        >>> from torchmetrics import MeanSquaredError, MinMaxMetric
+        >>> computes_dict(MeanSquaredError()), computes_dict(MinMaxMetric(MeanSquaredError()))
+        (False, True)
+    """
+    annotation = type(metric).compute.__annotations__.get("return", "")
+    said = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    if said in ("Tensor", "torch.Tensor", "float"):
+        return False
+    return True if said.startswith(("dict", "Dict")) else None
 
 
 @dataclass
@@ -154,9 +222,48 @@ class TaskOutput:
 
 
 def check_task_name(task: object) -> None:
-    """Task names become module names, so that what ``nn.ModuleDict`` cannot hold is refused."""
+    """Task names become names of modules and of what is logged; refuse those that cannot be both."""
     rule = "Task names become names of modules: a non-empty string without dots that is no attribute of nn.ModuleDict"
     if not isinstance(task, str) or not task or "." in task:
         raise ValueError(f"{task!r} cannot name a task. {rule}.")
     if hasattr(nn.ModuleDict(), task):
         raise ValueError(f"{task!r} cannot name a task. {rule}, as {task!r} is; {task + '_task'!r} would do.")
+    if task.split("/")[0] == "total":
+        raise ValueError(
+            f"{task!r} cannot name a task: 'loss/total' is where the sum over the tasks is logged; "
+            f"{task.replace('total', 'total_task', 1)!r} would do."
+        )
+
+
+def check_task_names(tasks: Iterable[str]) -> None:
+    """Check the names of a module's tasks, one by one and together.
+
+    Raises:
+        ValueError: If one cannot name a task, or ``loss/a`` and ``loss/a/b`` would be logged: some loggers keep names
+            as files in folders.
+    """
+    names = list(tasks)
+    for task in names:
+        check_task_name(task)
+    for task in names:
+        if inside := [other for other in names if other.startswith(f"{task}/")]:
+            raise ValueError(
+                f"The task name {inside[0]!r} begins with the name of task {task!r} and a slash, which loggers that "
+                "keep a file for each name cannot hold; rename one of them."
+            )
+
+
+def name_task(error: Exception, part: str, task: str) -> None:
+    """Say in an error from a task's loss, head or metrics which task it was; its type and traceback stay.
+
+    Example:
+        >>> error = ValueError("Expected a target of integers.")
+        >>> name_task(error, "loss", "smile")
+        >>> error.__notes__
+        ["in the loss of task 'smile'"]
+    """
+    note = f"in the {part} of task {task!r}"
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+    elif error.args and isinstance(error.args[0], str):  # Python 3.10 has no notes
+        error.args = (f"{error.args[0]} ({note})", *error.args[1:])

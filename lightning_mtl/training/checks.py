@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.task.module import TaskModule
-from lightning_mtl.task.task import Task, check_task_name
+from lightning_mtl.task.task import Task, check_task_names
 
 REFUSED_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy)
 
@@ -41,8 +41,7 @@ def check_arguments(
         for task, value in mapping.items():
             if not isinstance(value, kind):
                 raise TypeError(f"{name}[{task!r}] must be a {kind.__name__}, found {type(value).__name__}.")
-    for task in tasks:
-        check_task_name(task)
+    check_task_names(tasks)
     _check_names_match(heads, tasks)
     _check_step_arguments(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,18 +10,18 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torchmetrics import MetricCollection
 
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.metrics import delta_m
-from lightning_mtl.task import Task, TaskOutput
+from lightning_mtl.task import Task
 from lightning_mtl.task.module import TaskModule
+from lightning_mtl.task.shapes import SeenShapes
 from lightning_mtl.training.checks import check_model, check_trainer
 from lightning_mtl.training.losses import LabelCounts
+from lightning_mtl.training.reduced import log_reduced
 from lightning_mtl.training.schedulers import plateau_metrics, step_schedulers
+from lightning_mtl.training.scores import Scores, StageMetrics, change_from_baselines
 from lightning_mtl.training.window import Window
 
 
@@ -69,7 +68,9 @@ class Recorder(Callback):
         self.tasks = dict(tasks)
         self.losses = {stage: LossMeans(tasks) for stage in ("train", "val", "test")}
         self.labels = LabelCounts(tasks)
-        self.scores: dict[str, dict[str, dict[str, float]]] = {stage: {} for stage in self.losses}
+        self.scores: dict[str, Scores] = {stage: {} for stage in self.losses}
+        self.shapes = SeenShapes()
+        self._metrics = StageMetrics()
         self._vectors: dict[str, tuple[Sequence[str], Tensor]] = {}
         self._penalties: Mapping[str, Tensor] = {}
         self.unlogged = False
@@ -77,22 +78,6 @@ class Recorder(Callback):
         self._known_metrics: dict[str, Tensor] = {}
 
     # Steps
-
-    def update_metrics(
-        self, module: TaskModule, stage: str, outputs: Mapping[str, TaskOutput], step_metric: str | None = None
-    ) -> dict[str, Tensor] | None:
-        """Count a batch into the stage's metrics; return each task's own value of ``step_metric`` on it, if asked."""
-        collections: nn.ModuleDict = getattr(module, f"{stage}_metrics")
-        scores: dict[str, Tensor] | None = None if step_metric is None else {}
-        for task, output in outputs.items():
-            if task not in collections or output.prediction is None or output.target is None:
-                continue
-            prediction = apply_to_collection(output.prediction, Tensor, Tensor.detach)
-            if scores is None:
-                collections[task].update(prediction, output.target)  # type: ignore[operator]
-            else:
-                scores[task] = collections[task](prediction, output.target)[step_metric].detach()
-        return scores
 
     def record_step(
         self,
@@ -136,22 +121,22 @@ class Recorder(Callback):
         }
         scalars.update((f"penalty/{name}", value.float().cpu()) for name, value in self._penalties.items())
         losses = self._vectors["loss"][1]
-        scalars["loss"] = (losses * self._vectors["weight"][1]).sum() if "weight" in self._vectors else losses.sum()
+        weighted = losses * self._vectors["weight"][1] if "weight" in self._vectors else losses
+        scalars["loss/total"] = weighted.sum()
         # Not self.log, which makes a metric object of every scalar: 0.6 ms each. As Lightning's LearningRateMonitor
         # does it: to the loggers, and to where ModelCheckpoint, EarlyStopping and schedulers look.
         module.trainer.callback_metrics.update(scalars)
+        module.trainer.progress_bar_metrics["loss/total"] = float(scalars["loss/total"])
         # An epoch's end belongs to the last batch's place on the axis, as where Lightning logs it.
         step = None if on_step else module.trainer.fit_loop.epoch_loop._batches_that_stepped - 1
         module.trainer._logger_connector.log_metrics(scalars, step=step)
-        module.log(
-            "loss", scalars["loss"], on_step=on_step, on_epoch=not on_step, prog_bar=True, logger=False, batch_size=1
-        )
         self.unlogged = False
 
     # Stages
 
     def setup(self, trainer: pl.Trainer, pl_module: TaskModule, stage: str) -> None:  # type: ignore[override]
         """Refuse, before training begins, what cannot work."""
+        self.shapes.clear()
         if stage == "fit":
             check_trainer(pl_module, trainer)
             self.labels.reset()
@@ -174,7 +159,7 @@ class Recorder(Callback):
             "learning rates": "lr",  # last: empty where no tasks have rates of their own
         }
         # A pattern, no list of tasks: TensorBoard shows a chart once for all runs only where their layouts agree.
-        return {"tasks": {title: ["Multiline", [f"^{prefix}/"]] for title, prefix in charts.items()}}
+        return {"tasks": {title: ["Multiline", [f"^{prefix}/(?!total$)"]] for title, prefix in charts.items()}}
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: TaskModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
         """Step the schedulers that waited for the last batch's validation; have buffers broadcast as they should be.
@@ -226,32 +211,16 @@ class Recorder(Callback):
     def _log_stage(self, module: TaskModule, stage: str, loss_name: str) -> None:
         means = self.losses[stage].means(module)
         scores = {task: {"loss": mean} for task, mean in zip(self.tasks, means, strict=True) if mean is not None}
-        values: dict[str, float | Tensor] = {f"{loss_name}/{task}": score["loss"] for task, score in scores.items()}
+        values = {f"{loss_name}/{task}": score["loss"] for task, score in scores.items()}
         if scores and stage != "train":
-            values[f"{stage}/loss"] = sum(score["loss"] for score in scores.values())
-        collections = module.stage_metrics(stage)
-        updated = torch.tensor([float(any(m.update_called for m in ms.values())) for ms in collections.values()])
-        # Every rank has to take part in the metrics' own synchronization, or none.
-        counts = module.trainer.strategy.reduce(updated.to(module.device), reduce_op="sum").tolist()
-        for (task, metrics), count in zip(collections.items(), counts, strict=True):
-            for name, value in _compute(task, metrics).items() if count else ():
-                values[f"{stage}/{name}/{task}"] = value
-                scores.setdefault(task, {})[name] = float(value)
+            values[f"{stage}/loss/total"] = sum(score["loss"] for score in scores.values())
+        for task, own in self._metrics.compute(module, stage).items():
+            values.update((f"{stage}/{name}/{task}", value) for name, value in own.items())
+            scores.setdefault(task, {}).update(own)
         self.scores[stage] = scores
-        if stage != "train" and (compared := self._delta_m(scores)) is not None:
+        if stage != "train" and (compared := change_from_baselines(self.tasks, scores)) is not None:
             values[f"{stage}/delta_m"] = compared
-        module.log_dict(
-            {name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()}, batch_size=1
-        )
-
-    def _delta_m(self, scores: Mapping[str, Mapping[str, float]]) -> float | None:
-        compared = [
-            (scores[name][metric], baseline, task.higher_is_better(metric))
-            for name, task in self.tasks.items()
-            for metric, baseline in (task.baseline or {}).items()
-            if metric in scores.get(name, {})
-        ]
-        return delta_m(*zip(*compared, strict=True)) if compared else None
+        log_reduced(module, values)
 
     # Checkpoints
 
@@ -280,20 +249,3 @@ class Recorder(Callback):
     ) -> None:
         """Take the metrics of a waiting scheduler back."""
         self._known_metrics = checkpoint.get("lightning_mtl_plateau_metrics", {})
-
-
-def _compute(task: str, metrics: MetricCollection) -> dict[str, Tensor]:
-    """Compute and reset a task's metrics."""
-    with warnings.catch_warnings():
-        # A rank without a sample has nothing to compute from but what the others send.
-        warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
-        values: dict[str, Tensor] = metrics.compute()
-    metrics.reset()
-    for name, value in values.items():
-        if value.numel() != 1:
-            shape = list(value.shape)
-            raise ValueError(
-                f"Metric {name!r} of task {task!r} computes shape {shape}, which cannot be logged as one number; wrap "
-                "it (torchmetrics.ClasswiseWrapper for one value a class), or log it from a callback of your own."
-            )
-    return values

@@ -17,6 +17,7 @@ from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import TaskOutput
 from lightning_mtl.training.absent import standing_in
 from lightning_mtl.training.cast import Cast
+from lightning_mtl.training.reduced import log_reduced
 from lightning_mtl.training.window import Reduced, Window
 
 
@@ -218,8 +219,8 @@ class LabelCounts:
         dtype = torch.float32 if module.device.type == "mps" else torch.float64
         own = torch.tensor(self.sums, dtype=dtype, device=module.device)
         total: Tensor = module.trainer.strategy.reduce(own, reduce_op="sum")
-        for task, fraction in self.fractions(total.tolist()).items():
-            module.log(f"labeled/{task}", torch.tensor(fraction, dtype=torch.float32), batch_size=1)
+        fractions = self.fractions(total.tolist())
+        log_reduced(module, {f"labeled/{task}": fraction for task, fraction in fractions.items()})
 
     def state_dict(self) -> Tensor:
         """The sums so far, ``[3, K]``."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from lightning_mtl.method.base import Weighting, weighting_of
-from lightning_mtl.task.batches import is_per_task, under_its_name
+from lightning_mtl.task.batches import as_pair, is_joint, is_per_task, under_its_name
 from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import sample_counts
 from lightning_mtl.training.schedulers import Hook, keep_schedules_of_instance, keeping_schedules
+from lightning_mtl.training.scores import update_metrics
 from lightning_mtl.training.step import Optimization
 from lightning_mtl.training.update import OptimizerHooks
 
@@ -74,6 +78,21 @@ class SteppedModule(OptimizerHooks):
         """Count the batch into ``test/loss/<task>`` and ``test/<metric>/<task>``."""
         self._evaluate("test", batch, dataloader_idx)
 
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:  # noqa: ANN401
+        """Predict every task of a batch of inputs, with or without targets; a task with a loader of its own, alone."""
+        named = self.under_its_name("predict", batch, dataloader_idx)
+        batch = batch if named is batch else {task: as_pair(own) for task, own in named.items()}
+        if is_joint(batch, self.tasks):
+            return self.forward(batch[0])  # type: ignore[no-any-return]
+        if is_per_task(batch, self.tasks):
+            pairs = {task: pair for task, pair in batch.items() if task in self.tasks and pair is not None}
+            return self._predict_each({task: pair[0] for task, pair in pairs.items()})
+        return self.forward(batch)  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def _predict_each(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Predict every task from inputs of its own."""
+
     def under_its_name(self, stage: str, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401
         """Give a batch of one of several loaders, named by tasks, its name back."""
         loaders = None if self._trainer is None else getattr(self.trainer, f"{stage}_dataloaders")
@@ -90,7 +109,7 @@ class SteppedModule(OptimizerHooks):
         outputs = self.present_outputs(batch)
         if not outputs:
             return
-        self.recorder.update_metrics(self, stage, outputs)
+        update_metrics(self, stage, outputs)
         losses = torch.stack([output.loss.detach() for output in outputs.values()])
         self.recorder.losses[stage].add(losses, sample_counts(list(outputs.values())), list(outputs))
 

@@ -30,6 +30,7 @@ from lightning_mtl.training.features import features_of, find_layer
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import micro_batch_of, reduce_losses, sample_counts
 from lightning_mtl.training.observation import Observation
+from lightning_mtl.training.scores import update_metrics
 from lightning_mtl.training.snapshots import losses_after
 from lightning_mtl.training.synchronization import synchronizing
 from lightning_mtl.training.update import Update
@@ -188,7 +189,7 @@ class Optimization:
         scores = None
         if len(module.train_metrics) and not window.repeats:
             step_metric = None if weighting is None else weighting.step_metric
-            scores = recorder.update_metrics(module, "train", outputs, step_metric)
+            scores = update_metrics(module, "train", outputs, step_metric)
         if cast.steering is not None and not window.repeats:
             cast.steering.collect(module, window, batch, outputs)
         device, kind = module.device, module.device.type

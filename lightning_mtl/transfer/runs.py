@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task import Task
+from lightning_mtl.task.task import computes_dict
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.step import Optimization
 
@@ -64,8 +65,9 @@ def metric_directions(tasks: Mapping[str, Task], metrics: Sequence[str] | None =
 
     Args:
         tasks: The tasks.
-        metrics: Names to compare, each task by those that it has; ``"loss"`` may be among them. None takes every metric
-            that knows whether higher is better, and the loss of a task without one.
+        metrics: Names to compare, each task by those that it has; ``"loss"`` may be among them, and keys of what a
+            metric computes. None takes every metric of one number that knows whether higher is better, and the loss of
+            a task without one.
 
     Raises:
         ValueError: If a task has none of the named metrics, or one that does not know whether higher is better.
@@ -77,11 +79,15 @@ def metric_directions(tasks: Mapping[str, Task], metrics: Sequence[str] | None =
     """
     directions: Directions = {}
     for name, task in tasks.items():
-        own = {str(metric): held.higher_is_better for metric, held in task.metric_collection().items()}
+        own = {
+            str(metric): held.higher_is_better
+            for metric, held in task.metric_collection().items()
+            if not computes_dict(held)  # logged under the dict's keys
+        }
         if metrics is None:
             chosen = [metric for metric, direction in own.items() if direction is not None] or ["loss"]
         else:
-            chosen = [metric for metric in metrics if metric == "loss" or metric in own]
+            chosen = [metric for metric in metrics if task.has_metric(metric)]
         if not chosen:
             raise ValueError(
                 f"metrics={list(metrics or [])} has none of task {name!r}, which can be compared by "

@@ -76,8 +76,8 @@ def _direction(metric: str, tasks: Mapping[str, Task]) -> Direction | None:
         return "minimize"
     if len(parts) == 3 and parts[2] in tasks:
         task = tasks[parts[2]]
-        known = [str(name) for name in task.metric_collection()]
-        if parts[1] not in known:
+        if not task.has_metric(parts[1]):
+            known = [str(name) for name in task.metric_collection()]
             raise ConfigurationError(
                 f"objective: task {parts[2]!r} has no metric {parts[1]!r}. {choices(parts[1], known)}"
             )

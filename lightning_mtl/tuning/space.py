@@ -151,7 +151,7 @@ def read_space(space: str | Path | Mapping[str, Any]) -> Space:
         ConfigurationError: If it is not of that form; the message names the key.
 
     Example:
-        >>> space = read_space({"objective": "val/loss", "weighting": ["MGDA", "GradNorm"]})
+        >>> space = read_space({"objective": "val/loss/total", "weighting": ["MGDA", "GradNorm"]})
         >>> [candidate.name for candidate in space.weightings]
         ['MGDA', 'GradNorm']
     """
@@ -168,7 +168,7 @@ def _space(content: Mapping[str, Any]) -> Space:
         if key not in KEYS:
             raise ConfigurationError(f"unknown key {key!r}. {choices(str(key), list(KEYS))}")
     if "objective" not in content:
-        raise ConfigurationError("objective is missing; name a metric to improve, such as objective: val/loss.")
+        raise ConfigurationError("objective is missing; name a metric to improve, such as objective: val/loss/total.")
     given = content.get("parameters") or {}
     if not isinstance(given, Mapping):
         raise ConfigurationError(f"parameters must map paths to ranges or choices, found {given!r}.")

@@ -49,7 +49,7 @@ def module(**arguments: Any) -> MultiTaskModule:
         "columns": Task(mse_loss, error, missing=torch.nan),
         "classes": Task(cross_entropy, accuracy, missing=-100),
         "masked": Task(mse_loss, error),
-        "pixels": Task(cross_entropy, accuracy, missing=255),
+        "pixels": Task(cross_entropy, accuracy, missing=255, class_dim=1),
     }
     trunk = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh())
     model = MultiTaskModule(trunk, heads, tasks, optimizer=functools.partial(torch.optim.SGD, lr=0.1), **arguments)

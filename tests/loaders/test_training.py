@@ -82,7 +82,9 @@ def test_figures_and_predictions_keep_the_names() -> None:
     trainer = quiet_trainer()
     trainer.fit(model, datamodule=made)
     named = {name for name in trainer.callback_metrics if name.startswith("val/")}
-    assert named == {"val/loss"} | {f"val/{kind}/{task}" for kind in ("loss", "error", "accuracy") for task in "ac"}
+    assert named == {"val/loss/total"} | {
+        f"val/{kind}/{task}" for kind in ("loss", "error", "accuracy") for task in "ac"
+    }
     (tested,) = trainer.test(model, datamodule=made, verbose=False)
     for task, dataset in evaluated.items():
         inputs, targets = (

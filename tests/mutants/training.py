@@ -198,7 +198,7 @@ TRAINING = (
     ),
     Mutation(
         "metrics go on from epoch to epoch",
-        "training/logging.py",
+        "training/scores.py",
         "metrics.reset()",
         "pass",
         STAGES,

@@ -151,7 +151,7 @@ def test_metrics_are_those_that_say_which_way_is_better(factory: Callable[[], pl
 def test_scores_may_be_those_of_the_test_data_and_of_the_best_checkpoint(tmp_path: Path) -> None:
     def trainer() -> pl.Trainer:
         folders.append(tmp_path / str(len(folders)))
-        best = pl.callbacks.ModelCheckpoint(folders[-1], monitor="val/loss", mode="max")
+        best = pl.callbacks.ModelCheckpoint(folders[-1], monitor="val/loss/total", mode="max")
         return quiet_trainer(max_epochs=4, callbacks=[best], enable_checkpointing=True)
 
     folders: list[Path] = []

@@ -23,7 +23,7 @@ def test_two_ranks_train_the_trials_that_rank_0_draws(trials: int, prune: bool, 
     configured = configuration(tmp_path, devices=2, strategy="ddp", max_epochs=3 if prune else 1)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(configured))
     parameters = {"model.optimizer.lr": [1e-1, 1e-7]}
-    (tmp_path / "space.yaml").write_text(yaml.safe_dump({"objective": "val/loss", "parameters": parameters}))
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({"objective": "val/loss/total", "parameters": parameters}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -47,7 +47,7 @@ def test_the_best_file_reproduces_the_objective_to_the_bit(tmp_path: Path) -> No
     assert [trial.state for trial in result.study.trials] == [TrialState.COMPLETE] * 3
     ((number, path),) = result.best.items()
     assert number == result.study.best_trial.number
-    assert trained(path, tmp_path)["val/loss"] == result.study.best_value
+    assert trained(path, tmp_path)["val/loss/total"] == result.study.best_value
     values = [trial.value for trial in result.finished]
     assert values == sorted(values)  # type: ignore[type-var]
     assert len(set(values)) == 3  # what was drawn reaches the training
@@ -59,7 +59,7 @@ def test_a_trial_is_in_the_hparams_tab_with_its_importances_and_objective(tmp_pa
     assert sorted(path.name for path in Path("out").glob("trial_*")) == ["trial_0000", "trial_0001"]
     events = EventAccumulator("out/trial_0001")
     events.Reload()
-    assert events.Scalars("val/loss")[-1].value == pytest.approx(result.study.trials[1].value)
+    assert events.Scalars("val/loss/total")[-1].value == pytest.approx(result.study.trials[1].value)
     saved = yaml.safe_load(Path("out/trial_0001/hparams.yaml").read_text())
     assert saved["importance.left"] + saved["importance.right"] == pytest.approx(2)
     assert saved["model.optimizer.lr"] == result.study.trials[1].params["model.optimizer.lr"]
@@ -74,7 +74,7 @@ def test_seeds_are_trained_each_and_their_mean_counts(tmp_path: Path) -> None:
     assert list(by_seed) == ["3", "4", "5"]
     assert len({tuple(values) for values in by_seed.values()}) == 3
     assert trial.value == pytest.approx(sum(values[0] for values in by_seed.values()) / 3)
-    assert trained(result.best[0], tmp_path)["val/loss"] == by_seed["3"][0]
+    assert trained(result.best[0], tmp_path)["val/loss/total"] == by_seed["3"][0]
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_a_training_that_fails_is_a_trial_and_says_why(tmp_path: Path, capsys: p
 
 @pytest.mark.slow
 def test_an_unpromising_trial_is_pruned(tmp_path: Path) -> None:
-    wanted = {"objective": "val/loss", "parameters": {"model.optimizer.lr": [1e-1, 1e-7]}}
+    wanted = {"objective": "val/loss/total", "parameters": {"model.optimizer.lr": [1e-1, 1e-7]}}
     result = tune(
         configuration(tmp_path, max_epochs=3), wanted, trials=8, prune=True, sampler=Fixed([1e-1] * 6 + [1e-7, 1e-1])
     )
@@ -185,9 +185,9 @@ def test_an_objective_that_is_not_logged_ends_the_search_at_its_first_trial(tmp_
 @pytest.mark.slow
 def test_early_stopping_is_the_configurations(tmp_path: Path) -> None:
     stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
-    stopping["init_args"] = {"monitor": "val/loss", "stopping_threshold": 1e9}  # type: ignore[assignment]
+    stopping["init_args"] = {"monitor": "val/loss/total", "stopping_threshold": 1e9}  # type: ignore[assignment]
     result = tune(configuration(tmp_path, max_epochs=50, callbacks=[stopping]), space(), trials=1, folder="out")
     events = EventAccumulator("out/trial_0000")
     events.Reload()
-    assert len(events.Scalars("val/loss")) <= 2
-    assert trained(result.best[0], tmp_path)["val/loss"] == result.study.best_value
+    assert len(events.Scalars("val/loss/total")) <= 2
+    assert trained(result.best[0], tmp_path)["val/loss/total"] == result.study.best_value

@@ -46,7 +46,7 @@ def test_methods_with_a_choice_of_their_own_declare_it() -> None:
 
 
 def parsed(**content: Any) -> Any:
-    return read_space({"objective": "val/loss", "weighting": ["MGDA"], **content})
+    return read_space({"objective": "val/loss/total", "weighting": ["MGDA"], **content})
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def parsed(**content: Any) -> Any:
         ({"objektive": 1}, "unknown key 'objektive'. Did you mean objective"),
         ({"objective": 3}, "objective must be"),
         ({"objective": {"mean": []}}, r"objective.mean must list"),
-        ({"objective": {"val/loss": "up"}}, "objective.val/loss must be minimize or maximize, found 'up'"),
+        ({"objective": {"val/loss/total": "up"}}, "objective.val/loss/total must be minimize or maximize, found 'up'"),
         ({"weighting": ["MGDAA"]}, "'MGDAA' names no weighting. Did you mean MGDA"),
         ({"weighting": ["MLP"]}, "'MLP' names no weighting"),
         ({"weighting": ["MGDA", "MGDA"]}, "twice"),
@@ -114,7 +114,7 @@ def test_numbers_are_drawn_from_what_their_range_says() -> None:
         "depth": {"low": 1, "high": 3, "integer": True},
     }
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
-    read_space({"objective": "val/loss", "parameters": ranges}).sample(trial, [])
+    read_space({"objective": "val/loss/total", "parameters": ranges}).sample(trial, [])
     assert trial.distributions == {
         "rate": optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True),
         "share": optuna.distributions.FloatDistribution(0, 1),
@@ -125,7 +125,7 @@ def test_numbers_are_drawn_from_what_their_range_says() -> None:
 
 def test_choices_of_lists_nulls_and_mappings_come_back_as_they_are(tmp_path: Any) -> None:
     values: list[Any] = [None, "null", 1, True, [4, 8], {"class_path": "MLP", "init_args": {"widths": [4]}}]
-    space = read_space({"objective": "val/loss", "parameters": {"model.trunk": values}})
+    space = read_space({"objective": "val/loss/total", "parameters": {"model.trunk": values}})
     base = BaseConfig(configuration(tmp_path), {}, 1)
     for value in values:
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -162,7 +162,7 @@ def test_directions_follow_from_names_or_are_asked_for() -> None:
 
     tasks = {"a": Task(loss, MulticlassAccuracy(3)), "b": Task(loss, MeanSquaredError())}
     for metric, expected in (
-        ("val/loss", "minimize"),
+        ("val/loss/total", "minimize"),
         ("val/loss/a", "minimize"),
         ("loss_epoch/a", "minimize"),
         ("val/delta_m", "minimize"),

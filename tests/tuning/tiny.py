@@ -85,7 +85,7 @@ def configuration(folder: Path, **trainer: Any) -> dict[str, Any]:
 
 
 SPACE = {
-    "objective": "val/loss",
+    "objective": "val/loss/total",
     "weighting": ["StaticWeights", "GradNorm"],
     "importance": "simplex",
     "parameters": {
