@@ -254,14 +254,7 @@ def check_task_names(tasks: Iterable[str]) -> None:
 
 
 def name_task(error: Exception, part: str, task: str) -> None:
-    """Say in an error from a task's loss, head or metrics which task it was; its type and traceback stay.
-
-    Example:
-        >>> error = ValueError("Expected a target of integers.")
-        >>> name_task(error, "loss", "smile")
-        >>> error.__notes__
-        ["in the loss of task 'smile'"]
-    """
+    """Say in an error from a task's loss, head or metrics which task it was; its type and traceback stay."""
     note = f"in the {part} of task {task!r}"
     if sys.version_info >= (3, 11):
         error.add_note(note)
