@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
@@ -30,6 +30,8 @@ class Cast:
         sharded: Whether parameters are sharded over the ranks (FSDP2).
         scaler: The gradient scaler of half precision.
         thaws: Whether a callback may unfreeze parameters.
+        leaves_out: Whether DDP leaves alone what no rank's backward pass reaches.
+        penalizes: Whether the module may have penalties.
     """
 
     weighting: Weighting | None
@@ -39,6 +41,8 @@ class Cast:
     sharded: bool
     scaler: Any
     thaws: bool
+    leaves_out: bool
+    penalizes: bool
 
     @classmethod
     def of(cls, module: TaskModule, phases: Phases) -> Cast:
@@ -58,4 +62,14 @@ class Cast:
             sharded=isinstance(strategy, ModelParallelStrategy),
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             thaws=any(isinstance(callback, BaseFinetuning) for callback in callbacks),
+            leaves_out=isinstance(strategy, DDPStrategy)
+            and any(strategy._ddp_kwargs.get(name) for name in ("find_unused_parameters", "static_graph")),
+            penalizes=_penalizes(module),
         )
+
+
+def _penalizes(module: TaskModule) -> bool:
+    """Whether the module, or a part of its trunk, has penalties of its own; the same on all ranks."""
+    definitions = sum("penalties" in vars(cls) for cls in type(module).__mro__)
+    overridden = definitions > 2 or "penalties" in vars(module)  # those of TaskModule and MultiTaskModule are two
+    return overridden or any(callable(getattr(part, "penalties", None)) for part in module.trunk.modules())

@@ -66,6 +66,8 @@ class Window:
         gradients: The gradients kept until the step's weights are known, where the step collects them.
         layer: The parameters that gradients are measured at, over the micro-batches so far; None for a place of all.
         passes_again: Whether some step of the training may pass a part of the graph more than once.
+        reached: The parameters that this rank's losses and penalties reach, where ``forgets`` is asked for.
+        forgets: Whether parameters that no rank reached may have got a gradient of 0, which has to go.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Window:
         self.samples: dict[Collected, list[Tensor]] = {}
         self.local: list[tuple[list[str], Tensor, Tensor | float]] = []
         self.reached: set[Tensor] = set()
+        self.forgets = False
         self._asked: Signals | None = None
         self.tasks = tuple(tasks)
         self._position = dict(zip(tasks, range(len(tasks)), strict=True))
