@@ -2,57 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.task.module import TaskModule
+from lightning_mtl.training.cast import Cast
 from lightning_mtl.training.window import Reduced, Window
 
 
 def standing_in(
-    module: TaskModule, window: Window, reduced: Reduced, absent: Sequence[str], split: Split, *, sharded: bool
+    module: TaskModule,
+    window: Window,
+    cast: Cast,
+    reduced: Reduced,
+    absent: Sequence[str],
+    penalties: Mapping[str, Tensor],
+    split: Split,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Make what stands in for the tasks that this rank lacks: the collectives expect every parameter in every graph.
+    """Make what stands in for what this rank lacks: the collectives expect every parameter in every graph.
 
     Args:
         module: What is trained.
         window: The optimizer step.
+        cast: Who takes part.
         reduced: The micro-batch's losses over all ranks.
         absent: The tasks that this rank lacks.
+        penalties: The penalties that it has.
         split: What trunk and heads returned.
-        sharded: Whether parameters are sharded over the ranks.
 
     Returns:
         Losses of 0 for absent tasks, and losses of 0 that belong to no task and are added to the penalty.
     """
     # FSDP2 gathers and reduces in the modules' own hooks: a head takes part by what it returned, or not at all.
     zero = reduced.losses.new_zeros(())
-    if sharded:
+    if cast.sharded:
         losses = {task: _ghost_of_outputs(split.head_outputs.get(task, ()), zero) for task in absent}
         return losses, [losses[task] for task in absent if task not in reduced.names]
+    differ = cast.penalizes and _differ(penalties, window.ranks, module.device)
     # DDP waits for every parameter's hook in the one synchronized backward pass: one ghost of all is enough.
     if not window.collects:
-        return {}, [_ghost_of_parameters(module, zero)]
+        # By what all ranks know, for together they look for what none of them has reached.
+        window.forgets |= cast.leaves_out or differ
+        if absent or differ:
+            return {}, [_ghost_of_parameters(module, zero)]
+        if cast.leaves_out and window.micro_batches > 1:
+            # DDP averages what the window's last backward pass reaches, and would leave out what only others have.
+            return {}, [_ghost_of_parameters(module, zero, with_gradient=True)]
+        return {}, []
+    # The step's one backward pass reaches all parameters by itself, on each rank that has something to pass backward.
+    ghosts = [zero] if differ and not penalties else []
     # Layers that wait for the other ranks in each backward pass, one a task, wait here, too.
-    if any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
-        return dict.fromkeys(absent, _ghost_of_outputs([output.s for output in split.outputs], zero)), []
-    return {}, []
+    if absent and any(isinstance(part, nn.SyncBatchNorm) for part in module.modules()):
+        return dict.fromkeys(absent, _ghost_of_outputs([output.s for output in split.outputs], zero)), ghosts
+    return {}, ghosts
 
 
-def _ghost_of_parameters(module: nn.Module, like: Tensor) -> Tensor:
-    """A loss of 0 that depends on all of a module's parameters: a rank without samples has their graph, too."""
+def _differ(penalties: Mapping[str, Tensor], ranks: Ranks, device: torch.device) -> bool:
+    """Whether some rank has a penalty that another lacks: one collective."""
+    own = zlib.crc32("\n".join(sorted(penalties)).encode())
+    # Numbers are the same exactly if the square of their sum is R times the sum of their squares.
+    total, squares = ranks.sum(torch.tensor([own, own**2 % 2**62], device=device)).tolist()
+    return bool((total**2 - ranks.size * squares) % 2**62)
+
+
+def _ghost_of_parameters(module: nn.Module, like: Tensor, *, with_gradient: bool = False) -> Tensor:
+    """A loss of 0 that depends on all of a module's parameters: a rank without samples has their graph, too.
+
+    Args:
+        module: Whose parameters they are.
+        like: A tensor of the loss's dtype.
+        with_gradient: Leave out parameters without a gradient.
+    """
     # A table with sparse gradients has to get a sparse one: of no row.
     tables = {m.weight for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse}
     none = torch.zeros(0, dtype=torch.long, device=like.device)
     parts = [
         nn.functional.embedding(none, parameter, sparse=True).sum() if parameter in tables else (parameter * 0).sum()
         for parameter in module.parameters()
-        if parameter.requires_grad
+        if parameter.requires_grad and not (with_gradient and parameter.grad is None)
     ]
-    return torch.stack([part.to(like.dtype) for part in parts]).sum()
+    return torch.stack([part.to(like.dtype) for part in parts]).sum() if parts else like
 
 
 def _ghost_of_outputs(outputs: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -67,7 +101,7 @@ def forget_unreached(module: TaskModule, window: Window, *, sharded: bool) -> No
     if window.gradients is not None and window.gradients.reached is not None:
         reached = window.gradients.reached
         unreached = [p for p in module.parameters() if p not in reached]
-    elif len(window.present) == len(module.tasks):
+    elif len(window.present) == len(module.tasks) and not window.forgets:
         return
     elif sharded:
         kept = {p for task in window.present for p in module.heads[task].parameters()}

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_mtl.distributed import Ranks
@@ -33,6 +33,8 @@ class Cast:
         scaler: The gradient scaler of half precision.
         thaws: Whether a callback may unfreeze parameters.
         asks_again: Whether the optimizer may call its closure more than once, as SAM and LBFGS do.
+        leaves_out: Whether DDP leaves alone what no rank's backward pass reaches.
+        penalizes: Whether the module may have penalties.
     """
 
     weighting: Weighting | None
@@ -43,6 +45,8 @@ class Cast:
     scaler: Any
     thaws: bool
     asks_again: bool
+    leaves_out: bool
+    penalizes: bool
 
     @classmethod
     def of(cls, module: TaskModule, phases: Phases) -> Cast:
@@ -64,9 +68,19 @@ class Cast:
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             thaws=any(isinstance(callback, BaseFinetuning) for callback in callbacks),
             asks_again=is_overridden("optimizer_step", module) or any(_asks_again(o) for o in trainer.optimizers),
+            leaves_out=isinstance(strategy, DDPStrategy)
+            and any(strategy._ddp_kwargs.get(name) for name in ("find_unused_parameters", "static_graph")),
+            penalizes=_penalizes(module),
         )
 
 
 def _asks_again(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer is none of torch's own, of which LBFGS alone calls its closure more than once."""
     return isinstance(optimizer, torch.optim.LBFGS) or not type(optimizer).__module__.startswith("torch.optim.")
+
+
+def _penalizes(module: TaskModule) -> bool:
+    """Whether the module, or a part of its trunk, has penalties of its own; the same on all ranks."""
+    definitions = sum("penalties" in vars(cls) for cls in type(module).__mro__)
+    overridden = definitions > 2 or "penalties" in vars(module)  # those of TaskModule and MultiTaskModule are two
+    return overridden or any(callable(getattr(part, "penalties", None)) for part in module.trunk.modules())

@@ -101,13 +101,14 @@ def micro_batch_of(
     penalty = torch.stack(list(penalties.values())).sum() if penalties else None
     losses = {task: output.loss for task, output in outputs.items()}
     absent = [task for task in module.tasks if task not in outputs]
-    if ranks.size > 1 and absent:
-        stand_ins, ghosts = standing_in(module, window, reduced, absent, split, sharded=cast.sharded)
+    if ranks.size > 1:
+        stand_ins, ghosts = standing_in(module, window, cast, reduced, absent, penalties, split)
         losses.update(stand_ins)
         if ghosts:
             penalty = torch.stack([*ghosts, *([] if penalty is None else [penalty])]).sum()
-    if ranks.size > 1 and not window.collects and len(reduced.names) < len(module.tasks):
-        window.reached.update(reached_leaves([*(o.loss for o in outputs.values()), *penalties.values()]))
+        lacks_some = len(reduced.names) < len(module.tasks)
+        if not window.collects and (lacks_some or window.forgets or (cast.penalizes and window.size > 1)):
+            window.reached.update(reached_leaves([*(o.loss for o in outputs.values()), *penalties.values()]))
     # Gradients that are collected are summed over the window, and a penalty is to count once in it.
     if penalty is not None and window.collects and window.size > 1:
         penalty = penalty / window.size

@@ -69,6 +69,8 @@ class Window:
         loss: The step's loss, detached; None before the first backward pass.
         keeps_batches: Whether the step's batches are kept until it is over.
         repeats: Whether this is a step of which an optimizer's closure asks again, see :meth:`again`.
+        reached: The parameters that this rank's losses and penalties reach, where ``forgets`` is asked for.
+        forgets: Whether parameters that no rank reached may have got a gradient of 0, which has to go.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Window:
         self.samples: dict[Collected, list[Tensor]] = {}
         self.local: list[tuple[list[str], Tensor, Tensor | float]] = []
         self.reached: set[Tensor] = set()
+        self.forgets = False
         self._asked: Signals | None = None
         self.tasks = tuple(tasks)
         self._position = dict(zip(tasks, range(len(tasks)), strict=True))
