@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -69,6 +69,12 @@ def load_trunk(
     below which most of the trunk's keys are found with their shapes; of several, the one that ends in ``trunk.``. What
     ``torch.compile`` adds to keys is ignored, on both sides.
 
+    Tensors take the trunk's dtype: other floating-point types are rounded, integers and real numbers fit into floating
+    point and complex parameters. Complex numbers do not fit into real ones, nor fractions into integers.
+
+    The parts of a file that ``torch.save`` wrote are compared with their checksums. The format of torch before 1.6 and
+    safetensors have none: of changed numbers in an intact structure nobody can know.
+
     Args:
         target: A :class:`~lightning_mtl.MultiTaskModule`, whose trunk is loaded, or the trunk itself.
         source: The file's path, or what it holds. Files are read with torch's ``weights_only=True``: they cannot run
@@ -84,8 +90,9 @@ def load_trunk(
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: For a safetensors file without the package safetensors.
-        ValueError: If the file is no such source, if nothing of it fits, if several prefixes fit alike, or, with
-            ``strict``, if anything is missing, left over or of another shape. The trunk is as it was then.
+        ValueError: If the file is damaged or no such source, if nothing of it fits, if a dtype does not fit, if several
+            prefixes fit alike, or, with ``strict``, if anything is missing, left over or of another shape. The trunk
+            is as it was then.
 
     Example:
         >>> trunk = nn.Linear(2, 3)
@@ -115,6 +122,7 @@ def load_trunk(
         ignored=len(found) - len(below),
     )
     _check_report(report, name, strict=strict)
+    _check_dtypes({key: (below[key].dtype, own[key][1].dtype) for key in report.loaded}, name)
     trunk.load_state_dict({own[key][0]: below[key] for key in report.loaded}, strict=False)
     return report
 
@@ -166,36 +174,65 @@ class LoadTrunk(Callback):
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give load_trunk a file.")
     if not path.is_file():
         raise FileNotFoundError(f"load_trunk found no file {path}.")
     if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError(
-                f"{path} is a safetensors file; pip install 'lightning-mtl[safetensors]' to read it."
-            ) from error
-        tensors: Mapping[str, Any] = load_file(path)
-        return tensors
+        return _read_safetensors(path)
     try:
+        _check_sums(path)
         read = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:
+        # A damaged file makes the unpickler stumble anywhere: it raises whatever Python can raise.
         raise ValueError(
-            f"{path} cannot be read as tensors alone: {str(error).splitlines()[0]} Save the weights by themselves, "
-            "torch.save(model.state_dict(), path), where you trust the file."
+            f"{path} cannot be read as tensors alone: {_reason(error)}. It is damaged or no checkpoint; or it holds "
+            "objects, and where you trust it, torch.save(model.state_dict(), path) saves the weights by themselves."
         ) from error
     if not isinstance(read, Mapping):
         raise ValueError(f"{path} holds a {type(read).__name__}; a checkpoint or a state dict is needed.")
     return read
 
 
+def _read_safetensors(path: Path) -> Mapping[str, Any]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is a safetensors file; pip install 'lightning-mtl[safetensors]' to read it."
+        ) from error
+    try:
+        tensors: Mapping[str, Any] = load_file(path)
+    except Exception as error:  # its own error, torch's for a wrong dtype or shape, the system's
+        raise ValueError(f"{path} is damaged or no safetensors file: {_reason(error)}.") from error
+    return tensors
+
+
+def _check_sums(path: Path) -> None:
+    """Compare each part of torch's archive with its checksum, which ``torch.load`` does not."""
+    if not zipfile.is_zipfile(path):  # torch's older format has no checksums
+        return
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of its part {damaged} is wrong")
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0].rstrip(". ") if lines and lines[0].strip() else type(error).__name__
+
+
 def _tensors(source: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """The tensors of a state dict, however deep a checkpoint keeps it."""
     nested = next((source[key] for key in _NESTED if isinstance(source.get(key), Mapping)), source)
-    found = {key.replace(_COMPILED, ""): value for key, value in nested.items() if isinstance(value, Tensor)}
+    found = {key.replace(_COMPILED, ""): value for key, value in nested.items() if _is_entry(key, value)}
     if not found:
         raise ValueError(f"load_trunk found no tensors in {name}; its keys are {_some(source)}.")
     return found
+
+
+def _is_entry(key: Any, value: Any) -> bool:  # noqa: ANN401 - whatever a file holds
+    return isinstance(key, str) and isinstance(value, Tensor)
 
 
 def _find_prefix(found: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
@@ -245,6 +282,15 @@ def _check_report(report: LoadReport, name: str, *, strict: bool) -> None:
             else "Nothing fits; build the trunk as it was when it was saved, or give another prefix."
         )
     )
+
+
+def _check_dtypes(dtypes: Mapping[str, tuple[torch.dtype, torch.dtype]], name: str) -> None:
+    lossy = [f"{key} {theirs} for {own}" for key, (theirs, own) in dtypes.items() if not torch.can_cast(theirs, own)]
+    if lossy:
+        raise ValueError(
+            f"load_trunk cannot load from {name} what would lose its imaginary or fractional part: {_some(lossy)}. "
+            "Build the trunk with the dtypes that were saved, or convert the weights yourself."
+        )
 
 
 def _some(keys: Iterable[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import lightning.pytorch as pl
@@ -161,6 +163,76 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds a list"):
         load_trunk(trunk(), tmp_path / "list.pt")
+
+
+def save(path: Path, kind: str) -> None:
+    if kind == "safetensors":
+        safetensors.torch.save_file(state(), path)
+    else:
+        torch.save({"state_dict": state(), "epoch": 3}, path, _use_new_zipfile_serialization=kind == "archive")
+
+
+@pytest.mark.parametrize("kind", ["archive", "legacy", "safetensors"])
+@pytest.mark.parametrize("damage", ["truncation", "bit flip"])
+def test_a_damaged_file_is_refused_in_one_line(kind: str, damage: str, tmp_path: Path) -> None:
+    path = tmp_path / ("saved.safetensors" if kind == "safetensors" else "saved.pt")
+    save(path, kind)
+    whole, random = path.read_bytes(), Random(0)
+    for _ in range(30):
+        place = random.randrange(len(whole))
+        changed = bytes([whole[place] ^ 1 << random.randrange(8)])
+        path.write_bytes(whole[:place] if damage == "truncation" else whole[:place] + changed + whole[place + 1 :])
+        target = trunk()
+        before = {key: value.clone() for key, value in target.state_dict().items()}
+        try:
+            load_trunk(target, path)
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017 - not every flip is an error
+            assert "\n" not in str(error)  # noqa: PT017
+            assert same(target, before)
+        else:
+            # Between an archive's parts nothing is lost; the other formats have no checksums of their numbers.
+            assert damage == "bit flip"
+            assert same(target, state()) or kind != "archive"
+
+
+@pytest.mark.parametrize("name", ["file.pt", "file.safetensors"])
+def test_what_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    for content in (b"", b"some text\n", b"PK\x03\x04", b"\x80\x02."):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{re.escape(str(path))} [^\n]*$"):
+            load_trunk(trunk(), path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        load_trunk(trunk(), path)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_a_dtype_cannot_hold_is_refused(strict: bool) -> None:
+    complex_state = {key: value.to(torch.complex64) for key, value in state().items()}
+    target = trunk()
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match=r"0\.weight torch\.complex64 for torch\.float32"):
+        load_trunk(target, complex_state, strict=strict)
+    assert same(target, before)
+    counter = nn.BatchNorm1d(2)
+    fraction = counter.state_dict() | {"num_batches_tracked": torch.tensor(1.5)}
+    with pytest.raises(ValueError, match=r"torch\.float32 for torch\.int64"):
+        load_trunk(counter, fraction, strict=strict)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_rounded_to_the_trunks(dtype: torch.dtype) -> None:
+    source = {key: value.to(dtype) for key, value in state().items()}
+    target = trunk()
+    load_trunk(target, source)
+    assert same(target, {key: value.float() for key, value in source.items()})
+    widened = trunk().to(torch.complex64)
+    load_trunk(widened, state())
+    assert same(widened, {key: value.to(torch.complex64) for key, value in state().items()})
 
 
 def test_the_callback_loads_before_training_and_not_on_resume(tmp_path: Path) -> None:
