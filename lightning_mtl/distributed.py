@@ -1,13 +1,17 @@
-"""The processes that train together sum their numbers here."""
+"""The processes that train together sum, gather and share their numbers here, and nowhere else."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
+import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 Waiting = Callable[[str], AbstractContextManager[object]]
 
@@ -28,7 +32,7 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None = None, waiting: Waiting | None = None) -> None:
         self.group = group
         self._waiting: Waiting = nullcontext if waiting is None else waiting
-        self.size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+        self.size = dist.get_world_size(group) if _number_of_processes() > 1 else 1
 
     @classmethod
     def alone(cls) -> Ranks:
@@ -53,6 +57,37 @@ class Ranks:
     def _wait(self, work: dist.Work) -> None:
         with self._waiting("waiting"):
             work.wait()
+
+
+def sum_over(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
+    """Sum a tensor over a Trainer's processes, by whatever its strategy sums with, a TPU's too."""
+    return cast("Tensor", trainer.strategy.reduce(tensor, reduce_op="sum"))
+
+
+def gather(tensor: Tensor, ranks: Ranks, dim: int) -> Tensor:
+    """Concatenate the ranks' tensors, whose sizes may differ along ``dim``."""
+    return tensor if ranks.size == 1 else torch.cat(gather_all_tensors(tensor, ranks.group), dim=dim)
+
+
+def of_first(value: Any) -> Any:  # noqa: ANN401 - plain values
+    """Return rank 0's value on every rank."""
+    if _number_of_processes() == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def of_each(value: Any) -> list[Any]:  # noqa: ANN401 - plain values
+    """Return the value of every rank, in their order."""
+    found: list[Any] = [value] * _number_of_processes()
+    if len(found) > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+def _number_of_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _nothing() -> None:

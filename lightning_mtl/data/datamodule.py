@@ -10,8 +10,6 @@ from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import Dataset
 
@@ -20,6 +18,7 @@ from lightning_mtl.data.mixing import Joint, Mixing
 from lightning_mtl.data.order import Shard
 from lightning_mtl.data.sources import check_data_arguments, check_names, number_for_task, read_source
 from lightning_mtl.data.streams import Stream, open_stream
+from lightning_mtl.distributed import of_each, sum_over
 from lightning_mtl.task.batches import as_pair
 from lightning_mtl.task.module import TaskModule
 
@@ -175,7 +174,7 @@ class MultiTaskDataModule(pl.LightningDataModule):
         streams = self._streams("train", seed, shuffle=not overfit)
         self.mixing.check(list(streams))
         steps = self.steps_per_epoch or self.mixing.steps({task: stream.batches for task, stream in streams.items()})
-        self._loader = MixedLoader(streams, self.mixing, steps, seed, self._shard(), _gather, same_epoch=overfit)
+        self._loader = MixedLoader(streams, self.mixing, steps, seed, self._shard(), of_each, same_epoch=overfit)
         if state:
             self._loader.load_state_dict(state)
         return self._loader
@@ -198,7 +197,7 @@ class MultiTaskDataModule(pl.LightningDataModule):
         if self.trainer is not None and self._shard().ranks > 1:
             # Where a stream's length is unknown, the ranks ask each other in each step whether any has a batch left.
             unknown = any(not stream.alike_on_ranks for stream in streams.values())
-            anyone = functools.partial(_anyone, self.trainer.strategy) if unknown else None
+            anyone = functools.partial(_anyone, self.trainer) if unknown else None
         return EvaluationLoader(streams, anyone, read)
 
     def _streams(self, stage: DataStage, seed: int, *, shuffle: bool) -> dict[str, Stream]:
@@ -247,16 +246,6 @@ class MultiTaskDataModule(pl.LightningDataModule):
         self._loader, self._restored = None, state_dict
 
 
-def _anyone(strategy: Strategy, more: bool) -> bool:
+def _anyone(trainer: pl.Trainer, more: bool) -> bool:
     """Whether any rank has a batch left."""
-    answers: torch.Tensor = strategy.reduce(torch.tensor(float(more), device=strategy.root_device), reduce_op="sum")
-    return bool(answers)
-
-
-def _gather(own: Any) -> list[Any]:  # noqa: ANN401 - the states of some streams
-    """A value of every rank."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return [own]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    return gathered
+    return bool(sum_over(trainer, torch.tensor(float(more), device=trainer.strategy.root_device)))

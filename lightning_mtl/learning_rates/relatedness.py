@@ -9,9 +9,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torchmetrics.functional.clustering import normalized_mutual_info_score
-from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_mtl.distributed import Ranks
+from lightning_mtl.distributed import Ranks, gather
 from lightning_mtl.learning_rates.factor import Collected, Factor, moved
 from lightning_mtl.method.base import weighting_of
 from lightning_mtl.method.signals import Signals, cosines
@@ -82,8 +81,7 @@ def _classes(prediction: Tensor) -> Tensor:
 
 def of_all_ranks(values: Sequence[Tensor], ranks: Ranks) -> Tensor:
     """Concatenate the micro-batches' ``[K, n]`` of all ranks, to the same tensor on each of them."""
-    here = torch.cat(list(values), dim=1)
-    return here if ranks.size == 1 else torch.cat(gather_all_tensors(here, ranks.group), dim=1)
+    return gather(torch.cat(list(values), dim=1), ranks, dim=1)
 
 
 RelatednessMeasure = Literal[

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 
+from lightning_mtl.distributed import sum_over
 from lightning_mtl.monitors.base import Monitor
 from lightning_mtl.monitors.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
 
@@ -163,8 +163,8 @@ class GateUsage(Monitor):
             return
         table = found if isinstance(found, GateTable) else _as_table(found, tasks)
         # NaN is blank on all ranks alike.
-        values_on_all = trainer.strategy.reduce(table.values.detach().float().to(pl_module.device), reduce_op="mean")
-        table = GateTable(torch.as_tensor(values_on_all).cpu(), table.rows, table.columns, table.limits)
+        mean = sum_over(trainer, table.values.detach().float().to(pl_module.device)) / trainer.world_size
+        table = GateTable(mean.cpu(), table.rows, table.columns, table.limits)
         self.latest[name] = table
         if trainer.is_global_zero and has_tensorboard(trainer):
             figure = heatmap(table.values, table.rows, table.columns, title=name, limits=table.limits, colors="viridis")

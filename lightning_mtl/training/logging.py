@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_mtl.distributed import sum_over
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import Task
 from lightning_mtl.task.module import TaskModule
@@ -50,7 +51,7 @@ class LossMeans:
 
     def means(self, module: pl.LightningModule) -> list[float | None]:
         """The mean losses over all ranks, None for a task without a sample, and begin anew."""
-        sums: Tensor = module.trainer.strategy.reduce(torch.stack([self.totals, self.counts]), reduce_op="sum")
+        sums = sum_over(module.trainer, torch.stack([self.totals, self.counts]))
         self.totals.zero_()
         self.counts.zero_()
         return [total / count if count else None for total, count in sums.T.tolist()]

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.distributed import Ranks
+from lightning_mtl.distributed import Ranks, sum_over
 from lightning_mtl.gradients.graph import reached_leaves
 from lightning_mtl.gradients.micro_batch import MicroBatch, stack_losses, starts_of
 from lightning_mtl.gradients.split import Split
@@ -219,7 +219,7 @@ class LabelCounts:
         # MPS has no float64.
         dtype = torch.float32 if module.device.type == "mps" else torch.float64
         own = torch.tensor(self.sums, dtype=dtype, device=module.device)
-        total: Tensor = module.trainer.strategy.reduce(own, reduce_op="sum")
+        total = sum_over(module.trainer, own)
         fractions = self.fractions(total.tolist())
         log_reduced(module, {f"labeled/{task}": fraction for task, fraction in fractions.items()})
 

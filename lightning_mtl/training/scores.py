@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from lightning_mtl.distributed import sum_over
 from lightning_mtl.metrics import delta_m
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import RESERVED_METRICS, Task, TaskOutput, name_task
@@ -55,7 +56,7 @@ class StageMetrics:
         collections = module.stage_metrics(stage)
         updated = torch.tensor([float(any(m.update_called for m in ms.values())) for ms in collections.values()])
         # Every rank has to take part in the metrics' own synchronization, or none.
-        counts = module.trainer.strategy.reduce(updated.to(module.device), reduce_op="sum").tolist()
+        counts = sum_over(module.trainer, updated.to(module.device)).tolist()
         scores: Scores = {}
         for (task, metrics), count in zip(collections.items(), counts, strict=True):
             if count:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
+from lightning_mtl.distributed import of_each, of_first
 from lightning_mtl.tuning.goals import Goal
 
 
@@ -52,18 +53,13 @@ class TrialProcesses:
 
     def broadcast(self, value: Any) -> Any:  # noqa: ANN401 - plain values
         """Return rank 0's value on every rank."""
-        if self.size == 1:
-            return value
-        held = [value]
-        dist.broadcast_object_list(held, src=0)
-        return held[0]
+        return value if self.size == 1 else of_first(value)
 
     def first_error(self, error: str | None) -> str | None:
         """Return the error of the first rank that has one, on every rank."""
         if self.size == 1:
             return error
-        found: list[str | None] = [None] * self.size
-        dist.all_gather_object(found, error)
+        found: list[str | None] = of_each(error)
         return next((f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None), None)
 
 

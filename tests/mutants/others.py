@@ -111,8 +111,8 @@ OTHERS = (
     Mutation(
         "a rank compares its own samples alone",
         "learning_rates/relatedness.py",
-        "torch.cat(gather_all_tensors(here, ranks.group), dim=1)",
-        "here",
+        "gather(torch.cat(list(values), dim=1), ranks, dim=1)",
+        "torch.cat(list(values), dim=1)",
         f"{RATES}/test_ddp.py",
     ),
     Mutation(

@@ -105,14 +105,14 @@ TRAINING = (
     Mutation(
         "mean losses of an epoch are each rank's own",
         "training/logging.py",
-        'module.trainer.strategy.reduce(torch.stack([self.totals, self.counts]), reduce_op="sum")',
+        "sum_over(module.trainer, torch.stack([self.totals, self.counts]))",
         "torch.stack([self.totals, self.counts])",
         PARTIAL,
     ),
     Mutation(
         "fractions of labels are each rank's own",
         "training/losses.py",
-        'module.trainer.strategy.reduce(own, reduce_op="sum")',
+        "sum_over(module.trainer, own)",
         "own",
         PARTIAL,
     ),
