@@ -115,7 +115,8 @@ class TaskState(Callback):
             yield
         finally:
             for name, value in whole.items():
-                setattr(self, name, value.index_put(cut[name], getattr(self, name)))
+                part = getattr(self, name)  # a method may have made it wider: on ranks losses are float64
+                setattr(self, name, value.to(part.dtype).index_put(cut[name], part))
 
     # Checkpoints.
 

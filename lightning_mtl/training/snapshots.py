@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import copy
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -19,7 +18,8 @@ from lightning_mtl.training.window import Window
 
 # What torch keeps in a module's dict for itself: parameters, buffers and hooks.
 _OF_TORCH = frozenset(vars(nn.Module()))
-_CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
+_CONTAINERS = frozenset((list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict))
+_PLAIN = frozenset((bool, int, float, str, type(None)))  # most attributes by far
 
 
 class Snapshot:
@@ -80,18 +80,19 @@ class _Attributes:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._bound = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
-        self._containers = [(v, copy.copy(v)) for v in self._bound.values() if type(v) in _CONTAINERS]
+        self._containers = [(v, v.copy()) for v in self._bound.values() if type(v) in _CONTAINERS]
         # Not copied, for they may be as large as a data set.
         self._written = [
             (name, tensor, times_written(tensor))
             for name, value in self._bound.items()
+            if type(value) not in _PLAIN
             for tensor in _tensors_in(value)
             if not tensor.is_inference()
         ]
 
     def put_back(self) -> None:
         attributes = vars(self._module)
-        for name in attributes.keys() - _OF_TORCH - self._bound.keys():
+        for name in [name for name in attributes if name not in _OF_TORCH and name not in self._bound]:
             del attributes[name]
         for name, value in self._bound.items():
             if name not in attributes or attributes[name] is not value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -57,7 +58,8 @@ class GradDrop(Aggregator):
             drops the shared parameters' gradients, ``at="features"`` those of the trunk's output.
 
     Raises:
-        ValueError: If an argument is out of its range, or at setup if ``leak`` names an unknown task.
+        ValueError: If an argument is out of its range, or at setup if ``leak`` names an unknown task, or
+            ``"features"`` meets several processes.
 
     Source: Chen et al., Just Pick a Sign, 2020, arXiv:2010.06808, algorithm 1.
 
@@ -86,6 +88,14 @@ class GradDrop(Aggregator):
                 raise ValueError(f"GradDrop(leak={leak}) must be at least 0 and at most 1.")
         self.leak = dict(leak) if isinstance(leak, Mapping) else leak
         self.add_generator("random", seed)
+
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Refuse random numbers for samples of which each process has others."""
+        if self.at == "features" and pl_module.trainer.world_size > 1:
+            raise ValueError(
+                "GradDrop(at='features') draws numbers for the samples of one process, and every other one would draw "
+                "the same for its own; use at='trunk' on several processes."
+            )
 
     def combine(self, signals: Signals, rows: Tensor) -> Tensor:
         """Drop the losing sign of each element."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from lightning_mtl import MultiTaskModule, Task, Weighting
-from lightning_mtl.weighting import MGDA, UncertaintyWeighting
+from lightning_mtl.weighting import MGDA, GradNorm, NashMTL, UncertaintyWeighting
 from tests.distributed.table import FLAVOURS
 from tests.training import loader, quiet_trainer
 
@@ -21,6 +21,12 @@ WEIGHTINGS: dict[str, Callable[[], list[Weighting]]] = {
     "losses": lambda: [UncertaintyWeighting()],
     "features": lambda: [MGDA(at="features")],
     "trunk": lambda: [MGDA()],
+}
+NOW_AND_THEN: dict[str, Callable[[], list[Weighting]]] = {
+    "trunk, every second": lambda: [NashMTL(every_n_steps=2)],
+    "features, every second": lambda: [MGDA(at="features", every_n_steps=2)],
+    "trunk, later": lambda: [MGDA(start_step=3)],
+    "last layer, every second": lambda: [GradNorm(every_n_steps=2)],
 }
 AdamW = functools.partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1)
 
@@ -80,9 +86,11 @@ def batches(rank: int, ranks: int, *, unlabeled: bool) -> list[Any]:
     return given
 
 
-def fit(module: MultiTaskModule, name: str, strategy: str, given: list[Any], rank: int, ranks: int) -> list[Tensor]:
+def fit(module: MultiTaskModule, name: str, strategy: str, given: list[Any], ranks: int) -> list[Tensor]:
     arguments = {"strategy": FLAVOURS[strategy](), "devices": ranks} if ranks > 1 else {}
-    quiet_trainer(callbacks=WEIGHTINGS[name](), use_distributed_sampler=False, **arguments).fit(module, loader(*given))
+    quiet_trainer(callbacks=(WEIGHTINGS | NOW_AND_THEN)[name](), use_distributed_sampler=False, **arguments).fit(
+        module, loader(*given)
+    )
     return [parameter.detach().clone() for parameter in module.parameters()]
 
 
@@ -91,7 +99,7 @@ def route(name: str, strategy: str, accumulate: int, rank: int = 0, ranks: int =
     torch.manual_seed(0)
     module = MultiTaskModule(Routing(), accumulate_grad_batches=accumulate, **parts()).double()
     given = batches(rank, ranks, unlabeled=False)
-    return fit(module, name, strategy, [_double(one) for one in given], rank, ranks)
+    return fit(module, name, strategy, [_double(one) for one in given], ranks)
 
 
 def penalize(name: str, strategy: str, every: int, rank: int = 0, ranks: int = 1) -> list[Tensor]:
@@ -99,9 +107,19 @@ def penalize(name: str, strategy: str, every: int, rank: int = 0, ranks: int = 1
     torch.manual_seed(0)
     module = Penalized((0.5 if ranks == 1 else 1.0) * (rank == 0), every, **parts()).double()
     given = batches(rank, ranks, unlabeled=True)
-    return fit(module, name, strategy, [_double(one) for one in given], rank, ranks)
+    return fit(module, name, strategy, [_double(one) for one in given], ranks)
 
 
 def _double(batch: Any) -> Any:
     x, y = batch
     return x.double(), {task: target.double() for task, target in y.items()}
+
+
+def now_and_then(name: str, rank: int = 0, ranks: int = 1) -> list[Tensor]:
+    """The parameters of a model with a static graph, measured now and then; b is absent from the first step."""
+    torch.manual_seed(0)
+    module = MultiTaskModule(nn.Sequential(nn.Linear(4, 6), nn.Tanh()), **parts()).double()
+    given = [_double(one) for one in batches(rank, ranks, unlabeled=False)]
+    for _, y in given[::3]:
+        y["b"] = torch.full_like(y["b"], torch.nan)
+    return fit(module, name, "static_graph", given, ranks)

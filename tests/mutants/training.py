@@ -74,7 +74,7 @@ TRAINING = (
     Mutation(
         "what a method learns without the absent tasks is lost",
         "method/task_state.py",
-        "value.index_put(cut[name], getattr(self, name))",
+        "value.to(part.dtype).index_put(cut[name], part)",
         "value",
         "tests/test_absent_tasks.py",
         "states",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,6 +232,13 @@ def test_graddrop_in_a_fit(place: Any) -> None:
         found.append(flat_parameters(module))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+def test_graddrop_at_the_features_of_several_processes_is_refused() -> None:
+    several: Any = SimpleNamespace(trainer=SimpleNamespace(world_size=2))
+    GradDrop().check(several)
+    with pytest.raises(ValueError, match=r"GradDrop\(at='features'\) draws .* use at='trunk' on several processes"):
+        GradDrop(at="features").check(several)
 
 
 @pytest.mark.parametrize(
