@@ -155,8 +155,7 @@ class TaskLearningRate(TaskState):
             )
         for factor in self.factors:
             factor.check(trainer, pl_module)
-        if trainer.global_step == 0 or self.tasks != tuple(pl_module.tasks):
-            self.reset(list(pl_module.tasks))
+        self.reset(list(pl_module.tasks))  # as Lightning makes its optimizers anew
 
     # What happens, told to the factors.
 

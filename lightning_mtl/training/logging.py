@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torchmetrics import MetricCollection
 
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.metrics import delta_m
@@ -22,6 +20,7 @@ from lightning_mtl.task import Task, TaskOutput
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.checks import check_model, check_trainer
 from lightning_mtl.training.losses import LabelCounts
+from lightning_mtl.training.metric_values import compute_and_reset
 from lightning_mtl.training.schedulers import plateau_metrics, step_schedulers
 from lightning_mtl.training.window import Window
 
@@ -72,6 +71,7 @@ class Recorder(Callback):
         self.scores: dict[str, dict[str, dict[str, float]]] = {stage: {} for stage in self.losses}
         self._vectors: dict[str, tuple[Sequence[str], Tensor]] = {}
         self._penalties: Mapping[str, Tensor] = {}
+        self._metrics: dict[str, Tensor] = {}
         self.unlogged = False
         self.plateau_due: tuple[str, int] | None = None
         self._known_metrics: dict[str, Tensor] = {}
@@ -123,29 +123,32 @@ class Recorder(Callback):
             self._vectors["lr"] = rates
         self._penalties = window.penalties
         self.unlogged = True
+        # Where ModelCheckpoint, EarlyStopping and schedulers look, whenever they do: the values stay on their device.
+        self._metrics.update(self._latest())
 
     def log_step(self, module: pl.LightningModule) -> None:
         """Log the newest vectors as scalars: called where the Trainer is about to write to its loggers."""
         self._log_latest(module, on_step=True)
 
-    def _log_latest(self, module: pl.LightningModule, *, on_step: bool) -> None:
+    def _latest(self, device: str | None = None) -> dict[str, Tensor]:
+        """The newest vectors as scalars, on their own device or another."""
         scalars = {
             f"{name}/{task}": value
             for name, (tasks, vector) in self._vectors.items()
-            for task, value in zip(tasks, vector.detach().float().cpu().unbind(), strict=True)
+            for task, value in zip(tasks, vector.detach().to(device, torch.float32).unbind(), strict=True)
         }
-        scalars.update((f"penalty/{name}", value.float().cpu()) for name, value in self._penalties.items())
+        scalars.update((f"penalty/{name}", value.to(device, torch.float32)) for name, value in self._penalties.items())
         losses = self._vectors["loss"][1]
         scalars["loss"] = (losses * self._vectors["weight"][1]).sum() if "weight" in self._vectors else losses.sum()
-        # Not self.log, which makes a metric object of every scalar: 0.6 ms each. As Lightning's LearningRateMonitor
-        # does it: to the loggers, and to where ModelCheckpoint, EarlyStopping and schedulers look.
-        module.trainer.callback_metrics.update(scalars)
+        return scalars
+
+    def _log_latest(self, module: pl.LightningModule, *, on_step: bool) -> None:
+        scalars = self._latest("cpu")
+        # Not self.log, which makes a metric object of every scalar: 0.6 ms each, and keeps it from step to step.
         # An epoch's end belongs to the last batch's place on the axis, as where Lightning logs it.
         step = None if on_step else module.trainer.fit_loop.epoch_loop._batches_that_stepped - 1
         module.trainer._logger_connector.log_metrics(scalars, step=step)
-        module.log(
-            "loss", scalars["loss"], on_step=on_step, on_epoch=not on_step, prog_bar=True, logger=False, batch_size=1
-        )
+        module.trainer.progress_bar_metrics["loss"] = float(scalars["loss"])
         self.unlogged = False
 
     # Stages
@@ -159,6 +162,7 @@ class Recorder(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Lay out TensorBoard's custom scalars: all tasks' weights on one chart, all losses on another."""
         check_model(pl_module, trainer)
+        self._metrics = trainer.callback_metrics  # the Trainer's own, for this run
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(self.tensorboard_layout())
@@ -234,7 +238,7 @@ class Recorder(Callback):
         # Every rank has to take part in the metrics' own synchronisation, or none.
         counts = module.trainer.strategy.reduce(updated.to(module.device), reduce_op="sum").tolist()
         for (task, metrics), count in zip(collections.items(), counts, strict=True):
-            for name, value in _compute(task, metrics).items() if count else ():
+            for name, value in compute_and_reset(task, metrics).items() if count else ():
                 values[f"{stage}/{name}/{task}"] = value
                 scores.setdefault(task, {})[name] = float(value)
         self.scores[stage] = scores
@@ -280,20 +284,3 @@ class Recorder(Callback):
     ) -> None:
         """Take the metrics of a waiting scheduler back."""
         self._known_metrics = checkpoint.get("lightning_mtl_plateau_metrics", {})
-
-
-def _compute(task: str, metrics: MetricCollection) -> dict[str, Tensor]:
-    """Compute and reset a task's metrics."""
-    with warnings.catch_warnings():
-        # A rank without a sample has nothing to compute from but what the others send.
-        warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
-        values: dict[str, Tensor] = metrics.compute()
-    metrics.reset()
-    for name, value in values.items():
-        if value.numel() != 1:
-            shape = list(value.shape)
-            raise ValueError(
-                f"Metric {name!r} of task {task!r} computes shape {shape}, which cannot be logged as one number; wrap "
-                "it (torchmetrics.ClasswiseWrapper for one value a class), or log it from a callback of your own."
-            )
-    return values

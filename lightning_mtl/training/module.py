@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 
+from lightning_mtl.learning_rates.parameter_groups import Rate, parameter_groups
 from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.task.batches import is_per_task, under_its_name
+from lightning_mtl.training.checks import check_trainer_arguments, several_loaders
 from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import sample_counts
@@ -24,11 +27,17 @@ def with_own_callbacks(configure: Hook) -> Hook:
     @functools.wraps(configure)
     def configure_callbacks(self: SteppedModule) -> list[pl.Callback]:
         keep_schedules_of_instance(self)
+        if self._trainer is not None:
+            check_trainer_arguments(self, self.trainer)
         brought = configure(self)
         callbacks = [brought] if isinstance(brought, pl.Callback) else list(brought)
         if self.recorder in callbacks:  # a call of super()
             return callbacks
         hooks = AutomaticStepHooks if self.automatic_optimization else StepHooks
+        # From an earlier run the Trainer may have them already; Lightning would warn that they replace themselves.
+        there: list[pl.Callback] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.recorder in there and any(type(callback) is hooks for callback in there):
+            return callbacks
         return [*callbacks, self.recorder, hooks(self.optimization)]
 
     return cast("Hook", configure_callbacks)
@@ -44,6 +53,12 @@ class SteppedModule(OptimizerHooks):
 
     recorder: Recorder
     optimization: Optimization
+
+    def __init__(self) -> None:
+        # Lightning forgets what a subclass has set before its super().__init__(), or as an attribute of the class.
+        automatic = getattr(self, "automatic_optimization", False)
+        super().__init__()
+        self.automatic_optimization = automatic
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init_subclass__(**kwargs)
@@ -82,17 +97,41 @@ class SteppedModule(OptimizerHooks):
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
         batch = self.under_its_name(stage, batch, dataloader_idx)
         if dataloader_idx > 0 and not is_per_task(batch, self.tasks):
-            raise ValueError(
-                "Several evaluation loaders would be averaged into one figure. Give each task its loader, as {task: "
-                'loader, ...}, in a MultiTaskDataModule or a CombinedLoader({task: loader, ...}, "max_size"), or '
-                "evaluate the loaders one at a time."
-            )
+            raise several_loaders()
         outputs = self.present_outputs(batch)
         if not outputs:
             return
         self.recorder.update_metrics(self, stage, outputs)
         losses = torch.stack([output.loss.detach() for output in outputs.values()])
         self.recorder.losses[stage].add(losses, sample_counts(list(outputs.values())), list(outputs))
+
+    def parameter_groups(
+        self,
+        lr: Rate | None = None,
+        *,
+        trunk_lr: Rate | None = None,
+        head_lr: Mapping[str, Rate] | None = None,
+        weight_decay: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Give an optimizer one named group for each part: ``"trunk"``, ``"head/<task>"``, and ``"rest"``.
+
+        Each parameter is in one group. What several heads share, and what belongs to neither trunk nor heads, such as
+        a loss's parameters, is the rest's; what the trunk shares with a head is the trunk's. Where a callback gives
+        parts of the trunk learning rates of their own, these have groups: ``"trunk/<part>"``.
+
+        Args:
+            lr: The learning rate of all groups; None leaves it to the optimizer.
+            trunk_lr: The trunk's, instead.
+            head_lr: ``{task: learning rate}`` of single heads, instead.
+            weight_decay: The weight decay of all groups; None leaves it to the optimizer.
+
+        Raises:
+            ValueError: If a number is negative or not finite, or ``head_lr`` names an unknown task.
+
+        Example:
+            ``return torch.optim.Adam(self.parameter_groups(1e-3, head_lr={"age": 1e-4}))`` in configure_optimizers.
+        """
+        return parameter_groups(self, lr, trunk_lr=trunk_lr, head_lr=head_lr or {}, weight_decay=weight_decay)
 
     @with_own_callbacks
     def configure_callbacks(self) -> list[pl.Callback]:

@@ -182,7 +182,7 @@ TRAINING = (
     ),
     Mutation(
         "metrics go on from epoch to epoch",
-        "training/logging.py",
+        "training/metric_values.py",
         "metrics.reset()",
         "pass",
         STAGES,
