@@ -9,10 +9,12 @@ import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 
-from lightning_mtl.learning_rates.parameter_groups import Rate, apply_lr_factors, parameter_groups
+from lightning_mtl.learning_rates.parameter_groups import apply_lr_factors
 from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
 from lightning_mtl.task.batches import (
+    as_pair,
     call_trunk_with,
+    inputs_alone,
     is_joint,
     is_per_task,
     present_outputs,
@@ -39,10 +41,14 @@ class MultiTaskModule(SteppedModule):
     The weights :math:`w_k` come from the :class:`~lightning_mtl.Weighting` among the Trainer's callbacks; without one
     all are 1. It is used as it is, or subclassed: :meth:`task_losses` is the one method usually overridden.
 
+    Lightning's hooks of modules and callbacks are called as in automatic optimization, which ``automatic_optimization =
+    True`` chooses. Each ``fit`` begins with a method, an optimizer and a count of skipped steps of its own, unless
+    ``ckpt_path`` restores them; steps and epochs are the Trainer's and go on where it fits again.
+
     Args:
         trunk: The shared part. It takes the batch's inputs: a tensor, a tuple or list as positional arguments, a dict
-            as keyword arguments. It returns a tensor or any nested structure of tensors, given to every head; a dict
-            with an entry for every task gives each head its own.
+            as keyword arguments; a named tuple, or a list where it has one parameter, as one argument. It returns a
+            tensor or any nested structure, given to every head; a dict with an entry for every task gives each its own.
         heads: ``{task: module}``, each called with the trunk's output.
         tasks: ``{task: Task}`` with the same names.
         accumulate_grad_batches: Micro-batches an optimizer step; what the Trainer's argument of this name does in
@@ -97,7 +103,6 @@ class MultiTaskModule(SteppedModule):
     ) -> None:
         super().__init__()
         check_arguments(trunk, heads, tasks, accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
-        self.automatic_optimization = False
         self.trunk = trunk
         self.heads = nn.ModuleDict({task: heads[task] for task in tasks})
         self.tasks = dict(tasks)
@@ -247,33 +252,17 @@ class MultiTaskModule(SteppedModule):
         """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
         return self.optimization.run(self, batch, batch_idx)
 
-    def parameter_groups(
-        self,
-        lr: Rate | None = None,
-        *,
-        trunk_lr: Rate | None = None,
-        head_lr: Mapping[str, Rate] | None = None,
-        weight_decay: float | None = None,
-    ) -> list[dict[str, Any]]:
-        """Give an optimizer one named group for each part: ``"trunk"``, ``"head/<task>"``, and ``"rest"``.
-
-        Each parameter is in one group. What several heads share, and what belongs to neither trunk nor heads, such as
-        a loss's parameters, is the rest's; what the trunk shares with a head is the trunk's. Where a callback gives
-        parts of the trunk learning rates of their own, these have groups: ``"trunk/<part>"``.
-
-        Args:
-            lr: The learning rate of all groups; None leaves it to the optimizer.
-            trunk_lr: The trunk's, instead.
-            head_lr: ``{task: learning rate}`` of single heads, instead.
-            weight_decay: The weight decay of all groups; None leaves it to the optimizer.
-
-        Raises:
-            ValueError: If a number is negative or not finite, or ``head_lr`` names an unknown task.
-
-        Example:
-            ``return torch.optim.Adam(self.parameter_groups(1e-3, head_lr={"age": 1e-4}))`` in configure_optimizers.
-        """
-        return parameter_groups(self, lr, trunk_lr=trunk_lr, head_lr=head_lr or {}, weight_decay=weight_decay)
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:  # noqa: ANN401
+        """Predict every task of a batch of inputs, with or without targets; a task with a loader of its own, alone."""
+        named = self.under_its_name("predict", batch, dataloader_idx)
+        batch = batch if named is batch else {task: as_pair(own) for task, own in named.items()}
+        if is_joint(batch, self.tasks):
+            return self.forward(batch[0])
+        if is_per_task(batch, self.tasks):
+            pairs = {task: pair for task, pair in batch.items() if task in self.tasks and pair is not None}
+            return self._predict_each({task: pair[0] for task, pair in pairs.items()})
+        with inputs_alone(batch) as inputs:
+            return self.forward(inputs)
 
     @keeping_schedules
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - any of the forms that Lightning takes
@@ -296,5 +285,5 @@ def call_trunk(trunk: nn.Module, inputs: Any, tasks: Sequence[str]) -> Any:  # n
     named = {"tasks": tuple(tasks)} if getattr(trunk, "takes_tasks", False) else {}
     if isinstance(inputs, Tensor):
         return trunk(inputs, **named)
-    positional, keywords = call_trunk_with(inputs)
+    positional, keywords = call_trunk_with(inputs, trunk)
     return trunk(*positional, **keywords, **named)

@@ -76,7 +76,7 @@ def test_forward_and_the_order_of_tasks() -> None:
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_lightnings_hooks_fire_once_a_backward_pass(name: str, accumulate: int) -> None:
+def test_lightnings_hooks_fire_once_a_micro_batch(name: str, accumulate: int) -> None:
     class Counting(pl.Callback):
         def __init__(self) -> None:
             self.backward = self.steps = 0
@@ -90,8 +90,7 @@ def test_lightnings_hooks_fire_once_a_backward_pass(name: str, accumulate: int) 
     counting, weighting = Counting(), WEIGHTINGS[name]()
     callbacks = [counting] if weighting is None else [counting, weighting]
     trainer = fit(small(accumulate_grad_batches=accumulate), loader(*batches(2, 2, 2, 2)), callbacks=callbacks)
-    # What measures gradients keeps them until the step's end.
-    assert counting.backward == (4 if name in ("none", "losses") else 4 // accumulate)
+    assert counting.backward == 4  # as in automatic optimization, also where gradients are kept until the step's end
     assert counting.steps == trainer.global_step == 4 // accumulate
 
 
@@ -144,7 +143,7 @@ def test_one_module_may_be_fitted_again() -> None:
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, loader(*batches(4, 4)))
     assert trainer.global_step == 4
-    assert weighting.steps.tolist() == [4.0, 4.0]  # the same Trainer goes on
+    assert weighting.steps.tolist() == [2.0, 2.0]  # epochs go on, and the method begins anew, as the optimizer does
     fit(module, loader(batch()), callbacks=[weighting])
     assert weighting.steps.tolist() == [1.0, 1.0]  # another begins anew
 

@@ -221,7 +221,7 @@ class _SingleTaskModel(nn.Module):
         self.trunk, self.head = trunk, head
 
     def forward(self, inputs: Any) -> Any:  # noqa: ANN401 - whatever the trunk takes and the head returns
-        positional, named = call_trunk_with(inputs)
+        positional, named = call_trunk_with(inputs, self.trunk)
         return self.head(self.trunk(*positional, **named))
 
 

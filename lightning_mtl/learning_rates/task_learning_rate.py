@@ -158,7 +158,7 @@ class TaskLearningRate(Holder):
                 f"{type(aggregators[0]).__name__} has none; leave shares_trunk False, or take a weighting with weights."
             )
         super().setup(trainer, pl_module, stage=stage)
-        if stage == "fit" and (trainer.global_step == 0 or self.tasks != tuple(pl_module.tasks)):
+        if stage == "fit":  # as Lightning makes its optimizers anew; a resumed run restores the state after this
             self.reset(list(pl_module.tasks))
 
     # What happens, told to the factors.

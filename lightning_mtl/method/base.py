@@ -161,7 +161,7 @@ class Weighting(NamedArguments, TaskState, ABC):
                     f"{type(self).__name__}({argument}=...) names {unknown}, but the tasks are {list(tasks)}."
                 )
         self.check(pl_module)
-        if stage == "fit" and (trainer.global_step == 0 or self.tasks != tuple(tasks)):
+        if stage == "fit":  # as Lightning makes its optimizers anew; a resumed run restores the state after this
             self.reset(list(tasks))
 
     def measures_in(self, step: int) -> bool:

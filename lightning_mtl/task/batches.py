@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,20 +12,34 @@ from torch import Tensor, nn
 from lightning_mtl.task.task import TaskOutput
 
 
-def call_trunk_with(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401 - whatever the trunk takes
+def call_trunk_with(inputs: Any, trunk: nn.Module | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
     """Turn a batch's inputs into call arguments: a mapping becomes keywords, a tuple or list becomes positions.
+
+    A named tuple, as a packed sequence is one, is one argument; so is a list where the trunk takes one argument alone,
+    such as images of several sizes.
 
     Example:
         >>> call_trunk_with({"ids": 1})
         ((), {'ids': 1})
         >>> call_trunk_with((1, 2))
         ((1, 2), {})
+        >>> call_trunk_with([1, 2], nn.Linear(1, 1))
+        (([1, 2],), {})
     """
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    return (inputs,), {}
+    if not isinstance(inputs, tuple | list) or hasattr(inputs, "_fields"):
+        return (inputs,), {}
+    if isinstance(inputs, list) and trunk is not None and _takes_one(trunk):
+        return (inputs,), {}
+    return tuple(inputs), {}
+
+
+def _takes_one(trunk: nn.Module) -> bool:
+    """Whether a module's ``forward`` takes a single positional argument, beside the tasks that are asked for."""
+    parameters = inspect.signature(trunk.forward).parameters.values()
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "tasks"]
+    return len(by_place) == 1 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
 def takes_tasks(trunk: nn.Module) -> bool:
@@ -95,21 +111,47 @@ def as_pair(batch: Any) -> Any:  # noqa: ANN401 - whatever the dataset yields, c
     return batch, None
 
 
+@contextmanager
+def inputs_alone(batch: Any) -> Iterator[Any]:  # noqa: ANN401
+    """Take a batch as inputs to predict from: as it is, or what it alone holds, as ``TensorDataset(inputs)`` makes it.
+
+    Raises:
+        TypeError: If what is called with them inside the block cannot take them.
+
+    Example:
+        >>> with inputs_alone(["inputs"]) as inputs:
+        ...     inputs
+        'inputs'
+    """
+    single = isinstance(batch, tuple | list) and len(batch) == 1 and not hasattr(batch, "_fields")
+    try:
+        yield batch[0] if single else batch
+    except TypeError as error:
+        raise TypeError(
+            f"The trunk cannot be called with {_form(batch)} to predict from; yield inputs alone, or (inputs, "
+            "{task: target}), or override predict_step(batch, batch_idx) to read the batch as your task_losses does."
+        ) from error
+
+
 def refuse_batch(batch: Any, tasks: Collection[str]) -> ValueError:  # noqa: ANN401
     """The error for a batch of any other form."""
-    found = type(batch).__name__
+    return ValueError(
+        f"A batch must be (inputs, {{task: target}}) or {{task: (inputs, target)}} with tasks among {list(tasks)}; "
+        f"found {_form(batch)}. Change what the dataset yields, or override task_losses(batch) to read it."
+    )
+
+
+def _form(batch: Any) -> str:  # noqa: ANN401
+    """What a batch is, for an error."""
     if isinstance(batch, Mapping):
-        found = f"a mapping with the keys {sorted(map(str, batch))}"
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        return f"a mapping with the keys {sorted(map(str, batch))}"
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
         kinds = [
             f"a mapping with the keys {sorted(map(str, x))}" if isinstance(x, Mapping) else type(x).__name__
             for x in batch
         ]
-        found = f"a {type(batch).__name__} of {', '.join(kinds)}"
-    return ValueError(
-        f"A batch must be (inputs, {{task: target}}) or {{task: (inputs, target)}} with tasks among {list(tasks)}; "
-        f"found {found}. Change what the dataset yields, or override task_losses(batch) to read it."
-    )
+        return f"a {type(batch).__name__} of {', '.join(kinds)}"
+    return type(batch).__name__
 
 
 def present_outputs(returned: Mapping[str, Tensor | TaskOutput | None], tasks: Sequence[str]) -> dict[str, TaskOutput]:

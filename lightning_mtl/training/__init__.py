@@ -11,7 +11,7 @@
     decision  = window.decide(measured)                                     asks the weighting
     loss      = gradients.surrogate_loss(weights, head weights, directions)
     backward                                                                its one pass writes every .grad
-    finite?, clip, optimizer, schedulers                                    update
+    finite?, hooks, clip, optimizer, schedulers                             update; closure: the step once more
     weighting, monitors, logging                                            observation, logging
 
 An engine never calls back: what it is asked for, it is asked for in this order. There are four of them, with the same

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -104,6 +105,41 @@ def check_trainer(module: TaskModule, trainer: pl.Trainer) -> None:
         )
     if isinstance(trainer.strategy, ModelParallelStrategy):
         _check_sharded(module, trainer)
+
+
+def check_trainer_arguments(module: TaskModule, trainer: pl.Trainer) -> None:
+    """Refuse what the Trainer does in automatic optimization only, before Lightning does with a sentence of its own."""
+    if module.automatic_optimization or trainer.state.fn != TrainerFn.FITTING:
+        return
+    unset = {"accumulate_grad_batches": 1, "gradient_clip_val": None, "gradient_clip_algorithm": None}
+    given = {name: getattr(trainer, name) for name, default in unset.items()}
+    wrong = {name: value for name, value in given.items() if value != unset[name] and value != 0}
+    if wrong:
+        named = ", ".join(f"{name}={getattr(value, 'value', value)!r}" for name, value in wrong.items())
+        raise ValueError(
+            f"Trainer({named}) is not applied, for {type(module).__name__} accumulates and clips by itself: give it to "
+            f"the module, {type(module).__name__}(..., {named}), or set automatic_optimization = True."
+        )
+
+
+def check_evaluation_loaders(module: TaskModule, step: str, loaders: Any) -> None:  # noqa: ANN401
+    """Refuse several loaders that are no ``{task: loader}``, unless the module has an evaluation step of its own."""
+    if not getattr(type(module), step).__module__.startswith(__name__.rpartition(".")[0]):
+        return
+    if isinstance(loaders, Mapping):
+        if len(loaders) > 1 and not set(loaders) <= set(module.tasks):
+            raise several_loaders()
+    elif isinstance(loaders, list | tuple) and len(loaders) > 1:
+        raise several_loaders()
+
+
+def several_loaders() -> ValueError:
+    """The refusal of evaluation loaders that have no names."""
+    return ValueError(
+        "Several evaluation loaders would be averaged into one figure. Give each task its loader, as {task: "
+        'loader, ...}, in a MultiTaskDataModule or a CombinedLoader({task: loader, ...}, "max_size"), or '
+        "evaluate the loaders one at a time."
+    )
 
 
 def check_accumulation(weighting: Weighting, size: int) -> None:

@@ -1,4 +1,4 @@
-"""What a closure computes for an optimizer that calls it more than once a step, as SAM and LBFGS do."""
+"""Passes that are no step: a closure's second one, as SAM and LBFGS ask for, and one for buffers alone."""
 
 from __future__ import annotations
 
@@ -74,3 +74,11 @@ def pass_again(passing: Passing, module: TaskModule, window: Window, batch_idx: 
     if again.ranks.size > 1:
         forget_unreached(module, again, sharded=False)
     return again.mean_loss()
+
+
+@torch.no_grad()
+def forward_alone(module: TaskModule, batch: object) -> Tensor:
+    """Pass a batch forward where Lightning lets nothing be trained, as weight averaging does for BatchNorm's means."""
+    module.present_outputs(batch)
+    module.zero_grad()  # in automatic optimization Lightning steps the optimizer all the same
+    return torch.zeros((), device=module.device)

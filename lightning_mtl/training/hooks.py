@@ -1,12 +1,19 @@
-"""The training step's own callbacks begin a fit, and end the steps that Lightning takes."""
+"""The training step's own callbacks begin and end a fit, an epoch and an evaluation."""
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_mtl.method.base import weighting_of
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_unreached
+from lightning_mtl.training.checks import check_evaluation_loaders
 from lightning_mtl.training.step import Optimization
 
 
@@ -20,9 +27,75 @@ class StepHooks(Callback):
     def __init__(self, optimization: Optimization) -> None:
         self.optimization = optimization
 
+    def setup(self, trainer: pl.Trainer, pl_module: TaskModule, stage: str) -> None:  # type: ignore[override]
+        """Tell Lightning how many micro-batches a step has, as its own callbacks do that change the number.
+
+        Its estimate of a training's steps, its loggers' axis and its learning-rate finder go by it.
+        """
+        if stage == "fit" and not pl_module.automatic_optimization:
+            trainer.accumulate_grad_batches = pl_module.accumulate_grad_batches
+
+    def teardown(self, trainer: pl.Trainer, pl_module: TaskModule, stage: str) -> None:  # type: ignore[override]
+        """Leave the Trainer as it was: it may fit another module."""
+        if stage == "fit" and not pl_module.automatic_optimization:
+            trainer.accumulate_grad_batches = 1  # what it had: other numbers are refused
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: TaskModule, exception: BaseException) -> None:  # type: ignore[override]
+        """Leave the Trainer as it was."""
+        self.teardown(trainer, pl_module, "fit")
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Look at who takes part, and forget what an earlier fit left unfinished."""
         self.optimization.begin(pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
+        """Follow a module that changes its number of micro-batches; not in an epoch in which nothing is trained."""
+        if not trainer.fit_loop._skip_backward:
+            self.setup(trainer, pl_module, "fit")
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: TaskModule,  # type: ignore[override]
+        outputs: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+    ) -> None:
+        """Refuse a training step that replaces the module's own.
+
+        Raises:
+            ValueError: If the first batch has passed without a step of the module's.
+        """
+        if self.optimization.ran or batch is None or _names_the_step(pl_module):
+            return
+        raise _replaced(pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
+        """Refuse a training step that has never come to the module's own.
+
+        Raises:
+            ValueError: If an epoch has passed without one.
+        """
+        if not self.optimization.ran and _is_replaced(pl_module):
+            raise _replaced(pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
+        """Refuse loaders whose figures would be mixed up."""
+        check_evaluation_loaders(pl_module, "validation_step", trainer.val_dataloaders)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
+        """Refuse loaders whose figures would be mixed up."""
+        check_evaluation_loaders(pl_module, "test_step", trainer.test_dataloaders)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
+        """Say what does not come back from processes that Lightning has started by ``multiprocessing``."""
+        weighting = weighting_of(trainer)
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and weighting and weighting.state_dict():
+            rank_zero_warn(
+                f"{type(weighting).__name__} was trained in processes of its own (strategy ddp_spawn, ddp_fork or "
+                "ddp_notebook), from which Lightning brings back the model's weights alone: the object that you hold "
+                "has not the trained state. Load it from a checkpoint, or use strategy='ddp'."
+            )
 
 
 class AutomaticStepHooks(StepHooks):
@@ -37,3 +110,23 @@ class AutomaticStepHooks(StepHooks):
             forget_unreached(pl_module, update.awaited, sharded=cast.sharded)
         update.awaited.gradients = None
         update.awaited = None
+
+
+def _is_replaced(module: TaskModule) -> bool:
+    """Whether a module has a ``training_step`` from outside of this package."""
+    step = inspect.unwrap(module.training_step)
+    return str(step.__module__).partition(".")[0] != __name__.partition(".")[0]
+
+
+def _names_the_step(module: TaskModule) -> bool:
+    """Whether the code of ``training_step`` speaks of the module's own, which it may do without for a single batch."""
+    code = getattr(inspect.unwrap(module.training_step), "__code__", None)
+    return code is not None and "training_step" in code.co_names
+
+
+def _replaced(module: TaskModule) -> ValueError:
+    return ValueError(
+        f"{type(module).__name__}.training_step replaces the module's own, so that nothing weighs or trains the tasks; "
+        "override task_losses(batch) to compute the losses instead, or call super().training_step(batch, "
+        "batch_idx)."
+    )

@@ -74,6 +74,7 @@ class Recorder(Callback):
         self._metrics = StageMetrics()
         self._vectors: dict[str, tuple[Sequence[str], Tensor]] = {}
         self._penalties: Mapping[str, Tensor] = {}
+        self._callback_metrics: dict[str, Tensor] = {}
         self.unlogged = False
         self.plateau_due: tuple[str, int] | None = None
         self._known_metrics: dict[str, Tensor] = {}
@@ -109,28 +110,33 @@ class Recorder(Callback):
             self._vectors["lr"] = rates
         self._penalties = window.penalties
         self.unlogged = True
+        # Where ModelCheckpoint, EarlyStopping and schedulers look, whenever they do: the values stay on their device.
+        self._callback_metrics.update(self._latest())
 
     def log_step(self, module: pl.LightningModule) -> None:
         """Log the newest vectors as scalars: called where the Trainer is about to write to its loggers."""
         self._log_latest(module, on_step=True)
 
-    def _log_latest(self, module: pl.LightningModule, *, on_step: bool) -> None:
+    def _latest(self, device: str | None = None) -> dict[str, Tensor]:
+        """The newest vectors as scalars, on their own device or another."""
         scalars = {
             f"{name}/{task}": value
             for name, (tasks, vector) in self._vectors.items()
-            for task, value in zip(tasks, vector.detach().float().cpu().unbind(), strict=True)
+            for task, value in zip(tasks, vector.detach().to(device, torch.float32).unbind(), strict=True)
         }
-        scalars.update((f"penalty/{name}", value.float().cpu()) for name, value in self._penalties.items())
+        scalars.update((f"penalty/{name}", value.to(device, torch.float32)) for name, value in self._penalties.items())
         losses = self._vectors["loss"][1]
         weighted = losses * self._vectors["weight"][1] if "weight" in self._vectors else losses
         scalars["loss/total"] = weighted.sum()
-        # Not self.log, which makes a metric object of every scalar: 0.6 ms each. As Lightning's LearningRateMonitor
-        # does it: to the loggers, and to where ModelCheckpoint, EarlyStopping and schedulers look.
-        module.trainer.callback_metrics.update(scalars)
-        module.trainer.progress_bar_metrics["loss/total"] = float(scalars["loss/total"])
+        return scalars
+
+    def _log_latest(self, module: pl.LightningModule, *, on_step: bool) -> None:
+        scalars = self._latest("cpu")
+        # Not self.log, which makes a metric object of every scalar: 0.6 ms each, and keeps it from step to step.
         # An epoch's end belongs to the last batch's place on the axis, as where Lightning logs it.
         step = None if on_step else module.trainer.fit_loop.epoch_loop._batches_that_stepped - 1
         module.trainer._logger_connector.log_metrics(scalars, step=step)
+        module.trainer.progress_bar_metrics["loss/total"] = float(scalars["loss/total"])
         self.unlogged = False
 
     # Stages
@@ -145,6 +151,7 @@ class Recorder(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Lay out TensorBoard's custom scalars: all tasks' weights on one chart, all losses on another."""
         check_model(pl_module, trainer)
+        self._callback_metrics = trainer.callback_metrics  # the Trainer's own, for this run
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(self.tensorboard_layout())

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 
+from lightning_mtl.learning_rates.parameter_groups import Rate, parameter_groups
 from lightning_mtl.method.base import Weighting, weighting_of
-from lightning_mtl.task.batches import as_pair, is_joint, is_per_task, under_its_name
+from lightning_mtl.task.batches import is_per_task, under_its_name
+from lightning_mtl.training.checks import check_trainer_arguments, several_loaders
 from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import sample_counts
@@ -28,11 +28,17 @@ def with_own_callbacks(configure: Hook) -> Hook:
     @functools.wraps(configure)
     def configure_callbacks(self: SteppedModule) -> list[pl.Callback]:
         keep_schedules_of_instance(self)
+        if self._trainer is not None:
+            check_trainer_arguments(self, self.trainer)
         brought = configure(self)
         callbacks = [brought] if isinstance(brought, pl.Callback) else list(brought)
         if self.recorder in callbacks:  # a call of super()
             return callbacks
         hooks = AutomaticStepHooks if self.automatic_optimization else StepHooks
+        # From an earlier run the Trainer may have them already; Lightning would warn that they replace themselves.
+        there: list[pl.Callback] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.recorder in there and any(type(callback) is hooks for callback in there):
+            return callbacks
         return [*callbacks, self.recorder, hooks(self.optimization)]
 
     return cast("Hook", configure_callbacks)
@@ -48,6 +54,12 @@ class SteppedModule(OptimizerHooks):
 
     recorder: Recorder
     optimization: Optimization
+
+    def __init__(self) -> None:
+        # Lightning forgets what a subclass has set before its super().__init__(), or as an attribute of the class.
+        automatic = getattr(self, "automatic_optimization", False)
+        super().__init__()
+        self.automatic_optimization = automatic
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init_subclass__(**kwargs)
@@ -78,21 +90,6 @@ class SteppedModule(OptimizerHooks):
         """Count the batch into ``test/loss/<task>`` and ``test/<metric>/<task>``."""
         self._evaluate("test", batch, dataloader_idx)
 
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:  # noqa: ANN401
-        """Predict every task of a batch of inputs, with or without targets; a task with a loader of its own, alone."""
-        named = self.under_its_name("predict", batch, dataloader_idx)
-        batch = batch if named is batch else {task: as_pair(own) for task, own in named.items()}
-        if is_joint(batch, self.tasks):
-            return self.forward(batch[0])  # type: ignore[no-any-return]
-        if is_per_task(batch, self.tasks):
-            pairs = {task: pair for task, pair in batch.items() if task in self.tasks and pair is not None}
-            return self._predict_each({task: pair[0] for task, pair in pairs.items()})
-        return self.forward(batch)  # type: ignore[no-any-return]
-
-    @abstractmethod
-    def _predict_each(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Predict every task from inputs of its own."""
-
     def under_its_name(self, stage: str, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401
         """Give a batch of one of several loaders, named by tasks, its name back."""
         loaders = None if self._trainer is None else getattr(self.trainer, f"{stage}_dataloaders")
@@ -101,17 +98,41 @@ class SteppedModule(OptimizerHooks):
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
         batch = self.under_its_name(stage, batch, dataloader_idx)
         if dataloader_idx > 0 and not is_per_task(batch, self.tasks):
-            raise ValueError(
-                "Several evaluation loaders would be averaged into one figure. Give each task its loader, as {task: "
-                'loader, ...}, in a MultiTaskDataModule or a CombinedLoader({task: loader, ...}, "max_size"), or '
-                "evaluate the loaders one at a time."
-            )
+            raise several_loaders()
         outputs = self.present_outputs(batch)
         if not outputs:
             return
         update_metrics(self, stage, outputs)
         losses = torch.stack([output.loss.detach() for output in outputs.values()])
         self.recorder.losses[stage].add(losses, sample_counts(list(outputs.values())), list(outputs))
+
+    def parameter_groups(
+        self,
+        lr: Rate | None = None,
+        *,
+        trunk_lr: Rate | None = None,
+        head_lr: Mapping[str, Rate] | None = None,
+        weight_decay: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Give an optimizer one named group for each part: ``"trunk"``, ``"head/<task>"``, and ``"rest"``.
+
+        Each parameter is in one group. What several heads share, and what belongs to neither trunk nor heads, such as
+        a loss's parameters, is the rest's; what the trunk shares with a head is the trunk's. Where a callback gives
+        parts of the trunk learning rates of their own, these have groups: ``"trunk/<part>"``.
+
+        Args:
+            lr: The learning rate of all groups; None leaves it to the optimizer.
+            trunk_lr: The trunk's, instead.
+            head_lr: ``{task: learning rate}`` of single heads, instead.
+            weight_decay: The weight decay of all groups; None leaves it to the optimizer.
+
+        Raises:
+            ValueError: If a number is negative or not finite, or ``head_lr`` names an unknown task.
+
+        Example:
+            ``return torch.optim.Adam(self.parameter_groups(1e-3, head_lr={"age": 1e-4}))`` in configure_optimizers.
+        """
+        return parameter_groups(self, lr, trunk_lr=trunk_lr, head_lr=head_lr or {}, weight_decay=weight_decay)
 
     @with_own_callbacks
     def configure_callbacks(self) -> list[pl.Callback]:

@@ -25,14 +25,14 @@ from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_unreached
 from lightning_mtl.training.cast import Cast
 from lightning_mtl.training.checks import check_accumulation, collects_shards, no_shared_parameters
-from lightning_mtl.training.closure import pass_again
+from lightning_mtl.training.closure import forward_alone, pass_again
 from lightning_mtl.training.features import features_of, find_layer
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import micro_batch_of, reduce_losses, sample_counts
 from lightning_mtl.training.observation import Observation
 from lightning_mtl.training.scores import update_metrics
 from lightning_mtl.training.snapshots import losses_after
-from lightning_mtl.training.synchronization import synchronizing
+from lightning_mtl.training.synchronization import learns_graph, synchronizing
 from lightning_mtl.training.update import Update
 from lightning_mtl.training.window import Reduced, Window
 
@@ -57,6 +57,7 @@ class Optimization:
         self._observation: Observation | None = None  # of the open window
         self._rows: Rows | None = None
         self._closed: tuple[int, Window] | None = None  # the newest step, which Lightning may ask for again
+        self.ran = False  # whether this fit has taken a batch
         self._looked = False  # whether a graph of this fit was looked at for what cannot be measured
 
     def __reduce__(self) -> tuple[type[Optimization], tuple[Recorder]]:
@@ -68,7 +69,7 @@ class Optimization:
         """Begin a fit: nothing of a step that another one left unfinished goes on."""
         self.window = self._callbacks = self._closed = None
         self.find_cast(module)
-        self._looked = False
+        self._looked = self.ran = False
         self.update.begin()
 
     def run(self, module: TaskModule, batch: object, batch_idx: int) -> Tensor | None:
@@ -77,13 +78,13 @@ class Optimization:
         Returns:
             The weighted loss: detached, or with its graph where Lightning runs the backward pass.
         """
-        if self._callbacks != module.trainer.callbacks:  # type: ignore[attr-defined]
-            self.find_cast(module)
-        if self._closed is not None:
-            number, closed = self._closed
-            if number == module.trainer.fit_loop.epoch_loop.total_batch_idx:
-                return pass_again(self, module, closed, batch_idx)  # Lightning's closure asks for the same step
-            self._closed = None
+        self.ran = True
+        if module.trainer.fit_loop._skip_backward:
+            return forward_alone(module, batch)
+        self.find_cast(module)
+        if self._closed is not None and self._closed[0] == module.trainer.fit_loop.epoch_loop.total_batch_idx:
+            return pass_again(self, module, self._closed[1], batch_idx)  # Lightning's closure asks for the same step
+        self._closed = None
         if self.window is None or batch_idx % self.window.size == 0:
             self.window = self._open(module, batch_idx)
         window = self.window
@@ -106,12 +107,12 @@ class Optimization:
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT:
             with self.phases.during("measuring"), self._looking(module, window):
                 loss = self._loss(module, window, reduced, micro_batch, last=last)
-            if kept := loss is None and window.collects:
+            if loss is None and window.collects and not learns_graph(module):
                 # Something is passed backward in every micro-batch, for the hooks; what its gradients are is kept.
                 loss = torch.zeros((), device=module.device, requires_grad=True)
             if module.automatic_optimization or loss is None:
                 return window.with_earlier(loss) if loss is not None and self.cast.asks_again else loss
-            with self.phases.during("backward"), _SILENT if last else synchronizing(module, nothing=kept):
+            with self.phases.during("backward"), _SILENT if last else synchronizing(module):
                 module.manual_backward(loss)
         loss = loss.detach()
         window.loss = loss if window.loss is None else window.loss + loss
@@ -127,8 +128,7 @@ class Optimization:
         return self.cast
 
     def _open(self, module: TaskModule, batch_idx: int) -> Window:
-        trainer, cast = module.trainer, self.cast
-        weighting = cast.weighting
+        trainer, cast, weighting = module.trainer, self.cast, self.cast.weighting
         step, epoch = trainer.global_step, trainer.current_epoch
         size = trainer.accumulate_grad_batches if module.automatic_optimization else module.accumulate_grad_batches
         shares = None if cast.steering is None else cast.steering.shares(module, step)

@@ -30,16 +30,16 @@ class Update:
         awaited: The window whose backward pass Lightning is about to run, in automatic optimization.
         drops: Whether the newest step is not to be taken.
         seen: Whether somebody has looked at the newest step's gradients; an optimizer with a closure comes by again.
-        skipped: How many steps were skipped.
+        skipped: How many steps of this fit were skipped.
         skipped_in_a_row: How many of them were the last ones.
     """
 
     def __init__(self) -> None:
-        self.skipped = self.skipped_in_a_row = 0
         self.begin()
 
     def begin(self) -> None:
         """Begin a fit."""
+        self.skipped = self.skipped_in_a_row = 0
         self.awaited: Window | None = None
         self.drops = False
         self.seen = True
