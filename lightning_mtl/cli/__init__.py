@@ -8,7 +8,7 @@ from pathlib import Path
 
 # What a command imports beyond the package's own dependencies, and the extra that brings it.
 NEEDED = {
-    "tune": ("tune", ("jsonargparse", "rich", "optuna", "optuna_integration", "matplotlib")),
+    "tune": ("tune", ("jsonargparse", "rich", "optuna", "matplotlib")),
     "methods": ("cli", ("rich",)),
 }
 NEEDED_BY_THE_REST = ("cli", ("jsonargparse",))
@@ -48,5 +48,5 @@ def main() -> None:
 
 
 def _is_installed(module: str) -> bool:
-    # What is imported already may have no spec to be found by, as optuna_integration, which replaces itself.
+    # What is imported already may have no spec to be found by.
     return module in sys.modules or importlib.util.find_spec(module) is not None

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from lightning_mtl.configured import PROGRAM, ConfigurationError, debugging, leave
+from lightning_mtl.tuning import tune
+from lightning_mtl.tuning.addresses import without_passwords
+from lightning_mtl.tuning.patience import StorageAwayError
 
 TUNE_DESCRIPTION = """Search over weightings and hyperparameters with Optuna.
 
@@ -23,7 +26,7 @@ class OneLineArguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the line, and end the process."""
-        leave(message)
+        leave(without_passwords(message))
 
 
 def parser() -> OneLineArguments:
@@ -65,8 +68,6 @@ def search(arguments: Sequence[str]) -> None:
     """Search, and print what was found; leave with exit code 2 for a mistake, 1 if no trial has come to a value."""
     given, overrides = parser().parse_known_args(arguments)
     try:
-        from lightning_mtl.tuning import tune
-
         result = tune(
             given.config,
             given.space,
@@ -81,10 +82,10 @@ def search(arguments: Sequence[str]) -> None:
             retry_running=given.retry_running,
             overrides=overrides,
         )
-    except (ConfigurationError, ImportError) as error:
+    except (ConfigurationError, ImportError, StorageAwayError) as error:
         if debugging():
             raise
-        leave(str(error))
+        leave(without_passwords(str(error)))
     except KeyboardInterrupt:
         sys.stderr.write(f"{PROGRAM}: interrupted; the same command goes on where the study is\n")
         sys.exit(130)  # as shells have it for Ctrl-C

@@ -2,7 +2,6 @@
 
 try:
     import optuna  # noqa: F401
-    import optuna_integration  # noqa: F401
 except ImportError as error:
     raise ImportError(
         f"lightning_mtl.tuning needs {error.name}; install it with pip install 'lightning-mtl[tune]'."

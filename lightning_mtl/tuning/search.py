@@ -84,7 +84,7 @@ def tune(
         directions = [goal.direction_for(base.tasks) for goal in wanted.goals]
         check_space(base, wanted)
         ranks = TrialProcesses(base.world_size)
-        _check_pruning(wanted, prune, storage, ranks)
+        _check_pruning(wanted, prune)
         if ranks.size > 1 and storage is None:
             raise ConfigurationError("several ranks need a storage that all of them reach, such as sqlite:///study.db.")
         opened = open_storage(storage, silence)
@@ -101,15 +101,13 @@ def tune(
     return Result(study, wanted, list(base.tasks), {}, (), leads=False)
 
 
-def _check_pruning(space: Space, prune: bool, storage: str | Path | None, ranks: TrialProcesses) -> None:
+def _check_pruning(space: Space, prune: bool) -> None:
     if not prune:
         return
     if len(space.goals) > 1:
         raise ConfigurationError("Optuna prunes for one objective, not for several; leave pruning out.")
     if len(space.goals[0].metrics) > 1:
         raise ConfigurationError(f"pruning follows one metric, not a mean; found objective {space.goals[0].name}.")
-    if ranks.size > 1 and (storage is None or "://" not in str(storage) or str(storage).startswith("journal:")):
-        raise ConfigurationError(f"pruning on several ranks needs a database, found storage={storage!r}.")
 
 
 def _study(
@@ -130,13 +128,15 @@ def _study(
             study = optuna.create_study(
                 storage=storage, study_name=name, directions=list(directions), sampler=sampler, pruner=pruner
             )
-            study.set_user_attr(QUESTION, question)
         except optuna.exceptions.DuplicatedStudyError:
-            pass
+            study = optuna.load_study(storage=storage, study_name=name)
+        # The worker that created the study may have died, or lost its answer, before it could say this.
+        if QUESTION not in study.user_attrs:
+            study.set_user_attr(QUESTION, question)
     ranks.broadcast(None)  # the others load what rank 0 has made
     study = optuna.load_study(storage=storage, study_name=name, sampler=sampler, pruner=pruner)
-    asked = study.user_attrs.get(QUESTION)
-    if asked not in (None, question) or [where.name.lower() for where in study.directions] != list(directions):
+    asked = study.user_attrs.get(QUESTION, question)
+    if asked != question or [where.name.lower() for where in study.directions] != list(directions):
         raise ConfigurationError(
             f"study {name!r} was begun with another configuration or space; give this one another name, or go "
             "back to those."

@@ -18,6 +18,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_mtl.configured import ConfigurationError
+from lightning_mtl.tuning.addresses import complete_address, has_password, missing_driver, shown, without_passwords
+from lightning_mtl.tuning.patience import PatientStorage, line
 
 MAX_RETRIES = 3  # of the same values, on which a worker may have died for a reason; then others are drawn
 ATTEMPTS = 20
@@ -46,47 +48,59 @@ def open_storage(storage: str | Path | None, silence: int) -> BaseStorage:
             path.parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(JournalFileBackend(str(path)))
         except OSError as error:
-            raise ConfigurationError(f"storage={text!r} cannot be opened: {error}.") from error
+            raise ConfigurationError(f"storage={shown(text)!r} cannot be opened: {error}.") from error
     if "://" not in text:
         raise ConfigurationError(
-            f"storage={text!r} is neither the URL of a database, such as sqlite:///study.db, nor a journal file, "
-            "such as journal:///study.journal."
+            f"storage={shown(text)!r} is neither the URL of a database, such as sqlite:///study.db, nor a journal "
+            "file, such as journal:///study.journal."
         )
     return _database(text, silence)
 
 
-def _database(url: str, silence: int) -> RDBStorage:
+def _database(url: str, silence: int) -> PatientStorage:
+    url = complete_address(url)
     for attempt in range(ATTEMPTS):
         storage, failure = _try_database(url, silence)
         if storage is not None:
             return storage
         # Two workers that begin at once may both make the tables: whoever comes second finds them made.
-        if "unable to open" in _line(failure) or (attempt >= 2 and not url.startswith("sqlite")):
+        if "unable to open" in line(failure) or (attempt >= 2 and not url.startswith("sqlite")):
             break
         time.sleep(random.uniform(0.05, 0.3))
-    raise ConfigurationError(f"storage={url!r} cannot be opened: {_line(failure)}.") from failure
+    raise _refused(url, f"cannot be opened: {line(failure)}.", failure)
 
 
-def _try_database(url: str, silence: int) -> tuple[RDBStorage | None, Exception | None]:
+def _try_database(url: str, silence: int) -> tuple[PatientStorage | None, Exception | None]:
     try:
         return _open_database(url, silence), None
-    except (sqlalchemy.exc.NoSuchModuleError, sqlalchemy.exc.ArgumentError, ImportError) as error:
-        raise ConfigurationError(f"storage={url!r} names no usable database: {_line(error)}") from error
+    except ImportError as error:
+        raise ConfigurationError(missing_driver(url, _module(error))) from None
+    except (sqlalchemy.exc.NoSuchModuleError, sqlalchemy.exc.ArgumentError, TypeError, ValueError) as error:
+        raise _refused(url, f"names no usable database: {line(error)}", error) from None
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         return None, error
 
 
-def _line(error: BaseException | None) -> str:
-    reason = getattr(error, "orig", None) or getattr(error, "__cause__", None) or error
-    return " ".join(str(reason).split()) or type(error).__name__
+def _module(error: ImportError) -> str:
+    # Optuna raises an error of its own from the one that knows.
+    cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
+    return cause.name or str(cause)
 
 
-def _open_database(url: str, silence: int) -> RDBStorage:
+def _refused(url: str, why: str, cause: Exception | None) -> ConfigurationError:
+    refused = ConfigurationError(f"storage={shown(url)!r} {without_passwords(why, url)}")
+    # A traceback shows the texts of all causes, which are the drivers' and may hold a password.
+    refused.__cause__ = None if has_password(url) else cause
+    refused.__suppress_context__ = True
+    return refused
+
+
+def _open_database(url: str, silence: int) -> PatientStorage:
     sqlite = url.startswith("sqlite")
     engine: dict[str, Any] = {"connect_args": {"timeout": LOCK_SECONDS}} if sqlite else {"pool_pre_ping": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        storage = RDBStorage(
+        storage = PatientStorage(
             url,
             engine_kwargs=engine,
             heartbeat_interval=max(1, silence // 4),
@@ -121,10 +135,13 @@ def has_heartbeat(storage: BaseStorage) -> bool:
     return isinstance(storage, RDBStorage)
 
 
-def fail_silent_trials(study: optuna.Study, storage: BaseStorage) -> None:
+def is_recovering(storage: BaseStorage) -> bool:
+    """Return whether workers may be silent because the storage was away."""
+    return isinstance(storage, PatientStorage) and storage.recovering
+
+
+def fail_silent_trials(study: optuna.Study) -> None:
     """Mark trials whose worker has died as failed, and queue their values again."""
-    if not has_heartbeat(storage):
-        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)

@@ -63,6 +63,10 @@ class TrialProcesses:
         return next((f"rank {rank}: {text}" for rank, text in enumerate(found) if text is not None), None)
 
 
+class RankError(RuntimeError):
+    """Is raised on all ranks of a trial for an error on one of them."""
+
+
 # Lightning logs several lines for each Trainer and each seed, and a search has one of both for every trial.
 _TALKATIVE = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
 

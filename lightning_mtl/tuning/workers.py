@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from lightning_mtl.configured import ConfigurationError
 from lightning_mtl.tuning.configuration import BaseConfig, trial_configuration
 from lightning_mtl.tuning.goals import NotLoggedError
+from lightning_mtl.tuning.pruning import Pruning
 from lightning_mtl.tuning.space import Space
 from lightning_mtl.tuning.storage import (
     ERROR,
@@ -26,12 +30,14 @@ from lightning_mtl.tuning.storage import (
     fail_and_repeat,
     fail_silent_trials,
     has_heartbeat,
+    is_recovering,
     is_surplus,
     sign_of_life,
     without_sign,
 )
-from lightning_mtl.tuning.trial import Job, TrialProcesses, train
+from lightning_mtl.tuning.trial import Job, RankError, TrialProcesses, train
 
+_logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 SEED_VALUES = "values_by_seed"
 
@@ -64,6 +70,7 @@ class Worker:
     prune: bool
     silence: int
     _stopped_by: Exception | None = field(default=None, init=False)
+    _running: optuna.Trial | None = field(default=None, init=False)
 
     def work(self, timeout: float | None = None) -> None:
         """Run trials until the study is complete, or no new one may begin after so many seconds.
@@ -82,8 +89,7 @@ class Worker:
                 counted = counting(trials)
                 waiting = any(trial.state == TrialState.WAITING for trial in trials)
                 if waiting or len(counted) < self.total:
-                    # Whatever a trial raises is its own end; the next may do better.
-                    self.study.optimize(self._trial, n_trials=1, catch=(Exception,))
+                    self._run_trial()
                 elif has_heartbeat(self.storage) and any(trial.state == TrialState.RUNNING for trial in counted):
                     time.sleep(POLL_SECONDS)  # one of them may have to be taken over
                 else:
@@ -93,13 +99,34 @@ class Worker:
         finally:
             self.ranks.broadcast(None)
 
+    def _run_trial(self) -> None:
+        try:
+            # Whatever a trial raises is its own end; the next may do better.
+            self.study.optimize(self._trial, n_trials=1, catch=(Exception,))
+        except (ValueError, UpdateFinishedTrialError):
+            # Optuna refuses the result of a trial that has ended.
+            if (trial := self._running) is None or not self._has_ended(trial):
+                raise
+            _logger.warning(
+                "Trial %d was given to another worker, as this one was silent for too long; its result does not count.",
+                trial.number,
+            )
+
+    def _has_ended(self, trial: optuna.Trial) -> bool:
+        return self.study._storage.get_trial(trial._trial_id).state.is_finished()
+
     def _repeat_lost_trials(self) -> None:
-        fail_silent_trials(self.study, self.storage)
-        if has_heartbeat(self.storage):
-            for trial in without_sign(self.study.get_trials(deepcopy=False), self.silence):
+        if not has_heartbeat(self.storage):
+            return
+        fail_silent_trials(self.study)
+        # Whether the storage was away is known after a call to it.
+        trials = self.study.get_trials(deepcopy=False)
+        if not is_recovering(self.storage):
+            for trial in without_sign(trials, self.silence):
                 fail_and_repeat(self.study, trial)
 
     def _trial(self, trial: optuna.Trial) -> float | list[float]:
+        self._running = trial
         sign_of_life(self.storage, trial)
         trial.set_user_attr(WORKER, f"{socket.gethostname()}:{os.getpid()}")
         if is_surplus(self.study.get_trials(deepcopy=False), trial.number, self.total):
@@ -107,7 +134,7 @@ class Worker:
             raise optuna.TrialPruned("There are enough trials: another worker was faster.")
         try:
             drawn = self.space.sample(trial, list(self.base.tasks))
-            self.ranks.broadcast((trial._trial_id, trial.number, drawn))
+            self.ranks.broadcast((trial.number, drawn))
             by_seed = self._train(trial, trial.number, drawn)
         except optuna.TrialPruned:
             raise
@@ -123,11 +150,8 @@ class Worker:
     def _train_along(self) -> None:
         """What the other ranks do: train what rank 0 has drawn."""
         while (job := self.ranks.broadcast(None)) is not None:
-            trial_id, number, drawn = job
-            try:
-                self._train(optuna.Trial(self.study, trial_id) if self.prune else None, number, drawn)
-            except (optuna.TrialPruned, RankError, ConfigurationError):
-                continue  # rank 0 tells the study
+            with suppress(optuna.TrialPruned, RankError, ConfigurationError):  # rank 0 tells the study
+                self._train(None, *job)
 
     def _train(self, trial: optuna.Trial | None, number: int, drawn: Mapping[str, Any]) -> list[list[float]]:
         """Train every seed; an error on one rank is an error on all."""
@@ -135,7 +159,8 @@ class Worker:
         shown = self.space.in_words(drawn, list(self.base.tasks))
         for index in range(self.seeds):
             name = f"trial_{number:04d}" + (f"_seed_{index}" if self.seeds > 1 else "")
-            pruning = self._pruning(trial) if trial is not None and self.prune and index == 0 else []
+            pruned = self.prune and index == 0
+            pruning = [Pruning(trial, self.space.goals[0].metrics[0], self.ranks)] if pruned else []
             error: Exception | None = None
             try:
                 values = trial_configuration(self.base, self.space, drawn, seed=self.base.seed + index)
@@ -151,27 +176,4 @@ class Worker:
                 raise error
             if where is not None:
                 raise RankError(where) from error
-            self._end_if_pruned(pruning)
         return by_seed
-
-    def _pruning(self, trial: optuna.Trial) -> list[Any]:
-        from optuna_integration import PyTorchLightningPruningCallback
-
-        return [PyTorchLightningPruningCallback(trial, monitor=self.space.goals[0].metrics[0])]
-
-    def _end_if_pruned(self, pruning: Sequence[Any]) -> None:
-        """On several ranks the callback ends the training and leaves it to the caller to end the trial."""
-        if self.ranks.size == 1 or not pruning:
-            return
-        message: str | None = None
-        if self.ranks.leads:
-            try:
-                pruning[0].check_pruned()
-            except optuna.TrialPruned as pruned:
-                message = str(pruned)
-        if (message := self.ranks.broadcast(message)) is not None:
-            raise optuna.TrialPruned(message)
-
-
-class RankError(RuntimeError):
-    """Is raised on all ranks of a trial for an error on one of them."""
