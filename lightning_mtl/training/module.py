@@ -16,6 +16,7 @@ from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import sample_counts
+from lightning_mtl.training.resume import Resume
 from lightning_mtl.training.schedulers import Hook, keep_schedules_of_instance, keeping_schedules
 from lightning_mtl.training.step import Optimization
 
@@ -51,7 +52,7 @@ def with_own_callbacks(configure: Hook) -> Hook:
         if self.recorder in callbacks:  # a call of super()
             return callbacks
         hooks = AutomaticStepHooks if self.automatic_optimization else StepHooks
-        return [*callbacks, self.recorder, hooks(self.optimization)]
+        return [*callbacks, self.recorder, hooks(self.optimization), Resume(self.optimization)]
 
     return cast("Hook", configure_callbacks)
 
