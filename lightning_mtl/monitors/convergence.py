@@ -216,8 +216,10 @@ class Convergence(Monitor):
 
 
 def _note(curves: Curves, task: str, step: int, value: float | None) -> None:
-    if value is not None:
-        curves.setdefault(task, []).append((step, float(value)))
+    points = curves.setdefault(task, []) if value is not None else []
+    # A run that resumes from inside an epoch's begin comes by this point again.
+    if value is not None and not (points and points[-1][0] == step):
+        points.append((step, float(value)))
 
 
 def _scores(pl_module: pl.LightningModule, stage: str) -> Mapping[str, Mapping[str, float]]:

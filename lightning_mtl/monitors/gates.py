@@ -124,6 +124,10 @@ class GateUsage(Monitor):
                 "trunk of lightning_mtl.architectures that has gates, masks or branches, or leave it out."
             )
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start to collect where a run resumes in the middle of an epoch, which has begun before."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start to collect."""
         if self._shows(trainer):

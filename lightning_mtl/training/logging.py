@@ -21,7 +21,7 @@ from lightning_mtl.task.shapes import SeenShapes
 from lightning_mtl.training.checks import check_model, check_trainer
 from lightning_mtl.training.losses import LabelCounts
 from lightning_mtl.training.reduced import log_reduced
-from lightning_mtl.training.schedulers import plateau_metrics, step_schedulers
+from lightning_mtl.training.schedulers import step_schedulers
 from lightning_mtl.training.scores import Scores, StageMetrics, change_from_baselines
 from lightning_mtl.training.window import Window
 
@@ -77,7 +77,7 @@ class Recorder(Callback):
         self._callback_metrics: dict[str, Tensor] = {}
         self.unlogged = False
         self.plateau_due: tuple[str, int] | None = None
-        self._known_metrics: dict[str, Tensor] = {}
+        self._restored: dict[str, Tensor] = {}  # what the Trainer's metrics were when the checkpoint was written
 
     # Steps
 
@@ -183,8 +183,7 @@ class Recorder(Callback):
     def _step_plateau(self, module: TaskModule) -> None:
         if self.plateau_due is not None:
             due, self.plateau_due = self.plateau_due, None
-            step_schedulers(module, module.schedules, *due, plateau=True, known=self._known_metrics)
-            self._known_metrics = {}
+            step_schedulers(module, module.schedules, *due, plateau=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Log the epoch's means and the last step's values, and step the schedulers that follow an epoch's metric."""
@@ -239,6 +238,7 @@ class Recorder(Callback):
             "loss_sums": torch.stack([train.totals, train.counts]),
             "labels": self.labels.state_dict(),
             "plateau_due": self.plateau_due,
+            "scores": {stage: {task: dict(of) for task, of in found.items()} for stage, found in self.scores.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -246,14 +246,22 @@ class Recorder(Callback):
         self.losses["train"].totals, self.losses["train"].counts = state_dict["loss_sums"].clone().unbind()
         self.labels.load_state_dict(state_dict["labels"])
         self.plateau_due = state_dict["plateau_due"]
+        self.scores.update(state_dict.get("scores", {}))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: TaskModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
-        """Keep the metrics that a waiting scheduler follows; Lightning does not."""
-        if self.plateau_due is not None:
-            checkpoint["lightning_mtl_plateau_metrics"] = plateau_metrics(pl_module, pl_module.schedules)
+        """Keep the metrics that schedulers and callbacks follow; Lightning does not."""
+        metrics = trainer.callback_metrics
+        checkpoint["lightning_mtl_metrics"] = {
+            name: torch.as_tensor(value).detach().clone() for name, value in metrics.items()
+        }
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take the metrics of a waiting scheduler back."""
-        self._known_metrics = checkpoint.get("lightning_mtl_plateau_metrics", {})
+        """Read these metrics back."""
+        self._restored = checkpoint.get("lightning_mtl_metrics", {})
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
+        """Let what waits for a metric find the newest one, as if the training had not been interrupted."""
+        trainer.callback_metrics.update(self._restored)
+        self._restored = {}

@@ -16,6 +16,7 @@ from lightning_mtl.training.checks import check_trainer_arguments, several_loade
 from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import sample_counts
+from lightning_mtl.training.resume import Resume
 from lightning_mtl.training.schedulers import Hook, keep_schedules_of_instance, keeping_schedules
 from lightning_mtl.training.scores import update_metrics
 from lightning_mtl.training.step import Optimization
@@ -39,7 +40,7 @@ def with_own_callbacks(configure: Hook) -> Hook:
         there: list[pl.Callback] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         if self.recorder in there and any(type(callback) is hooks for callback in there):
             return callbacks
-        return [*callbacks, self.recorder, hooks(self.optimization)]
+        return [*callbacks, self.recorder, hooks(self.optimization), Resume(self.optimization)]
 
     return cast("Hook", configure_callbacks)
 

@@ -54,7 +54,6 @@ def step_schedulers(
     index: int,
     *,
     plateau: bool,
-    known: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Step the schedulers that are due, as Lightning's automatic loop does after a batch or an epoch.
 
@@ -64,7 +63,6 @@ def step_schedulers(
         interval: ``"step"`` or ``"epoch"``.
         index: The batch's place in its epoch, or the epoch.
         plateau: Step those that follow a metric, or the others.
-        known: Metrics restored from a checkpoint, for a scheduler that was due when it was written.
     """
     trainer = module.trainer
     for active in trainer.lr_scheduler_configs:
@@ -74,7 +72,7 @@ def step_schedulers(
             continue
         value = None
         if plateau:
-            value = {**trainer.callback_metrics, **(known or {})}.get(config.monitor or "")
+            value = trainer.callback_metrics.get(config.monitor or "")
             if value is None:
                 if config.strict:
                     raise MisconfigurationException(
@@ -85,13 +83,6 @@ def step_schedulers(
                 rank_zero_warn(f"ReduceLROnPlateau follows {config.monitor!r}, which has not been logged; skipped.")
                 continue
         module.lr_scheduler_step(config.scheduler, value)
-
-
-def plateau_metrics(module: pl.LightningModule, configured: list[LRSchedulerConfig]) -> dict[str, torch.Tensor]:
-    """The present values of the metrics that schedulers follow."""
-    metrics = module.trainer.callback_metrics
-    names = {config.monitor for config in configured if config.reduce_on_plateau}
-    return {name: metrics[name].detach().clone() for name in names if name in metrics}
 
 
 def keeping_schedules(configure: Hook) -> Hook:
