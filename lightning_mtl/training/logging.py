@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -119,11 +120,10 @@ class Recorder(Callback):
 
     def _latest(self, device: str | None = None) -> dict[str, Tensor]:
         """The newest vectors as scalars, on their own device or another."""
-        scalars = {
-            f"{name}/{task}": value
-            for name, (tasks, vector) in self._vectors.items()
-            for task, value in zip(tasks, vector.detach().to(device, torch.float32).unbind(), strict=True)
-        }
+        scalars: dict[str, Tensor] = {}
+        for name, (tasks, vector) in self._vectors.items():
+            values = vector.detach().to(device, torch.float32).unbind()
+            scalars.update(zip(_keys(name, tuple(tasks)), values, strict=True))
         scalars.update((f"penalty/{name}", value.to(device, torch.float32)) for name, value in self._penalties.items())
         losses = self._vectors["loss"][1]
         weighted = losses * self._vectors["weight"][1] if "weight" in self._vectors else losses
@@ -265,3 +265,9 @@ class Recorder(Callback):
         """Let what waits for a metric find the newest one, as if the training had not been interrupted."""
         trainer.callback_metrics.update(self._restored)
         self._restored = {}
+
+
+@functools.cache
+def _keys(name: str, tasks: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of a vector's entries; kept, for they are needed in every step."""
+    return tuple(f"{name}/{task}" for task in tasks)
