@@ -78,7 +78,6 @@ class Recorder(Callback):
         self._callback_metrics: dict[str, Tensor] = {}
         self.unlogged = False
         self.plateau_due: tuple[str, int] | None = None
-        self._restored: dict[str, Tensor] = {}  # what the Trainer's metrics were when the checkpoint was written
 
     # Steps
 
@@ -247,24 +246,6 @@ class Recorder(Callback):
         self.labels.load_state_dict(state_dict["labels"])
         self.plateau_due = state_dict["plateau_due"]
         self.scores.update(state_dict.get("scores", {}))
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: TaskModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
-        """Keep the metrics that schedulers and callbacks follow; Lightning does not."""
-        metrics = trainer.callback_metrics
-        checkpoint["lightning_mtl_metrics"] = {
-            name: torch.as_tensor(value).detach().clone() for name, value in metrics.items()
-        }
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Read these metrics back."""
-        self._restored = checkpoint.get("lightning_mtl_metrics", {})
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
-        """Let what waits for a metric find the newest one, as if the training had not been interrupted."""
-        trainer.callback_metrics.update(self._restored)
-        self._restored = {}
 
 
 @functools.cache

@@ -8,9 +8,12 @@ the old one's end. Whatever changes the training in one of these hooks would the
 
 from __future__ import annotations
 
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -18,6 +21,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.step import Optimization
 
+_METRICS = "lightning_mtl_metrics"  # in a checkpoint: what schedulers and callbacks follow
 _OPEN = "lightning_mtl_open_step"  # in a checkpoint: how many micro-batches of an unfinished step it lacks
 
 
@@ -31,6 +35,7 @@ class Resume(Callback):
     def __init__(self, optimization: Optimization) -> None:
         self.optimization = optimization
         self._warned = False
+        self._metrics: dict[str, torch.Tensor] = {}  # the Trainer's, when the checkpoint was written
 
     def setup(self, trainer: pl.Trainer, pl_module: TaskModule, stage: str) -> None:  # type: ignore[override]
         """Make the module double where it trains so: Lightning would load a checkpoint into float32 first."""
@@ -39,11 +44,21 @@ class Resume(Callback):
             pl_module.double()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
-        """Do what was due when the checkpoint was written."""
+        """Let what follows a metric find the newest one, and do what was due when the checkpoint was written."""
+        trainer.callback_metrics.update(self._metrics)
+        self._metrics = {}
         catch_up(trainer)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Name the checkpoint where it is the reason: torch speaks of an archive, and not of which."""
+        path = Path(str(trainer.ckpt_path or ""))
+        if path.is_file() and _is_cut_off(path):
+            rank_zero_warn(f"The checkpoint {path} is cut off: it cannot be read. Resume from an earlier one.")
+
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: TaskModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
-        """Mark a checkpoint that is written inside an optimizer step, whose gradients it does not hold."""
+        """Keep the metrics, as Lightning does not; mark a checkpoint that lacks the gradients of an open step."""
+        metrics = trainer.callback_metrics
+        checkpoint[_METRICS] = {name: torch.as_tensor(value).detach().clone() for name, value in metrics.items()}
         window = self.optimization.window
         if window is None:
             return
@@ -60,13 +75,21 @@ class Resume(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Warn of a checkpoint that was written inside an optimizer step."""
+        """Read the metrics; warn of a checkpoint that was written inside an optimizer step."""
+        self._metrics = checkpoint.get(_METRICS, {})
         if _OPEN in checkpoint:
             rank_zero_warn(
                 f"The checkpoint was written inside optimizer step {checkpoint['global_step']}: the gradients of its "
                 f"first {checkpoint[_OPEN]} micro-batches are lost, and the step is taken without them. To resume to "
                 "the bit, use a checkpoint that was written between steps."
             )
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a file of torch lacks its end, where an archive lists what it holds."""
+    with path.open("rb") as file:
+        begin = file.read(2)
+    return begin in (b"", b"PK") and not zipfile.is_zipfile(path)
 
 
 def catch_up(trainer: pl.Trainer) -> None:
