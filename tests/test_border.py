@@ -252,7 +252,10 @@ def test_this_steps_values_are_read_whatever_is_logged(weighting: GradNorm | Non
     reading.read, module.seen = [], []
     checkpoint = ModelCheckpoint(tmp_path, "{step}", monitor="loss/a", every_n_train_steps=1, save_top_k=-1)
     callbacks = [reading, checkpoint, *([] if weighting is None else [weighting])]
-    fit(module, loader(*SOME), callbacks=callbacks, enable_checkpointing=True, log_every_n_steps=50, logger=logger)
+    trainer = quiet_trainer(
+        callbacks=callbacks, enable_checkpointing=True, log_every_n_steps=50, logger=logger, num_sanity_val_steps=1
+    )
+    trainer.fit(module, loader(*SOME), loader(*SOME))
     saved = sorted((path, float(score)) for path, score in checkpoint.best_k_models.items())
     assert len(set(reading.read)) == 5
     assert module.seen == reading.read

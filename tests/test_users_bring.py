@@ -214,11 +214,11 @@ def test_hooks_fire_once_a_step(way: str) -> None:
     assert (hooks.after_backward, hooks.before_step) == (4, 4)
 
 
-@pytest.mark.parametrize(("way", "backwards"), [("losses", 4), ("features", 2), ("rows", 2)])
-def test_hooks_of_accumulated_steps(way: str, backwards: int) -> None:
+@pytest.mark.parametrize("way", ["losses", "features", "rows"])
+def test_hooks_of_accumulated_steps(way: str) -> None:
     hooks = Hooks()
     trained(small(optimizer=momentum, accumulate_grad_batches=2), way, hooks)
-    assert (hooks.after_backward, hooks.before_step) == (backwards, 2)
+    assert (hooks.after_backward, hooks.before_step) == (4, 2)
 
 
 # Heads that write in place

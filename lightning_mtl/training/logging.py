@@ -150,7 +150,6 @@ class Recorder(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Lay out TensorBoard's custom scalars: all tasks' weights on one chart, all losses on another."""
         check_model(pl_module, trainer)
-        self._callback_metrics = trainer.callback_metrics  # the Trainer's own, for this run
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(self.tensorboard_layout())
@@ -167,6 +166,10 @@ class Recorder(Callback):
         }
         # A pattern, no list of tasks: TensorBoard shows a chart once for all runs only where their layouts agree.
         return {"tasks": {title: ["Multiline", [f"^{prefix}/(?!total$)"]] for title, prefix in charts.items()}}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
+        """Remember where callbacks look for metrics: the Trainer's own, for this run."""
+        self._callback_metrics = trainer.callback_metrics
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: TaskModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
         """Step the schedulers that waited for the last batch's validation; have buffers broadcast as they should be.
