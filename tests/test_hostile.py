@@ -91,6 +91,7 @@ def names(row: Row, num_tasks: int) -> list[str]:
     return (["a", "b", "c"] + [f"task {k}" for k in range(num_tasks)])[:num_tasks]
 
 
+@pytest.mark.filterwarnings("ignore:FairGrad.*makes the shared gradient:UserWarning")
 @examples(100)
 @given(st.data())
 def test_no_measurement_makes_a_weight_or_a_state_that_is_no_number(data: st.DataObject) -> None:

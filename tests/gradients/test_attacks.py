@@ -202,6 +202,7 @@ class Interrupted(pl.Callback):
             raise InterruptedError
 
 
+@pytest.mark.filterwarnings("ignore:.*written inside.*optimizer step:UserWarning")
 @pytest.mark.parametrize("place", ["trunk", "features"])
 def test_a_fit_begins_without_what_an_interrupted_one_has_collected(place: str, tmp_path: Path) -> None:
     batches, path = [random_inputs(i) for i in range(8)], tmp_path / "last.ckpt"
