@@ -20,8 +20,9 @@ pass. ``gradients.features`` measures at the trunk's output and sends one weight
 ``gradients.trunk`` keeps each task's gradient of all parameters until the weights are known, and ``gradients.sharded``
 does both where parameters are sharded.
 
-Around the step: ``checks`` refuses at setup what cannot work, ``module`` holds Lightning's hooks, ``hooks`` and
-``schedulers`` what Lightning does in automatic optimization and a step here has to do itself, ``task_rates`` the tasks'
-own learning rates, ``absent`` what ranks owe each other for tasks that a batch lacks, and ``snapshots`` the passes that
-leave no trace.
+Around the step: ``checks`` refuses at setup what cannot work, ``module`` and ``hooks`` are where Lightning calls in,
+``schedulers`` and ``closure`` do what Lightning does by itself in automatic optimization, ``synchronization`` and
+``absent`` say what ranks owe each other, ``features`` chooses where gradients are measured, ``task_rates`` takes the
+tasks' own learning rates to the optimizer, ``scores`` and ``reduced`` log a stage's metrics, ``resume`` does what was
+due when a checkpoint was written, and ``snapshots`` makes passes that leave no trace.
 """
