@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.distributed.node import train
@@ -29,6 +30,7 @@ def on_this_machine(words: list[str], script: list[str]) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *options[:-1], "--local-addr", "127.0.0.1", "-m", *script]
 
 
+@pytest.mark.slow  # two agents that import torch twice each
 def test_the_readmes_torchrun_line_trains_two_nodes_as_one_process(tmp_path: Path) -> None:
     (words,) = [words for words in commands_of("README.md") if words[0] == "torchrun" and "--nnodes" in words]
     assert words[words.index("--nnodes") + 1] == "2"
