@@ -69,6 +69,7 @@ def config(**changes: Any) -> str:
     return "changed.yaml"
 
 
+@pytest.mark.slow
 # It says so of the folder that a test stage will not write to.
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_the_example_trains_and_is_reproduced_by_what_it_saved(monkeypatch: pytest.MonkeyPatch) -> None:

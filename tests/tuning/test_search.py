@@ -42,6 +42,7 @@ def trained(path: Path, tmp_path: Path) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
+@pytest.mark.slow
 def test_the_best_file_reproduces_the_objective_to_the_bit(tmp_path: Path) -> None:
     result = tune(configuration(tmp_path), space(), trials=3, sampler=sampler())
     assert [trial.state for trial in result.study.trials] == [TrialState.COMPLETE] * 3
