@@ -13,7 +13,7 @@ from lightning_mtl.gradients.torch_internals import KEEPING_BUFFERS
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_unreached
 from lightning_mtl.training.logging import Recorder
-from lightning_mtl.training.update import Update
+from lightning_mtl.training.update import Update, optimizer_of
 from lightning_mtl.training.window import Window
 
 
@@ -56,7 +56,7 @@ def pass_again(passing: Passing, module: TaskModule, window: Window, batch_idx: 
     if not automatic:
         passing.zero_gradients(module, batch_idx)
     elif window.size > 1:  # Lightning does it for the first micro-batch alone
-        passing.update.optimizer_of(module).zero_grad()
+        optimizer_of(module).zero_grad()
     counting, labels.counting = labels.counting, False
     try:
         with KEEPING_BUFFERS if again.passes_again else nullcontext():

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -18,7 +17,7 @@ from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import TaskOutput
 from lightning_mtl.task.batches import is_per_task
 from lightning_mtl.task.module import TaskModule
-from lightning_mtl.training.update import values_of_gradients
+from lightning_mtl.training.update import optimizer_of, values_of_gradients
 from lightning_mtl.training.window import Window
 
 
@@ -146,7 +145,7 @@ class Steering:
     def __init__(self, rates: TaskLearningRate, module: TaskModule) -> None:
         self.rates, self.groups = rates, GroupRates()
         self.effective: tuple[list[str], Tensor] | None = None
-        self.groups.check(module, _optimizer_of(module), shares_trunk=rates.shares_trunk)
+        self.groups.check(module, optimizer_of(module).optimizer, shares_trunk=rates.shares_trunk)
 
     def shares(self, module: TaskModule, step: int) -> Tensor | None:
         """What multiplies the tasks' weights in the shared gradient of a step, ``[K]``; None for 1."""
@@ -168,7 +167,7 @@ class Steering:
     def choose(self, module: TaskModule, window: Window) -> None:
         """Decide what the step that ends this window multiplies."""
         multipliers = self.rates.current(window.step).tolist()
-        self.effective = self.groups.choose(module, _optimizer_of(module), multipliers)
+        self.effective = self.groups.choose(module, optimizer_of(module).optimizer, multipliers)
 
     def before_step(self, module: TaskModule, optimizer: torch.optim.Optimizer) -> None:
         """Show the heads' gradients, finite ones, before they are clipped."""
@@ -180,7 +179,3 @@ class Steering:
         self.rates.observe(signals, window.positions(signals.tasks))
         for what, values in window.samples.items():
             self.rates.observe_samples(what, of_all_ranks(values, window.ranks))
-
-
-def _optimizer_of(module: TaskModule) -> torch.optim.Optimizer:
-    return cast("LightningOptimizer", module.optimizers()).optimizer  # several are refused at setup

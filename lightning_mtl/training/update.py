@@ -23,6 +23,11 @@ from lightning_mtl.training.window import Window
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
+def optimizer_of(module: TaskModule) -> LightningOptimizer:
+    """The one optimizer: several are refused at setup."""
+    return cast("LightningOptimizer", module.optimizers())
+
+
 class Update:
     """The optimizer's part of a step, and the steps that it does without because something is not finite.
 
@@ -44,10 +49,6 @@ class Update:
         self.drops = False
         self.seen = True
 
-    def optimizer_of(self, module: TaskModule) -> LightningOptimizer:
-        """The one optimizer: several are refused at setup."""
-        return cast("LightningOptimizer", module.optimizers())
-
     def is_finite(self, module: TaskModule, signals: Signals | None) -> bool:
         """Whether the step may be taken; losses and gradients are judged with one look, the only transfer.
 
@@ -56,7 +57,7 @@ class Update:
         """
         doubtful = torch.zeros((), device=module.device)
         if not module.automatic_optimization:
-            doubtful = finite_if_all(self.optimizer_of(module).param_groups, doubtful)
+            doubtful = finite_if_all(optimizer_of(module).param_groups, doubtful)
         if signals is not None:
             # A sum is finite only if all of it is; the gradients' norm speaks for what was measured of them, too.
             doubtful = doubtful + signals.losses.sum()
@@ -122,7 +123,7 @@ class Update:
             scaler: The gradient scaler of half precision, if there is one.
             finite: Whether gradients and losses are.
         """
-        optimizer, trainer = self.optimizer_of(module), module.trainer
+        optimizer, trainer = optimizer_of(module), module.trainer
         if finite or scaler is not None:
             # A scaler has to see gradients that are not finite: it skips the step, and lowers its factor.
             known = [loss]

@@ -92,12 +92,19 @@ ENGINE = (
         "norms",
     ),
     Mutation(
-        "the scaler's factor stays in the gradients of features and rows",
+        "the scaler's factor stays in the gradients of features",
         "gradients/micro_batch.py",
         "return outer if scale is None else outer / scale",
         "return outer",
         PRECISION,
         "scaler",
+    ),
+    Mutation(
+        "the scaler's factor stays in the gradients of rows",
+        "gradients/trunk.py",
+        "outer = scaled if scale is None else scaled / scale",
+        "outer = scaled",
+        PRECISION,
     ),
     # Which way is taken.
     Mutation(
