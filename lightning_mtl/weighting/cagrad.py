@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_mtl.method.arguments import GradientArguments
-from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.base import NEGLIGIBLE, Measure, Weighting
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.solvers import project_on_dual_cone
@@ -75,6 +75,7 @@ class CAGrad(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    negligible = NEGLIGIBLE
     search_space: ClassVar[SearchSpace] = {"c": Range(0.1, 0.9), "at": Choice(("trunk", "features"))}
 
     def __init__(self, c: float = 0.5, *, rescale: Rescale | None = None, **common: Unpack[GradientArguments]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_mtl.method.arguments import GradientArguments
-from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.base import NEGLIGIBLE, Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
 
@@ -51,6 +51,7 @@ class GradientNormBalance(Weighting):
     """
 
     measures: ClassVar[Measure] = "norms"
+    negligible = NEGLIGIBLE
     search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
 
     def __init__(self, *, eps: float = 1e-3, **common: Unpack[GradientArguments]) -> None:
