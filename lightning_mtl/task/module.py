@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -35,6 +35,7 @@ class TaskModule(pl.LightningModule):
         max_skipped_steps: How many steps in a row may be skipped because something is not finite.
         schedules: The schedulers as they were asked for.
         learned_tasks: The tasks that train; the others count as absent from every batch. None stands for all.
+        delta_m_over: The tasks whose baselines ``val/delta_m`` compares with: ``"all"``, or the ``"main"`` ones alone.
         depths: Parts of the model with learning rates of their own, as a callback that unfreezes them gives them.
     """
 
@@ -47,6 +48,7 @@ class TaskModule(pl.LightningModule):
     max_skipped_steps: int
     schedules: list[LRSchedulerConfig]
     learned_tasks: frozenset[str] | None = None
+    delta_m_over: Literal["all", "main"] = "all"
     depths: tuple[Depth, ...] = ()
     train_metrics: nn.ModuleDict
 

@@ -42,8 +42,8 @@ class Task:
             out samples with any number missing and keeps the others whole, as boxes have to be.
         role: ``"main"``, or ``"auxiliary"`` for a task that is there to help the main ones. The methods for auxiliary
             tasks (:class:`~lightning_mtl.weighting.MetaBalance`, :class:`~lightning_mtl.weighting.AuxiliaryCosine`)
-            read it, monitors say how often such a task has helped, and ``delta_m`` can leave it out; to all else tasks
-            are alike.
+            read it, monitors say how often such a task has helped, and a module with ``delta_m_over = "main"`` leaves
+            it out of ``val/delta_m``; to all else tasks are alike.
         class_dim: Where labels of single pixels or tokens are missing, the dimension of the predictions that holds the
             classes: 1 for ``[B, C, H, W]`` and ``[B, C, T]``, -1 for ``[B, T, C]``. None infers it, and refuses shapes
             that can be read in two ways; give it where lengths vary, so that T may come to equal C.

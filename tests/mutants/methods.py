@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from tests.mutants.mutation import Mutation
+from tests.mutants.shelf import SHELF
 
 CONTRACT = "tests/test_contract.py"
 BARGAINS = "tests/weighting/test_bargains.py"
 EPOCHS = "tests/weighting/test_epochs.py"
 LEARNED = "tests/weighting/test_learned.py"
 SCALARIZATIONS = "tests/weighting/test_scalarizations.py"
-SHELF = "tests/weighting/test_shelf.py"
 SURGERY = "tests/weighting/test_gradient_surgery.py"
 WRAPPERS = "tests/weighting/test_wrappers.py"
 
 METHODS = (
+    *SHELF,
     Mutation(
         "AlignedMTL: stretches the directions that it should shrink",
         "weighting/aligned_mtl.py",
@@ -21,14 +22,6 @@ METHODS = (
         "(strengths / level).sqrt()",
         CONTRACT,
         "AlignedMTL",
-    ),
-    Mutation(
-        "AuxiliaryCosine: helps where gradients conflict",
-        "weighting/auxiliary_cosine.py",
-        "torch.zeros_like(products)).clamp(0, 1)",
-        "torch.zeros_like(products)).neg().clamp(0, 1)",
-        CONTRACT,
-        "AuxiliaryCosine",
     ),
     Mutation(
         "CAGrad: leaves the mean gradient on the wrong side",
@@ -61,14 +54,6 @@ METHODS = (
         WRAPPERS,
     ),
     Mutation(
-        "DBMTL: the shares of the old mean and the new gradient exchanged",
-        "weighting/dbmtl.py",
-        "torch.lerp(rows * self.inverse.to(rows)[:, None], self.memory.to(rows), share[:, None])",
-        "torch.lerp(self.memory.to(rows), rows * self.inverse.to(rows)[:, None], share[:, None])",
-        SHELF,
-        "dbmtl",
-    ),
-    Mutation(
         "DTP: the running mean's old and new values exchanged",
         "weighting/dtp.py",
         "self.alpha * newest + (1 - self.alpha) * before",
@@ -93,14 +78,6 @@ METHODS = (
         "dwa",
     ),
     Mutation(
-        "ExcessMTL: forgets the squares",
-        "weighting/excess_mtl.py",
-        "self.memory = self.memory.to(rows).addcmul(rows, rows)",
-        "pass",
-        SHELF,
-        "excess",
-    ),
-    Mutation(
         "FAMO: the losses' fall counted as a rise",
         "weighting/famo.py",
         "torch.log(gaps) - torch.log(gaps_after)",
@@ -121,14 +98,6 @@ METHODS = (
         "pass",
         WRAPPERS,
         "random_numbers",
-    ),
-    Mutation(
-        "Frozen: goes on following",
-        "weighting/frozen.py",
-        "return not self.is_frozen and super()",
-        "return super()",
-        SHELF,
-        "frozen",
     ),
     Mutation(
         "GLS: the sign of the logarithms",
@@ -169,14 +138,6 @@ METHODS = (
         "norms.numel() * norms / norms.sum()",
         "tests/weighting/test_gradients.py",
         "balanced or vanishing",
-    ),
-    Mutation(
-        "IGB: the latest epoch's mean loss",
-        "weighting/igb.py",
-        "taken = self.epoch == signals.epoch",
-        "taken = self.epoch >= 0",
-        SHELF,
-        "igb",
     ),
     Mutation(
         "IMTL: the scales ignored in the Gramian",
@@ -238,46 +199,6 @@ METHODS = (
         'self.advance("random")',
         "pass",
         SURGERY,
-    ),
-    Mutation(
-        "PIVRG: prefers the tasks that lead",
-        "weighting/pivrg.py",
-        "(known / temperature).softmax(0)",
-        "(-known / temperature).softmax(0)",
-        CONTRACT,
-        "PIVRG",
-    ),
-    Mutation(
-        "SDMGrad: the preference is not in what is solved",
-        "weighting/sdmgrad.py",
-        "+ lam * p[:, None]",
-        "+ 0 * lam * p[:, None]",
-        CONTRACT,
-        "SDMGrad",
-    ),
-    Mutation(
-        "SoftOptimalUncertainty: prefers large losses",
-        "weighting/soft_optimal_uncertainty.py",
-        "inverse.masked_fill(",
-        "inverse.neg().masked_fill(",
-        CONTRACT,
-        "SoftOptimalUncertainty",
-    ),
-    Mutation(
-        "MetaBalance: main and auxiliary length exchanged",
-        "weighting/metabalance.py",
-        "main_magnitude / magnitudes.clamp(min=tiny)",
-        "magnitudes / main_magnitude.clamp(min=tiny)",
-        CONTRACT,
-        "MetaBalance",
-    ),
-    Mutation(
-        "NashMTL: a vanishing gradient is one to bargain with",
-        "weighting/preference.py",
-        "negligible = NEGLIGIBLE",
-        "negligible = 0.0",
-        "tests/weighting/test_zero_gradients.py",
-        "vanishing and NashMTL",
     ),
     Mutation(
         "RLW: the same weights in every step",

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_mtl import MultiTaskModule, Task, Weighting
-from lightning_mtl.weighting import AuxiliaryCosine, MetaBalance
+from lightning_mtl.monitors import GradientConflict, TaskAffinity
+from lightning_mtl.weighting import MGDA, AuxiliaryCosine, MetaBalance
 from tests.contract import ask, course, names, run, signals
-from tests.small import batch, heads, trunk
+from tests.small import batch, batches, heads, trunk
 from tests.training import Steps, fit, loader
 
 
@@ -117,3 +118,34 @@ def test_a_step_without_the_main_task() -> None:
     fresh = MetaBalance("a")
     fresh.reset(names(3))
     assert ask(fresh, given[0].cut([1, 2])).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("over", ["all", "main"])
+def test_monitors_count_who_helped_and_delta_m_may_leave_auxiliary_tasks_out(over: Any) -> None:
+    data, val, steps = loader(*batches(4, 4, 4, 4, 4, tasks="abc")), loader(batch(tasks="abc")), Steps()
+    conflict, affinity = GradientConflict(1, figure=False), TaskAffinity(1, lr=0.1, figure=False)
+    model = module(a="main", b="auxiliary", c="main")
+    for task, baseline in zip("abc", (0.5, 0.1, 0.4), strict=True):
+        model.tasks[task].baseline = {"loss": baseline}
+    model.delta_m_over = over
+    trainer = fit(model, data, val, callbacks=[MGDA(), conflict, affinity, steps])
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    cosines, changes = [], []
+    for one in steps.signals:
+        assert one.gramian is not None
+        values, vectors = torch.linalg.eigh(one.gramian)
+        rows = vectors * values.clamp(min=0).sqrt()  # any with this Gramian
+        cosines.append(float(torch.cosine_similarity(rows[1], rows[0] + rows[2], dim=0)))
+        changes.append(float(0.1 * (one.gramian[1, [0, 2]] / one.losses[[0, 2]].double()).mean()))
+    for name, monitor, found in (("conflict", conflict, cosines), ("affinity", affinity, changes)):
+        share = sum(value > 0 for value in found) / len(found)
+        assert monitor.helped == {"b": pytest.approx(share)}
+        assert logged[f"{name}/helped/b"] == pytest.approx(share)
+        assert logged[f"{name}/main/b"] == pytest.approx(found[-1], rel=1e-4)
+    compared = "abc" if over == "all" else "ac"
+    baselines = {"a": 0.5, "b": 0.1, "c": 0.4}
+    expected = sum((logged[f"val/loss/{t}"] / baselines[t] - 1) * 100 for t in compared) / len(compared)
+    assert logged["val/delta_m"] == pytest.approx(expected, rel=1e-4)
+    resumed = GradientConflict(1, figure=False)
+    resumed.load_state_dict(conflict.state_dict())
+    assert resumed.helped == conflict.helped
