@@ -65,8 +65,10 @@ class CAGrad(Weighting):
 
     Source: Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, 2021, arXiv:2110.14048, algorithm 1.
 
-    Deviations: where the dual's optimum is a combination of zero length, a Pareto-stationary point, d is the mean
-    gradient's projection on the dual cone, the limit that the paper leaves open.
+    Deviations: the official code multiplies d by K, to match a sum of losses, and leaves the heads at 1: beside the
+    paper's mean gradient, followed here, its heads learn K times slower than its trunk. Where the dual's optimum is a
+    combination of zero length, a Pareto-stationary point, d is the mean gradient's projection on the dual cone, the
+    limit that the paper leaves open.
 
     Example:
         >>> CAGrad(c=0.4).c

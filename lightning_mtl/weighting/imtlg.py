@@ -50,9 +50,10 @@ class IMTLG(Weighting):
 
     Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021, section 3.1.
 
-    Deviations: the paper inverts a matrix that is singular for parallel gradients; here a pseudo-inverse gives each of
-    them its share. Where equal projections would be negative, an ascent, or do not exist, as for opposite gradients,
-    the weights are those of the minimum-norm point.
+    Deviations: the paper's algorithm takes gradients of the shared feature, which is ``at="features"``; the default
+    here is all shared parameters. The paper inverts a matrix that is singular for parallel gradients; here a
+    pseudo-inverse gives each of them its share. Where equal projections would be negative, an ascent, or do not exist,
+    as for opposite gradients, the weights are those of the minimum-norm point.
 
     Example:
         >>> IMTLG(at="features").at

@@ -168,6 +168,7 @@ def test_torchjd() -> None:
     steps, random = course(3, steps=4), aggregation.PCGradWeighting
     assert torch.equal(run(FromTorchJD(random()), steps, names(3)), run(FromTorchJD(random()), steps, names(3)))
     fit(small(), loader(batch()), callbacks=[FromTorchJD(aggregation.MGDAWeighting(), at="features")])
-    for unfit in (aggregation.WeightedAggregator(aggregation.SumWeighting()), aggregation.GradDrop()):
+    reading_rows = (aggregation.GradDrop(), aggregation.ExcessMTL(), aggregation.ExcessMTLWeighting())
+    for unfit in (aggregation.WeightedAggregator(aggregation.SumWeighting()), *reading_rows):
         with pytest.raises(TypeError, match=f"found {type(unfit).__name__}"):
             FromTorchJD(unfit)
