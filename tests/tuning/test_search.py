@@ -55,6 +55,7 @@ def test_the_best_file_reproduces_the_objective_to_the_bit(tmp_path: Path) -> No
     assert {picture.name for picture in result.pictures} == {"history.png", "importances.png"}
 
 
+@pytest.mark.slow
 def test_a_trial_is_in_the_hparams_tab_with_its_importances_and_objective(tmp_path: Path) -> None:
     result = tune(configuration(tmp_path), space(), trials=2, folder="out", sampler=sampler())
     assert sorted(path.name for path in Path("out").glob("trial_*")) == ["trial_0000", "trial_0001"]
@@ -145,6 +146,7 @@ def test_a_timeout_begins_no_further_trial(tmp_path: Path) -> None:
     assert not result.best
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_a_trial_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = space(parameters={"model.heads.left.in_features": [7]}, importance=None)
     result = tune(configuration(tmp_path), wanted, trials=2, sampler=sampler())
@@ -166,6 +168,7 @@ def test_an_unpromising_trial_is_pruned(tmp_path: Path) -> None:
     assert TrialState.FAIL not in states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "expected"),
     [
