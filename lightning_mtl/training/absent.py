@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.split import Split
@@ -96,8 +97,27 @@ def _ghost_of_outputs(outputs: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.stack([(output * 0).sum().to(like.dtype) for output in outputs]).sum()
 
 
-def forget_unreached(module: TaskModule, window: Window, *, sharded: bool) -> None:
+def forget_absent(module: TaskModule, window: Window, *, sharded: bool) -> None:
     """Leave parameters that no rank's loss depended on without gradients, so that no optimizer moves them."""
+    if window.ranks.size > 1:
+        _forget_unreached(module, window, sharded=sharded)
+    if not module.trunk_parts.owning:
+        return
+    # An operation on all tasks, and anything compiled, gives an absent task's parameters a gradient of zeros. Other
+    # numbers are somebody's who reaches them all the same, such as a penalty of the user's.
+    absent = set(module.tasks).difference(window.present)
+    gradients = [(p, p.grad) for p in module.trunk_parts.owned(absent) if p.grad is not None]
+    if not gradients:
+        return
+    flags = torch.stack([(g.to_local() if isinstance(g, DTensor) else g).any() for _, g in gradients]).float()
+    if sharded:  # a rank has a part of each
+        flags = window.ranks.sum(flags)
+    for (parameter, _), flag in zip(gradients, flags.tolist(), strict=True):
+        if not flag:
+            parameter.grad = None
+
+
+def _forget_unreached(module: TaskModule, window: Window, *, sharded: bool) -> None:
     if window.gradients is not None and window.gradients.reached is not None:
         reached = window.gradients.reached
         unreached = [p for p in module.parameters() if p not in reached]
