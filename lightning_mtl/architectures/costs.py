@@ -74,18 +74,18 @@ def without_fused_kernels() -> Iterator[None]:
     These are the kernels of oneDNN and cuDNN for recurrent layers, those of transformer layers in evaluation mode, and
     scaled dot-product attention on the CPU.
     """
-    backends = torch.backends
-    fast = backends.mha.get_fastpath_enabled()
-    with (
-        backends.mkldnn.flags(enabled=False),
-        backends.cudnn.flags(enabled=False),
-        sdpa_kernel(SDPBackend.MATH),
-    ):
-        backends.mha.set_fastpath_enabled(False)
-        try:
+    mkldnn: Any = torch.backends.mkldnn
+    cudnn, mha = torch.backends.cudnn, torch.backends.mha
+    before = mkldnn.enabled, cudnn.enabled, mha.get_fastpath_enabled()
+    try:
+        # Their flags() would set more than this, and warn of it.
+        mkldnn.enabled = cudnn.enabled = False
+        mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
             yield
-        finally:
-            backends.mha.set_fastpath_enabled(fast)
+    finally:
+        mkldnn.enabled, cudnn.enabled = before[:2]
+        mha.set_fastpath_enabled(before[2])
 
 
 def multiply_adds(module: nn.Module, run: Callable[[], Any], needed: Collection[nn.Parameter]) -> int:

@@ -106,15 +106,24 @@ def forget_absent(module: TaskModule, window: Window, *, sharded: bool) -> None:
     # An operation on all tasks, and anything compiled, gives an absent task's parameters a gradient of zeros. Other
     # numbers are somebody's who reaches them all the same, such as a penalty of the user's.
     absent = set(module.tasks).difference(window.present)
-    gradients = [(p, p.grad) for p in module.trunk_parts.owned(absent) if p.grad is not None]
-    if not gradients:
+    owned = [p for p in module.trunk_parts.owned(absent) if sharded or p.grad is not None]
+    if not owned:
         return
-    flags = torch.stack([(g.to_local() if isinstance(g, DTensor) else g).any() for _, g in gradients]).float()
+    flags = torch.stack([_numbers(p.grad, module.device).any() for p in owned]).float()
     if sharded:  # a rank has a part of each
         flags = window.ranks.sum(flags)
-    for (parameter, _), flag in zip(gradients, flags.tolist(), strict=True):
+    for parameter, flag in zip(owned, flags.tolist(), strict=True):
         if not flag:
             parameter.grad = None
+
+
+def _numbers(gradient: Tensor | None, device: torch.device) -> Tensor:
+    """What this rank holds of a gradient; an empty tensor where it is None."""
+    if gradient is None:
+        return torch.zeros(0, device=device)
+    if isinstance(gradient, DTensor):
+        return gradient.to_local()
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _forget_unreached(module: TaskModule, window: Window, *, sharded: bool) -> None:
