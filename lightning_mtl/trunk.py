@@ -181,7 +181,7 @@ class TrunkParts:
 
     def owned(self, tasks: Collection[str]) -> list[nn.Parameter]:
         """The parameters of these tasks, and of no other."""
-        known = [(task, part) for part in self.owning for task in part.tasks]
+        known = [(task, part) for part in self.owning for task in getattr(part, "tasks", self.tasks)]
         others = {p for task, part in known if task not in tasks for p in part.own_parameters(task)}
         mine = (p for task, part in known if task in tasks for p in part.own_parameters(task))
         return [p for p in dict.fromkeys(mine) if p not in others]

@@ -110,9 +110,8 @@ def forget_absent(module: TaskModule, window: Window, *, sharded: bool) -> None:
     if not owned:
         return
     flags = torch.stack([_numbers(p.grad, module.device).any() for p in owned]).float()
-    if sharded:  # a rank has a part of each
-        flags = window.ranks.sum(flags)
-    for parameter, flag in zip(owned, flags.tolist(), strict=True):
+    total = window.ranks.sum(flags) if sharded else flags  # sharded, a rank has a part of each
+    for parameter, flag in zip(owned, total.tolist(), strict=True):
         if not flag:
             parameter.grad = None
 
