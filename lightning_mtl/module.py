@@ -19,7 +19,6 @@ from lightning_mtl.task.batches import (
     is_per_task,
     present_outputs,
     refuse_batch,
-    takes_tasks,
     without_others,
 )
 from lightning_mtl.task.concatenation import concatenate, rows_of
@@ -30,7 +29,7 @@ from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.module import SteppedModule
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable, keeping_schedules
 from lightning_mtl.training.step import Optimization
-from lightning_mtl.trunk import Penalized, penalized_parts, penalties_of
+from lightning_mtl.trunk import TrunkParts
 
 
 class MultiTaskModule(SteppedModule):
@@ -114,7 +113,6 @@ class MultiTaskModule(SteppedModule):
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
         self._trunk_lr, self._head_lr = trunk_lr, dict(head_lr or {})
         self.optimization = Optimization(self.recorder)
-        self._penalized: tuple[nn.Module, list[tuple[str, Penalized]]] | None = None
         # A loss with buffers or parameters of its own moves with the module and is saved with it.
         losses = {k: task.loss for k, task in tasks.items() if isinstance(task.loss, nn.Module)}
         self.loss_modules = nn.ModuleDict(losses)
@@ -124,15 +122,23 @@ class MultiTaskModule(SteppedModule):
 
     # The model
 
+    @property
+    def trunk_parts(self) -> TrunkParts:
+        """What the trunk and its parts say of themselves; looked for once, and again in each fit or evaluation."""
+        if self._trunk_parts is None or self._trunk_parts.trunk is not self.trunk:
+            self._trunk_parts = TrunkParts(self.trunk, self.tasks)
+        return self._trunk_parts
+
     def forward(self, inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401 - whatever the trunk takes
         """Predict every task: ``{task: head(trunk(inputs))}``."""
         return self._predict(inputs, self.tasks)
 
     def _predict(self, inputs: Any, tasks: Iterable[str], rows: Mapping[str, slice] | None = None) -> dict[str, Tensor]:  # noqa: ANN401
         wanted = list(tasks)
-        features = call_trunk(self.trunk, inputs, wanted)
+        parts = self.trunk_parts
+        features = call_trunk(parts, inputs, wanted)
         split = isinstance(features, Mapping) and features.keys() >= (
-            set(wanted) if takes_tasks(self.trunk) else self.heads.keys()
+            set(wanted) if parts.per_task else self.heads.keys()
         )
         predictions = {}
         for task in wanted:
@@ -228,17 +234,25 @@ class MultiTaskModule(SteppedModule):
         By default those of the trunk and its parts, where these have a method ``penalties()`` of their own; an override
         adds to them: ``{**super().penalties(), "name": value}``.
         """
-        if self._penalized is None or self._penalized[0] is not self.trunk:
-            self._penalized = (self.trunk, penalized_parts(self.trunk))  # looked for once, not in every step
-        return penalties_of(self._penalized[1]) if self._penalized[1] else {}
+        parts = self.trunk_parts
+        return parts.penalties(self.present_tasks) if parts.penalized else {}
+
+    def penalties_with(self, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """The penalties in a step in which some rank has ``tasks``: what only others use is left where it is."""
+        self.present_tasks = tasks
+        try:
+            return self.penalties()
+        finally:
+            self.present_tasks = None
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """The parameters that tasks share, whose gradients the methods balance.
 
-        By default those that the trunk's own ``shared_parameters()`` names, or all of the trunk's where it has none.
+        By default all of the trunk's, but for what it, or a part inside it, leaves out of its own
+        ``shared_parameters()``.
         """
-        own = getattr(self.trunk, "shared_parameters", None)
-        return list(own() if callable(own) else self.trunk.parameters())
+        parts = self.trunk_parts
+        return parts.shared_parameters() if parts.divided else list(self.trunk.parameters())
 
     def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """The shared parameters that need gradients now, and all other parameters that do."""
@@ -279,11 +293,7 @@ class MultiTaskModule(SteppedModule):
         return {"optimizer": optimizer, "lr_scheduler": followed}
 
 
-def call_trunk(trunk: nn.Module, inputs: Any, tasks: Sequence[str]) -> Any:  # noqa: ANN401 - whatever the trunk takes
-    """Compute what the trunk makes of a batch's inputs, for ``tasks`` alone if it can."""
-    # Attributes are asked for by name: a compiled module forwards them, but is no instance of what it holds.
-    named = {"tasks": tuple(tasks)} if getattr(trunk, "takes_tasks", False) else {}
-    if isinstance(inputs, Tensor):
-        return trunk(inputs, **named)
-    positional, keywords = call_trunk_with(inputs, trunk)
-    return trunk(*positional, **keywords, **named)
+def call_trunk(parts: TrunkParts, inputs: Any, tasks: Sequence[str]) -> Any:  # noqa: ANN401 - whatever the trunk takes
+    """Compute what the trunk makes of a batch's inputs, for ``tasks`` alone if it, or a part inside it, can."""
+    positional, named = ((inputs,), {}) if isinstance(inputs, Tensor) else call_trunk_with(inputs, parts.trunk)
+    return parts.call(positional, named, tasks) if parts.per_task else parts.trunk(*positional, **named)

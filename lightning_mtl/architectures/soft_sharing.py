@@ -200,6 +200,10 @@ class SoftSharing(nn.Module):
         known = list(_flat_where(gradients, trained))
         return {"soft_sharing": surrogate(value, moved, lambda outer: torch._foreach_mul(known, outer))}
 
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """Return the parameters of a task's backbone, which no other task's loss depends on."""
+        return list(self.backbones[task].parameters())
+
     def single_task(self, task: str) -> nn.Module:
         """Return the backbone of one task.
 

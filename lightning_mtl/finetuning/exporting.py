@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_mtl.module import MultiTaskModule, call_trunk
-from lightning_mtl.task.batches import takes_tasks
+from lightning_mtl.trunk import TrunkParts
 
 Format = Literal["torch.export", "onnx"]
 SUFFIXES = {"torch.export": ".pt2", "onnx": ".onnx"}
@@ -37,14 +37,15 @@ class Predictor(nn.Module):
     def __init__(self, module: MultiTaskModule, tasks: Sequence[str]) -> None:
         super().__init__()
         self.trunk = copy.deepcopy(_uncompiled(module.trunk))
+        self.parts = TrunkParts(self.trunk, module.tasks)
         self.heads = nn.ModuleDict({task: copy.deepcopy(_uncompiled(module.heads[task])) for task in tasks})
         # What a trunk's dict has to hold to count as features for each head, as in MultiTaskModule.
-        self.needed = set(tasks) if takes_tasks(self.trunk) else set(module.heads.keys())
+        self.needed = set(tasks) if self.parts.per_task else set(module.heads.keys())
         self.requires_grad_(False).eval()
 
     def forward(self, inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401 - whatever the trunk takes
         """Predict ``{task: head(trunk(inputs))}``."""
-        features = call_trunk(self.trunk, inputs, list(self.heads))
+        features = call_trunk(self.parts, inputs, list(self.heads))
         split = isinstance(features, Mapping) and features.keys() >= self.needed
         return {task: head(features[task] if split else features) for task, head in self.heads.items()}
 

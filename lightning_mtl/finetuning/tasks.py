@@ -7,7 +7,6 @@ from torch import nn
 
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task import Task
-from lightning_mtl.task.batches import takes_tasks
 from lightning_mtl.task.task import check_task_names
 from lightning_mtl.training.checks import check_arguments
 from lightning_mtl.training.logging import Recorder
@@ -117,9 +116,10 @@ def _check_idle(what: str, module: MultiTaskModule) -> None:
 
 
 def _check_trunk(module: MultiTaskModule, consequence: str) -> None:
-    if takes_tasks(module.trunk) or hasattr(module.trunk, "tasks"):
+    parts = [module.trunk] if hasattr(module.trunk, "tasks") else module.trunk_parts.per_task
+    if parts:
         raise ValueError(
-            f"The trunk, {type(module.trunk).__name__}, has an output for each task and {consequence}. Build a module "
+            f"The trunk, {type(parts[0]).__name__}, has an output for each task and {consequence}. Build a module "
             "with a trunk for the new set of tasks, and take over what they have in common: "
             "load_trunk(new, old.state_dict(), strict=False)."
         )

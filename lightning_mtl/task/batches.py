@@ -42,11 +42,6 @@ def _takes_one(trunk: nn.Module) -> bool:
     return len(by_place) == 1 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
-def takes_tasks(trunk: nn.Module) -> bool:
-    """Whether the trunk is a :class:`PerTask`."""
-    return bool(getattr(trunk, "takes_tasks", False))
-
-
 def is_joint(batch: Any, tasks: Collection[str]) -> bool:  # noqa: ANN401 - anything a loader may yield
     """Whether a batch is ``(inputs, {task: target})``."""
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_mtl.task.task import Task, TaskOutput
+from lightning_mtl.trunk import TrunkParts
 
 
 class Depth(NamedTuple):
@@ -35,6 +36,7 @@ class TaskModule(pl.LightningModule):
         max_skipped_steps: How many steps in a row may be skipped because something is not finite.
         schedules: The schedulers as they were asked for.
         learned_tasks: The tasks that train; the others count as absent from every batch. None stands for all.
+        present_tasks: The tasks that some rank's micro-batch has; None outside of a training step.
         depths: Parts of the model with learning rates of their own, as a callback that unfreezes them gives them.
     """
 
@@ -47,8 +49,15 @@ class TaskModule(pl.LightningModule):
     max_skipped_steps: int
     schedules: list[LRSchedulerConfig]
     learned_tasks: frozenset[str] | None = None
+    present_tasks: Sequence[str] | None = None
     depths: tuple[Depth, ...] = ()
     train_metrics: nn.ModuleDict
+    _trunk_parts: TrunkParts | None = None
+
+    @property
+    @abstractmethod
+    def trunk_parts(self) -> TrunkParts:
+        """What the trunk and its parts say of themselves."""
 
     @abstractmethod
     def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
@@ -57,6 +66,10 @@ class TaskModule(pl.LightningModule):
     @abstractmethod
     def penalties(self) -> dict[str, Tensor]:
         """Scalars added to the objective with weight 1."""
+
+    @abstractmethod
+    def penalties_with(self, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """The penalties in a step in which some rank has ``tasks``."""
 
     @abstractmethod
     def shared_parameters(self) -> list[nn.Parameter]:

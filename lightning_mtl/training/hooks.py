@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_mtl.method.base import weighting_of
 from lightning_mtl.task.module import TaskModule
-from lightning_mtl.training.absent import forget_unreached
+from lightning_mtl.training.absent import forget_absent
 from lightning_mtl.training.checks import check_evaluation_loaders
 from lightning_mtl.training.step import Optimization
 
@@ -32,6 +32,7 @@ class StepHooks(Callback):
 
         Its estimate of a training's steps, its loggers' axis and its learning-rate finder go by it.
         """
+        pl_module._trunk_parts = None  # of the trunk as it is now
         if stage == "fit" and not pl_module.automatic_optimization:
             trainer.accumulate_grad_batches = pl_module.accumulate_grad_batches
 
@@ -106,8 +107,7 @@ class AutomaticStepHooks(StepHooks):
         update, cast = self.optimization.update, self.optimization.cast
         if update.awaited is None:
             return
-        if cast.ranks.size > 1:
-            forget_unreached(pl_module, update.awaited, sharded=cast.sharded)
+        forget_absent(pl_module, update.awaited, sharded=cast.sharded)
         update.awaited.gradients = None
         update.awaited = None
 

@@ -21,6 +21,7 @@ from lightning_mtl.monitors.tables import Cell, Grid, marked
 from lightning_mtl.task import Task
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
 from lightning_mtl.transfer.runs import TrainerFactory, chosen_scores, fit_and_score, fresh, metric_directions, seeded
+from lightning_mtl.trunk import takes_tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -196,6 +197,8 @@ def probe_transfer(
                 with seeded(seed):
                     made = head()
                     own_trunk = FrozenTrunk(deepcopy(module.trunk)) if kind == "frozen" else fresh_trunk()
+                if takes_tasks(own_trunk):
+                    own_trunk.takes_tasks = False  # type: ignore[assignment]  # it knows nothing of the new task
                 probe = _Probe(own_trunk, {name: made}, task, optimizer=optimizer, lr_scheduler=lr_scheduler)
                 loader = DataLoader(subset, batch_size=batch_size, shuffle=True)
                 trainer = fresh(trainer_factory())
