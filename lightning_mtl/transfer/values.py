@@ -103,7 +103,8 @@ class Digests:
         self._class_values = class_values
         self._known: dict[int, str] = {}
         self._held: list[object] = []  # an object that is gone could leave its id to another one
-        self._named: dict[int, type | types.FunctionType] = {}
+        self._named: list[type | types.FunctionType] = []
+        self._places: dict[int, int] = {}
 
     def of(self, value: Any) -> str:  # noqa: ANN401 - any object
         """Return the digest of a value, 64 hexadecimal digits."""
@@ -118,11 +119,10 @@ class Digests:
 
     def of_code(self) -> str:
         """Return the digest of the functions and classes that were named so far."""
-        parts: list[str] = []
-        while len(parts) < len(self._named):  # more are named on the way
-            named = list(self._named.values())[len(parts)]
-            parts.append(self._class(named) if isinstance(named, type) else self._function(named))
-        return _hash(*parts)
+        # More are named on the way, and the list grows while it is read.
+        return _hash(
+            *(self._class(named) if isinstance(named, type) else self._function(named) for named in self._named)
+        )
 
     def _whole(self, value: Any) -> str:  # noqa: ANN401
         name = class_name(type(value))
@@ -211,8 +211,9 @@ class Digests:
         """Note code to be described in the end, unless it is a library's class; return its place and name."""
         if isinstance(named, type) and _is_of_library(named):
             return class_name(named)
-        place = list(self._named).index(id(named)) if id(named) in self._named else len(self._named)
-        self._named[id(named)] = named
+        place = self._places.setdefault(id(named), len(self._named))
+        if place == len(self._named):
+            self._named.append(named)
         return f"{place} {class_name(named)}" if isinstance(named, type) else str(place)
 
     def _class(self, cls: type) -> str:
