@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import huber_loss, l1_loss, mse_loss
 
-from lightning_mtl import MultiTaskModule, Task
+from lightning_mtl import MultiTaskModule, Task, TaskOutput
 from lightning_mtl.transfer import SingleTaskBaselines, only_tasks, single_task_baselines
 from lightning_mtl.transfer.cache import ScoreCache, configuration, digest
 from tests.small import regressions, small
@@ -200,7 +200,9 @@ class Breaks(MultiTaskModule):
     def task_losses(self, batch: Any) -> Any:
         found = dict(super().task_losses(batch))
         if self.broken:
-            found["b"].loss = found["b"].loss * math.nan
+            output = found["b"]
+            assert isinstance(output, TaskOutput)
+            output.loss = output.loss * math.nan
         return found
 
 

@@ -16,7 +16,7 @@ from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.tuning import search, tune
 from lightning_mtl.tuning.configuration import BaseConfig
 from lightning_mtl.tuning.goals import NotLoggedError
-from lightning_mtl.tuning.identity import identity_of
+from lightning_mtl.tuning.identity import QUESTION, identity_of
 from lightning_mtl.tuning.space import read_space
 from lightning_mtl.tuning.storage import ERROR
 from lightning_mtl.tuning.trial import TrialProcesses
@@ -168,8 +168,8 @@ def test_a_study_is_resumed_with_what_its_values_depend_on_alone(tmp_path: Path)
         ({"space": space(parameters={"model.optimizer.lr": [0.1]})}, r"\(parameters.*lr, parameters.*widths\)"),
     ):
         with pytest.raises(ConfigurationError, match=f"begun with another configuration or space {names}"):
-            begun(**changed)  # type: ignore[arg-type]
-    study.set_user_attr(search.QUESTION, "0123456789")  # what the first version wrote
+            begun(**changed)
+    study.set_user_attr(QUESTION, "0123456789")  # what the first version wrote
     with pytest.raises(ConfigurationError, match="by an earlier version, which did not note the number of seeds"):
         begun()
 
