@@ -28,6 +28,10 @@ def optimizer_of(module: TaskModule) -> LightningOptimizer:
     return cast("LightningOptimizer", module.optimizers())
 
 
+class NotFiniteError(RuntimeError):
+    """Is raised where too many steps in a row were skipped because a loss or a gradient is not finite."""
+
+
 class Update:
     """The optimizer's part of a step, and the steps that it does without because something is not finite.
 
@@ -53,7 +57,7 @@ class Update:
         """Whether the step may be taken; losses and gradients are judged with one look, the only transfer.
 
         Raises:
-            RuntimeError: If too many steps were skipped in a row.
+            NotFiniteError: If too many steps were skipped in a row.
         """
         doubtful = torch.zeros((), device=module.device)
         if not module.automatic_optimization:
@@ -82,7 +86,7 @@ class Update:
         if self.skipped == 1:
             rank_zero_warn(f"Step {step} is skipped: {culprits} is not finite. Later skips are counted, not reported.")
         if self.skipped_in_a_row > module.max_skipped_steps:
-            raise RuntimeError(
+            raise NotFiniteError(
                 f"{self.skipped_in_a_row} steps in a row were skipped, the last at step {step}: {culprits} is not "
                 "finite. Lower the learning rate, mend the loss, or raise max_skipped_steps."
             )

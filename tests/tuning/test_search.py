@@ -14,8 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.tuning import search, tune
+from lightning_mtl.tuning.configuration import BaseConfig
 from lightning_mtl.tuning.goals import NotLoggedError
+from lightning_mtl.tuning.identity import QUESTION, identity_of
+from lightning_mtl.tuning.space import read_space
 from lightning_mtl.tuning.storage import ERROR
+from lightning_mtl.tuning.trial import TrialProcesses
 from lightning_mtl.tuning.workers import SEED_VALUES
 from tests.tuning.tiny import SPACE, Fixed, configuration
 
@@ -138,6 +142,46 @@ def test_a_study_resumes_up_to_the_number_asked_for(tmp_path: Path) -> None:
         assert len(result.study.trials) == expected
     with pytest.raises(ConfigurationError, match="begun with another configuration or space"):
         tune(configuration(tmp_path, max_epochs=1), space(), trials=5, storage=storage)
+
+
+def test_a_study_is_resumed_with_what_its_values_depend_on_alone(tmp_path: Path) -> None:
+    storage = optuna.storages.InMemoryStorage()
+
+    def begun(config: Any = None, space: Any = SPACE, seeds: int = 3, processes: int = 1) -> optuna.Study:
+        base, wanted = BaseConfig(config or configuration(tmp_path), {}, processes), read_space(space)
+        directions = [goal.direction_for({}) for goal in wanted.goals]
+        asked = identity_of(base, wanted, directions, seeds)
+        return search._study(storage, "mine", directions, False, None, asked, TrialProcesses(1))
+
+    study = begun()
+    turned = dict(reversed(configuration(tmp_path).items()))
+    assert begun(turned).user_attrs == study.user_attrs
+    for seeds in (1, 4):
+        with pytest.raises(ConfigurationError, match=f"'mine' was begun with --seeds 3, not {seeds}: .*--name"):
+            begun(seeds=seeds)
+    for changed, names in (
+        ({"config": configuration(tmp_path, max_epochs=1)}, r"\(trainer.max_epochs\)"),
+        ({"config": configuration(tmp_path) | {"data": {"class_path": "Other"}}}, r"\(data.class_path\)"),
+        ({"processes": 2}, r"\(number of processes\)"),
+        ({"space": space(objective="val/loss/left")}, r"\(objective\)"),
+        ({"space": space(objective={"val/loss/total": "maximize"})}, r"\(objective\)"),
+        ({"space": space(weighting=["GradNorm"], importance=None)}, r"\(importance, weighting\)"),
+        ({"space": space(parameters={"model.optimizer.lr": [0.1]})}, r"\(parameters.*lr, parameters.*widths\)"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"begun with another configuration or space {names}"):
+            begun(**changed)
+    study.set_user_attr(QUESTION, "0123456789")  # what the first version wrote
+    with pytest.raises(ConfigurationError, match="by an earlier version, which did not note the number of seeds"):
+        begun()
+
+
+@pytest.mark.slow
+def test_other_seeds_are_refused_and_other_numbers_of_trials_are_not(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"storage": f"sqlite:///{tmp_path}/study.db", "timeout": 0}
+    tune(configuration(tmp_path), space(), trials=1, seeds=3, prune=True, **arguments)
+    tune(configuration(tmp_path), space(), trials=9, seeds=3, **arguments)
+    with pytest.raises(ConfigurationError, match="'search' was begun with --seeds 3, not 1"):
+        tune(configuration(tmp_path), space(), trials=9, **arguments)
 
 
 def test_a_timeout_begins_no_further_trial(tmp_path: Path) -> None:
