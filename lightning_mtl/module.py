@@ -64,7 +64,8 @@ class MultiTaskModule(SteppedModule):
             overridden.
         lr_scheduler: Called with the optimizer, returns a scheduler stepped once an epoch. For another interval, or a
             monitored metric, override ``configure_optimizers`` and return Lightning's usual dictionary.
-        trunk_lr: The trunk's learning rate, where it is not the optimizer's; unused like ``optimizer``.
+        trunk_lr: The trunk's learning rate, where it is not the optimizer's. A scheduler that sets one rate for all
+            parts is refused with the list that keeps them: ``OneCycleLR(max_lr=[...])``.
         head_lr: ``{task: learning rate}`` of heads, likewise.
 
     Raises:
@@ -278,10 +279,15 @@ class MultiTaskModule(SteppedModule):
         with inputs_alone(batch) as inputs:
             return self.forward(inputs)
 
+    @property
+    def gives_rates(self) -> bool:
+        """Whether the trunk, or a head, was given a learning rate of its own."""
+        return self._trunk_lr is not None or bool(self._head_lr)
+
     @keeping_schedules
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - any of the forms that Lightning takes
         """Build what the arguments say, of :meth:`parameter_groups` where parts have own rates; overridable."""
-        grouped = self._trunk_lr is not None or bool(self._head_lr or self.depths)
+        grouped = self.gives_rates or bool(self.depths)
         grouped = grouped or (self._trainer is not None and task_rates_of(self.trainer) is not None)
         groups = self.parameter_groups(trunk_lr=self._trunk_lr, head_lr=self._head_lr) if grouped else self.parameters()
         optimizer = self._make_optimizer(groups)

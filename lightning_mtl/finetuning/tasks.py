@@ -97,6 +97,7 @@ def drop_task(module: MultiTaskModule, name: str) -> tuple[nn.Module, Task]:
     _check_trunk(module, f"would keep that of {name!r}")
     task, head = module.tasks.pop(name), module.heads[name]
     del module.heads[name]
+    module._head_lr.pop(name, None)
     for stored in (module.loss_modules, *(getattr(module, f"{stage}_metrics") for stage in METRIC_STAGES)):
         if name in stored:
             del stored[name]

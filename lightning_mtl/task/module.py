@@ -90,6 +90,11 @@ class TaskModule(pl.LightningModule):
         """Whether the next micro-batch begins an optimizer step."""
 
     @property
+    def gives_rates(self) -> bool:
+        """Whether the module's arguments give a part a learning rate of its own."""
+        return False
+
+    @property
     def micro_batches_a_step(self) -> int:
         """How many micro-batches an optimizer step takes, whoever accumulates them."""
         return self.trainer.accumulate_grad_batches if self.automatic_optimization else self.accumulate_grad_batches
