@@ -38,7 +38,7 @@ def check_data_arguments(
     for name, number in _each("num_workers", num_workers, tasks).items():
         _check_number(name, number, 0)
     for name, answer in _each("shard_iterables", shard_iterables, tasks).items():
-        if not isinstance(answer, bool | str | None) or answer not in ANSWERS:  # 1 is no answer
+        if repr(answer) not in map(repr, ANSWERS):  # 1 is no answer, though it equals True
             raise ValueError(f"{name}={answer!r} must be one of {', '.join(map(repr, ANSWERS))}.")
     if steps_per_epoch is not None:
         _check_number("steps_per_epoch", steps_per_epoch, 1)

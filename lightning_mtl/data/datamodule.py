@@ -176,8 +176,6 @@ class MultiTaskDataModule(pl.LightningDataModule):
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         streams = self._streams("train", seed, shuffle=not overfit)
         self.mixing.check(list(streams))
-        if self._shard().ranks > 1:
-            _agree_on_lengths(streams)
         steps = self.steps_per_epoch or self.mixing.steps({task: stream.batches for task, stream in streams.items()})
         self._loader = MixedLoader(streams, self.mixing, steps, seed, self._shard(), of_each, same_epoch=overfit)
         if state:
@@ -224,6 +222,8 @@ class MultiTaskDataModule(pl.LightningDataModule):
             answer = value_for_task(self.shard_iterables, task, None)
             streams[task] = open_stream(source, shard, seed, shuffle=shuffle, shard_iterables=answer)
         self._opened.update(streams.values())
+        if shard.ranks > 1:
+            _agree_on_lengths(streams)
         return streams
 
     @property
@@ -251,12 +251,20 @@ class MultiTaskDataModule(pl.LightningDataModule):
 
 
 def _agree_on_lengths(streams: Mapping[str, Stream]) -> None:
-    """Let every rank count a pass as long as the rank with the most batches does; all ranks call this together."""
-    own = {task: stream.batches for task, stream in streams.items() if not stream.alike_on_ranks}
-    of_ranks = of_each(own)
-    for task in own:
-        lengths = [each[task] for each in of_ranks]
-        streams[task].batches = None if None in lengths else max(lengths)
+    """Let every rank count a pass as long as the rank with the most batches does; all ranks call this together.
+
+    Raises:
+        ValueError: If a map-style dataset is not the same on all ranks, which divide its samples.
+    """
+    of_ranks = of_each({task: (stream.batches, stream.samples) for task, stream in streams.items()})
+    for task, stream in streams.items():
+        lengths, sizes = zip(*(found[task] for found in of_ranks), strict=True)
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"The data of {task!r} have {list(sizes)} samples on the ranks, which each take a share of them: give "
+                "every rank the whole dataset, not its part."
+            )
+        stream.batches = None if None in lengths else max(lengths)
 
 
 def _anyone(trainer: pl.Trainer, more: bool) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_mtl.data.order import Shard
-from lightning_mtl.data.samplers import distributed_sampler
+from lightning_mtl.data.samplers import distributed_sampler, has_plain_samplers
 from lightning_mtl.data.sources import IterableSource, LoaderSource, Source, inner_loader
 
 ShardIterables = bool | Literal["ranks", "workers"] | None
@@ -47,6 +47,7 @@ def divide(source: IterableSource | LoaderSource, shard: Shard, answer: ShardIte
     ranks = known.ranks if known.ranks is not None else said.ranks
     workers = known.workers if known.workers is not None else said.workers
     number = _workers_of(source)
+    loader = inner_loader(source.loader) if isinstance(source, LoaderSource) else None
     if (ranks is None and shard.ranks > 1) or (workers is None and number > 1):
         raise ValueError(_unanswered(source, shard, number))
     if workers and number > 1 and isinstance(source, LoaderSource):
@@ -54,7 +55,6 @@ def divide(source: IterableSource | LoaderSource, shard: Shard, answer: ShardIte
             f"{source.name} is a loader whose {number} workers would each read all of an iterable dataset. Give the "
             "dataset itself or a plain DataLoader, or shard_iterables=False if the dataset tells workers apart."
         )
-    loader = inner_loader(source.loader) if isinstance(source, LoaderSource) else None
     if ranks and shard.ranks > 1 and getattr(loader, "in_order", True) is False:
         raise ValueError(
             f"{source.name} is a loader with in_order=False, whose batches come in another order on each rank: they "
@@ -162,8 +162,11 @@ def check_drawn_once(
     loader = source.loader
     if shard.ranks == 1 or division.ranks or not isinstance(loader, DataLoader):
         return
-    if isinstance(loader.dataset, IterableDataset) or isinstance(distributed_sampler(loader), DistributedSampler):
-        return  # the one has no indices, the other one's are known
+    # The first has no indices, the second draws them of a dataset that is this rank's own, the third ones are known.
+    if isinstance(loader.dataset, IterableDataset) or has_plain_samplers(loader):
+        return
+    if isinstance(distributed_sampler(loader), DistributedSampler):
+        return
     batches = loader.batch_sampler
     drawn = list(itertools.chain.from_iterable(batches) if batches is not None else loader.sampler)
     often = Counter(itertools.chain.from_iterable(gather(drawn)))

@@ -35,12 +35,17 @@ class KnownOrder:
     indices: list[int] | None = None
 
 
-def known_order(sampler: object, ranks: int) -> KnownOrder | None:
-    """Return what a sampler of torch's own does; None for any other, and for one of other ranks."""
+def known_order(sampler: object, ranks: int | None) -> KnownOrder | None:
+    """Return what a sampler of torch's own does; None for any other, and for one of another number of ranks.
+
+    Example:
+        >>> known_order(SequentialSampler([1, 2]), 1)
+        KnownOrder(shuffle=False, draw=<function permutations at 0x...>, draws=None, indices=None)
+    """
     if type(sampler) is SequentialSampler:
         return KnownOrder(shuffle=False)
     # The padding, by which all ranks have as many samples, is left out.
-    if type(sampler) is DistributedSampler and sampler.num_replicas == ranks:
+    if type(sampler) is DistributedSampler and ranks in (None, sampler.num_replicas):
         return KnownOrder(sampler.shuffle)
     if type(sampler) is SubsetRandomSampler:
         return KnownOrder(shuffle=True, indices=[int(index) for index in sampler.indices])
@@ -60,6 +65,12 @@ def _weighted(sampler: WeightedRandomSampler) -> Draw:
         return torch.multinomial(sampler.weights, number, sampler.replacement, generator=generator)
 
     return draw
+
+
+def has_plain_samplers(loader: DataLoader[Any]) -> bool:
+    """Return whether the samplers of a loader are torch's or torchdata's."""
+    parts = [part for part in (loader.batch_sampler, loader.sampler) if part is not None]
+    return all(type(part).__module__.partition(".")[0] in ("torch", "torchdata") for part in parts)
 
 
 def distributed_sampler(loader: DataLoader[Any]) -> Any:  # noqa: ANN401 - any class that follows torch's convention

@@ -89,7 +89,7 @@ def read_source(
     batch_size: BatchSizes,
     options: Mapping[str, Any],
     drop_last: bool = False,
-    ranks: int = 1,
+    ranks: int | None = None,
 ) -> DatasetSource | IterableSource | LoaderSource:
     """Tell a dataset from a loader, and a loader that is a dataset and settings from one to be used as it is.
 
@@ -100,7 +100,7 @@ def read_source(
         batch_size: That of datasets; a loader brings its own.
         options: Arguments of DataLoader for datasets; a loader brings its own.
         drop_last: Whether datasets leave an incomplete batch out in training; a loader brings its own.
-        ranks: How many ranks there are.
+        ranks: How many ranks there are; None before that is known.
 
     Raises:
         TypeError: If it is neither.
@@ -170,7 +170,7 @@ def _batched_once(source: IterableSource, fix: str) -> IterableSource:
 
 
 def _of_loader(
-    task: str, stage: str, loader: DataLoader[Any], ranks: int
+    task: str, stage: str, loader: DataLoader[Any], ranks: int | None
 ) -> DatasetSource | IterableSource | LoaderSource:
     """Take a plain loader apart, so that ranks and resuming are served as for a dataset; leave others as they are."""
     options = {option: getattr(loader, option) for option in OPTIONS}

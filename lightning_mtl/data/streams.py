@@ -19,6 +19,8 @@ class Stream(ABC):
 
     batches: int | None
     """The batches of a pass over all ranks; None where unknown."""
+    samples: int | None = None
+    """The samples of a map-style dataset, which have to be those of all ranks."""
     alike_on_ranks: bool
     """Whether the state is the same on all ranks."""
 
@@ -97,6 +99,7 @@ class OrderedStream(Stream):
                 "batch_size."
             )
         self.batches = self.order.batches
+        self.samples = size
         self.position = DataPosition()
         # Torch's global generator, from which workers would get their seed, is left as it is.
         self._generator = generator_for(seed, "workers", source.task, shard.rank)
