@@ -9,6 +9,7 @@ from typing import Any
 from lightning_mtl.data.mixing import Mixing
 from lightning_mtl.data.order import Shard, generator_for
 from lightning_mtl.data.streams import Stream
+from lightning_mtl.distributed import of_each
 
 
 class MixedLoader:
@@ -74,6 +75,8 @@ class MixedLoader:
                 stream.rewind()
         for number, tasks in enumerate(itertools.islice(self._order(epoch), first, None), start=first + 1):
             batch = {task: self.streams[task].next() for task in tasks}
+            for task in tasks:
+                self.streams[task].check_ranks(self._gather)
             self._consumed = (epoch, number)
             yield batch
 
@@ -167,6 +170,8 @@ class EvaluationLoader:
                     batch[task] = self._prepared(found)
             if not (self._anyone(bool(batch)) if self._anyone is not None else batch):
                 return
+            for stream in self.streams.values():
+                stream.check_ranks(of_each)
             yield batch or dict.fromkeys(self.streams)
 
     def _prepared(self, batch: Any) -> Any:  # noqa: ANN401 - whatever the dataset yields, collated
