@@ -100,8 +100,7 @@ class Observation:
             if not _everywhere(rows is not None, members, batch.ranks, module.device) or rows is None:
                 continue
             with guarding(members):
-                products = _sum_and_multiply(rows, batch.ranks)
-                measured = Measured.of_products(products, scale)
+                measured = Measured.of_products(_sum_and_multiply(rows, batch.ranks, scale))
                 losses = reduced.losses.to(torch.promote_types(reduced.losses.dtype, torch.float32))
                 window = self._window
                 signals = Signals(
@@ -245,12 +244,12 @@ def _parameters_at(place: Place, module: TaskModule, batch: MicroBatch) -> list[
     return parameters_at(place, module, groups_read(batch), batch.ranks, among=module.trunk.parameters())
 
 
-def _sum_and_multiply(rows: Rows | list[Tensor], ranks: Ranks) -> Tensor:
+def _sum_and_multiply(rows: Rows | list[Tensor], ranks: Ranks, scale: Tensor | None) -> Tensor:
     """The Gramian over all ranks' samples: rows of parameters are summed, products of the samples' own features are."""
     if not isinstance(rows, Rows):
-        return gramian(rows, ranks)
+        return gramian(rows, ranks, scale=scale)
     rows.sum_over(ranks)
-    return rows.gramian()
+    return gramian(rows.matrices(), scale=scale)
 
 
 def _everywhere(succeeded: bool, members: Sequence[Monitor], ranks: Ranks, device: torch.device) -> bool:
