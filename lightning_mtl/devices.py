@@ -49,6 +49,13 @@ def numbers(values: Sequence[float], device: torch.device, dtype: torch.dtype | 
     return send(torch.tensor(values, dtype=dtype), device)
 
 
+def finish_queue(device: torch.device) -> None:
+    """Wait until a device has done what is queued; the CPU has no queue."""
+    accelerator = torch.accelerator.current_accelerator() if device.type != "cpu" else None
+    if accelerator is not None and accelerator.type == device.type:
+        torch.accelerator.synchronize(device)
+
+
 def fetch(*values: Tensor) -> list[Tensor]:
     """Copy a few numbers to the host, with one wait for those of one device.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.gradients.graph import Above, above_split, check_repeatable
-from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian, known_norms
+from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.gradients.one_pass import EntersTrunkError, one_pass
 from lightning_mtl.gradients.rows import Rows, as_real, by_parameter
@@ -100,8 +100,7 @@ class FeatureMeasurement:
         summed = ranks if layer is None else None
         if wanted == "gramian":
             return Measured.of_products(gramian(blocks, summed, share=share, scale=scale))
-        norms, sizes = known_norms(blocks, summed, share=share, scale=scale)
-        return Measured(norms=norms, rows=blocks if wanted == "rows" else (), sizes=sizes)
+        return Measured.of_rows(blocks, summed, keeps=wanted == "rows", share=share, scale=scale)
 
     def _feature_rows(self) -> list[Tensor]:
         """The cotangents as ``[K, n]`` matrices, complex numbers as pairs of real ones."""

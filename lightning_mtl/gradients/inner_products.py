@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl.devices import WITHOUT_FLOAT64, fetch, widest
+from lightning_mtl.devices import WITHOUT_FLOAT64, fetch, numbers, widest
 from lightning_mtl.distributed import Ranks
 
 Wanted = Literal["nothing", "norms", "gramian", "rows"]
@@ -33,19 +33,49 @@ class Measured:
         gramian: ``[K, K]``, float64, on the CPU.
         norms: ``[K]``.
         rows: ``[K, n]`` matrices whose columns together make up the gradients.
-        sizes: The norms as the host knows them, where they lie on a device.
+        sizes: ``[K]``, the norms on the CPU, where they have been read.
     """
 
     gramian: Tensor | None = None
     norms: Tensor | None = None
     rows: Sequence[Tensor] = ()
-    sizes: Sequence[float] | None = None
+    sizes: Tensor | None = None
 
     @classmethod
     def of_products(cls, products: Tensor, *, norms_only: bool = False) -> Measured:
         """A Gramian and the norms on its diagonal."""
         norms = products.diagonal().sqrt()
         return cls(norms=norms) if norms_only else cls(gramian=products, norms=norms)
+
+    @classmethod
+    def of_rows(
+        cls,
+        rows: Sequence[Tensor],
+        ranks: Ranks | None = None,
+        *,
+        keeps: bool,
+        share: float = 1.0,
+        scale: Tensor | None = None,
+    ) -> Measured:
+        """The norms of K gradients, with these where ``keeps`` says so; other arguments as in :func:`gramian`."""
+        if keeps and not rows[0].is_cpu:
+            # Methods that read rows need no norms, which are logged: nobody waits for them. Float64 costs a GPU nothing
+            # here, for reading the rows takes longer.
+            parts = [torch.linalg.vector_norm(row, dim=1, dtype=widest(row.device)).to(rows[0].device) for row in rows]
+            squares = torch.stack(parts).square().sum(0)
+            norms = ((squares if ranks is None else ranks.sum(squares)) * share).sqrt().to(torch.float32)
+            return cls(norms=norms if scale is None else norms / scale, rows=rows)
+        norms, sizes = known_norms(rows, ranks, share=share, scale=scale)
+        return cls(norms=norms, rows=rows if keeps else (), sizes=sizes)
+
+    def in_order(self, slots: Sequence[int]) -> Measured:
+        """Norms and rows in the order of these positions."""
+
+        def of(values: Tensor) -> Tensor:
+            return values[numbers(slots, values.device)]
+
+        norms, sizes = (None if values is None else of(values) for values in (self.norms, self.sizes))
+        return Measured(norms=norms, rows=[of(block) for block in self.rows], sizes=sizes)
 
 
 def gramian(
@@ -136,30 +166,29 @@ def row_norms(rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: floa
 
 def known_norms(
     rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: float = 1.0, scale: Tensor | None = None
-) -> tuple[Tensor, list[float]]:
+) -> tuple[Tensor, Tensor]:
     """The same norms without a gradient scaler's factor, and what the host knows of them: one wait for a device."""
     parts = torch.stack([_norms_of(block).to(rows[0].device) for block in rows])
     norms, known = _over_all(parts, ranks, share, scale)
-    if known.pop():
+    if known[-1]:
         # Squares beyond float32 make a norm 0 or infinite; float64 for all rows would take thirty times as long.
         parts = torch.stack([_norms_again(block, own) for block, own in zip(rows, parts, strict=True)])
         norms, known = _over_all(parts, ranks, share, scale)
-        known.pop()
-    return norms, known
+    return norms, known[:-1]
 
 
-def _over_all(parts: Tensor, ranks: Ranks | None, share: float, scale: Tensor | None) -> tuple[Tensor, list[float]]:
+def _over_all(parts: Tensor, ranks: Ranks | None, share: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """The norms over all blocks and ranks; on the host the same, and how many ranks have a doubtful one."""
     norms, doubtful = parts[0], _doubtful(parts).any().to(parts.dtype)
     if len(parts) > 1 or (ranks is not None and ranks.size > 1):
         squares = parts.to(widest(parts.device)).square().sum(0)
         if ranks is not None and ranks.size > 1:
             # All ranks have to compute again if one has: they learn of it by the same sum.
-            *_, doubtful = both = ranks.sum(torch.cat([squares, doubtful.to(squares).reshape(1)]))
-            squares = both[:-1] * share
+            both = ranks.sum(torch.cat([squares, doubtful.to(squares).reshape(1)]))
+            squares, doubtful = both[:-1] * share, both[-1]
         norms = squares.sqrt().to(parts.dtype)
     norms = norms if scale is None else norms / scale
-    return norms, torch.cat([norms, doubtful.to(norms.dtype).reshape(1)]).tolist()
+    return norms, torch.cat([norms, doubtful.to(norms.dtype).reshape(1)]).cpu()
 
 
 def _norms_of(block: Tensor) -> Tensor:

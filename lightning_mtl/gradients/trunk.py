@@ -13,7 +13,7 @@ from lightning_mtl.devices import numbers
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.feature_measurement import check_outputs_read, feature_blocks, outputs_read
 from lightning_mtl.gradients.graph import above_split, check_nothing_hidden, check_repeatable, reached_leaves
-from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian, known_norms, unscaled_products
+from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian, unscaled_products
 from lightning_mtl.gradients.micro_batch import MicroBatch, surrogate
 from lightning_mtl.gradients.rows import Rows, add_gradients, as_real, by_parameter, in_order, weighted_sums
 from lightning_mtl.gradients.torch_internals import hooks_of, parameter_hooks_off
@@ -174,12 +174,9 @@ class TrunkGradients:
         blocks = self.rows.matrices() if layer is None else self._blocks_of(layer)
         if wanted == "gramian":
             return Measured.of_products(gramian(blocks, scale=scale)[slots][:, slots])
-        norms, sizes = known_norms(blocks, scale=scale)
+        measured = Measured.of_rows(blocks, keeps=wanted == "rows", scale=scale)
         # Rows lie in the order in which tasks came; methods read them in the module's. Most steps have one order.
-        if slots != list(range(len(slots))):
-            norms, sizes = norms[numbers(slots, norms.device)], [sizes[slot] for slot in slots]
-            blocks = [block[numbers(slots, block.device)] for block in blocks] if wanted == "rows" else []
-        return Measured(norms=norms, rows=blocks if wanted == "rows" else (), sizes=sizes)
+        return measured if slots == list(range(len(slots))) else measured.in_order(slots)
 
     def _blocks_of(self, layer: Sequence[Tensor]) -> list[Tensor]:
         """The gradients of some parameters, ``[K, n]``; those outside of the trunk are not summed over ranks yet."""

@@ -39,6 +39,9 @@ class Aggregator(Weighting):
 
     measures: ClassVar[Measure] = "rows"
     weighs_heads: ClassVar[bool] = False
+    takes_any_rows: ClassVar[bool] = False
+    """Whether :meth:`combine` makes of rows that are not finite a direction that is not: such a step is skipped after
+    it. All other methods are spared such rows, which takes a look at the device before."""
 
     def __init__(
         self,

@@ -213,8 +213,8 @@ ENGINE = (
     Mutation(
         "accumulated rows are not divided by the window",
         "training/window.py",
-        "return self.micro_batches / self.size / count[self.positions(names)]",
-        "return 1 / count[self.positions(names)]",
+        "return self.of(self.micro_batches / self.size / count, self.positions(names))",
+        "return self.of(1 / count, self.positions(names))",
         ACCUMULATION,
         "rows or automatic",
     ),
