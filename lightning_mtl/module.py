@@ -225,8 +225,9 @@ class MultiTaskModule(SteppedModule):
         """The checked outputs of the tasks that a batch has labels for, in order."""
         learned = self.learned_tasks
         if learned is None:
-            return present_outputs(self.task_losses(batch), list(self.tasks))
-        outputs = present_outputs(self.task_losses(without_others(batch, self.tasks, learned)), list(self.tasks))
+            return present_outputs(self.task_losses(batch), list(self.tasks), self.device)
+        found = self.task_losses(without_others(batch, self.tasks, learned))
+        outputs = present_outputs(found, list(self.tasks), self.device)
         return {task: output for task, output in outputs.items() if task in learned}
 
     def penalties(self) -> dict[str, Tensor]:

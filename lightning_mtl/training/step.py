@@ -264,10 +264,9 @@ class Optimization:
     def _close(self, module: TaskModule, window: Window, batch_idx: int) -> None:
         """Step the optimizer, unless something is not finite, and tell weighting, monitors and loggers."""
         cast, update, automatic = self.cast, self.update, module.automatic_optimization
-        steering = cast.steering
+        steering, weights = cast.steering, window.applied_weights
         signals = window.summary()
         positions = [] if signals is None else window.positions(signals.tasks)
-        weights = window.applied_weights
         if automatic:
             update.awaited, update.seen = window, False
             if cast.asks_again:
@@ -276,9 +275,10 @@ class Optimization:
             if window.ranks.size > 1 or len(window.present) < len(module.tasks):
                 forget_absent(module, window, sharded=cast.sharded)
             window.gradients = None  # K gradients of each head need not outlive the step
-        finite = update.is_finite(module, signals)
+        multipliers = None if steering is None else steering.rates.current(window.step)
+        finite, signals, known = update.look(module, signals, multipliers)
         if steering is not None:
-            steering.choose(module, window)
+            steering.choose(module, known)
         if not automatic:
             with self.phases.during("optimizer"):
                 again = functools.partial(pass_again, self, module, window, batch_idx)

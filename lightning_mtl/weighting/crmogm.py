@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_mtl.devices import send
 from lightning_mtl.method.aggregator import Aggregator
 from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
@@ -84,7 +85,7 @@ class CRMOGM(Holder, Weighting):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Mix the wrapped method's weights into the mean."""
-        newest = self.weighting.weigh(signals).detach().to(signals.losses)
+        newest = send(self.weighting.weigh(signals).detach(), signals.losses.device, signals.losses.dtype)
         weights = crmogm_weights(self.average.to(newest), newest, self.alpha)
         self._coming = signals.step, weights
         return weights

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_mtl.devices import send
 from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Measure
 from lightning_mtl.method.search_space import Range, SearchSpace
@@ -108,6 +109,7 @@ class GradNorm(Learned):
         if signals.norms is None:
             return
         ratios = torch.where(self.first_losses > 0, losses / self.first_losses, torch.ones_like(losses))
-        gradient = gradnorm_gradient(self.weights, signals.norms.to(self.weights), ratios, self.alpha)
+        norms = send(signals.norms, self.weights.device, self.weights.dtype)
+        gradient = gradnorm_gradient(self.weights, norms, ratios, self.alpha)
         clamped = self.descended(self.weights, gradient).clamp(min=self.min_weight)
         self.weights = clamped * signals.num_tasks / clamped.sum()
