@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -37,6 +37,7 @@ class TaskModule(pl.LightningModule):
         schedules: The schedulers as they were asked for.
         learned_tasks: The tasks that train; the others count as absent from every batch. None stands for all.
         present_tasks: The tasks that some rank's micro-batch has; None outside of a training step.
+        delta_m_over: The tasks whose baselines ``val/delta_m`` compares with: ``"all"``, or the ``"main"`` ones alone.
         depths: Parts of the model with learning rates of their own, as a callback that unfreezes them gives them.
     """
 
@@ -50,6 +51,7 @@ class TaskModule(pl.LightningModule):
     schedules: list[LRSchedulerConfig]
     learned_tasks: frozenset[str] | None = None
     present_tasks: Sequence[str] | None = None
+    delta_m_over: Literal["all", "main"] = "all"
     depths: tuple[Depth, ...] = ()
     train_metrics: nn.ModuleDict
     _trunk_parts: TrunkParts | None = None

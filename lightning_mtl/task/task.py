@@ -6,13 +6,14 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_mtl.task.labels import MissingPer
 
+Role = Literal["main", "auxiliary"]
 LossFunction = Callable[[Any, Any], Tensor]
 Metrics = Metric | MetricCollection | Mapping[str, Metric | MetricCollection] | Sequence[Metric | MetricCollection]
 
@@ -39,6 +40,10 @@ class Task:
             Looking costs a small selection a step, on a GPU a wait for its size; without it nothing is looked at.
         missing_per: ``"element"`` selects single numbers of targets that have several to a sample; ``"sample"`` leaves
             out samples with any number missing and keeps the others whole, as boxes have to be.
+        role: ``"main"``, or ``"auxiliary"`` for a task that is there to help the main ones. The methods for auxiliary
+            tasks (:class:`~lightning_mtl.weighting.MetaBalance`, :class:`~lightning_mtl.weighting.AuxiliaryCosine`)
+            read it, monitors say how often such a task has helped, and a module with ``delta_m_over = "main"`` leaves
+            it out of ``val/delta_m``; to all else tasks are alike.
         class_dim: Where labels of single pixels or tokens are missing, the dimension of the predictions that holds the
             classes: 1 for ``[B, C, H, W]`` and ``[B, C, T]``, -1 for ``[B, T, C]``. None infers it, and refuses shapes
             that can be read in two ways; give it where lengths vary, so that T may come to equal C.
@@ -46,7 +51,8 @@ class Task:
     Raises:
         TypeError: If ``loss`` cannot be called, a metric does not come from torchmetrics, or ``missing`` is no
             number, or ``class_dim`` no int.
-        ValueError: If ``missing`` is not what the loss ignores, ``missing_per`` is neither of the two, or ``class_dim``
+        ValueError: If ``role`` is neither of the two, or ``missing`` is not what the loss ignores, ``missing_per`` is
+        neither of the two, or ``class_dim``
             is the samples' 0; or if
             ``baseline`` names a metric that the task does not have, or holds a zero, which no relative
             difference can be taken from; or if a metric is called ``loss`` or ``delta_m``.
@@ -65,12 +71,15 @@ class Task:
     missing: float | None = None
     missing_per: MissingPer = "element"
     class_dim: int | None = None
+    role: Role = "main"
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
             raise TypeError(
                 f"Task(loss=...) must be a function (prediction, target) -> scalar, found {type(self.loss).__name__}."
             )
+        if self.role not in ("main", "auxiliary"):
+            raise ValueError(f"Task(role={self.role!r}) must be 'main' or 'auxiliary'.")
         self._check_metrics()
         self._check_missing()
         for name, value in (self.baseline or {}).items():

@@ -224,8 +224,9 @@ class Recorder(Callback):
             values.update((f"{stage}/{name}/{task}", value) for name, value in own.items())
             scores.setdefault(task, {}).update(own)
         self.scores[stage] = scores
-        if stage != "train" and (compared := change_from_baselines(self.tasks, scores)) is not None:
-            values[f"{stage}/delta_m"] = compared
+        if stage != "train":
+            compared = change_from_baselines(self.tasks, scores, module.delta_m_over)
+            values |= {} if compared is None else {f"{stage}/delta_m": compared}
         log_reduced(module, values)
 
     # Checkpoints

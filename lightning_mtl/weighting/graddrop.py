@@ -47,7 +47,8 @@ class GradDrop(Aggregator):
         d = \sum_i \big( l_i + (1 - l_i) M_i \big) \circ g_i, \qquad
         M_i = [P > U] \circ [g_i > 0] + [P < U] \circ [g_i < 0]
 
-    element by element, U drawn evenly from [0, 1]. Where all tasks agree on the sign nothing is dropped. Heads follow
+    element by element, U drawn evenly from [0, 1]. Where all tasks agree on the sign nothing is dropped, and where one
+    is alone, however short its gradient is, its sign is all there is. Heads follow
     their own, unweighted losses.
 
     Args:
@@ -65,7 +66,9 @@ class GradDrop(Aggregator):
 
     Deviations: the paper drops at the trunk's output, and finds the signs of a whole batch there from its gradients
     times the signs of the activations, summed over the samples. Here ``"trunk"`` drops the parameters' gradients, which
-    belong to the whole batch as they are, and ``"features"`` each sample's by its own signs. On each kind of device the
+    belong to the whole batch as they are, and ``"features"`` each sample's by its own signs. The paper's
+    code (lingvo) rescales what is left to the length of the undropped sum by default; this class does not. On each kind
+    of device the
     random numbers are the same on all ranks and after resuming, but a GPU's are others than a CPU's.
 
     Example:

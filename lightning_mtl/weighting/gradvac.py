@@ -81,7 +81,8 @@ class GradVac(Weighting):
     Source: Wang et al., Gradient Vaccine, 2020, arXiv:2010.05874, algorithm 1.
 
     Deviations: one cosine for all shared parameters, where the paper tries one a layer as well. A target is kept below
-    1 - 1e-6. LibMTL moves a target only where its pair was in conflict.
+    1 - 1e-6. LibMTL moved a target only where its pair was in conflict until February 2024, and does as here since. The
+    others are turned toward a gradient however short it is; one of exactly zero takes no part.
 
     Example:
         >>> GradVac(beta=0.1).beta

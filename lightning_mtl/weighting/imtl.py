@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_mtl.method.arguments import GradientArguments
-from lightning_mtl.method.base import Measure
+from lightning_mtl.method.base import NEGLIGIBLE, Measure
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.weighting.imtlg import imtlg_weights
@@ -62,6 +62,7 @@ class IMTL(Learned):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    negligible = NEGLIGIBLE
     search_space: ClassVar[SearchSpace] = {
         "lr": Range(1e-3, 1e-1, log=True),
         "at": Choice(("trunk", "features")),

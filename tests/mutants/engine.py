@@ -198,8 +198,8 @@ ENGINE = (
     Mutation(
         "heads are weighed where the method leaves them alone",
         "method/base.py",
-        "return Decision(weights, None if self.weighs_heads else torch.ones_like(weights))\n\n    def with_heads",
-        "return Decision(weights)\n\n    def with_heads",
+        "return Decision(weights, self._heads if self.weighs_heads else torch.ones_like(weights))",
+        "return Decision(weights)",
         ENGINE_TESTS,
         "weighted_sum and mlp",
     ),

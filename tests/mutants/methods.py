@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants.mutation import Mutation
+from tests.mutants.shelf import SHELF
 
 CONTRACT = "tests/test_contract.py"
 BARGAINS = "tests/weighting/test_bargains.py"
@@ -13,6 +14,7 @@ SURGERY = "tests/weighting/test_gradient_surgery.py"
 WRAPPERS = "tests/weighting/test_wrappers.py"
 
 METHODS = (
+    *SHELF,
     Mutation(
         "AlignedMTL: stretches the directions that it should shrink",
         "weighting/aligned_mtl.py",
