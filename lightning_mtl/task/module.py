@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_mtl.task.task import Task, TaskOutput
+from lightning_mtl.task.units import Standardizers
 
 
 class Depth(NamedTuple):
@@ -34,6 +35,7 @@ class TaskModule(pl.LightningModule):
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
         max_skipped_steps: How many steps in a row may be skipped because something is not finite.
         schedules: The schedulers as they were asked for.
+        target_units: What standardizes targets, of the tasks that ask for it, by task.
         learned_tasks: The tasks that train; the others count as absent from every batch. None stands for all.
         depths: Parts of the model with learning rates of their own, as a callback that unfreezes them gives them.
     """
@@ -41,6 +43,7 @@ class TaskModule(pl.LightningModule):
     trunk: nn.Module
     heads: nn.ModuleDict
     tasks: dict[str, Task]
+    target_units: Standardizers
     accumulate_grad_batches: int
     gradient_clip_val: float | None
     gradient_clip_algorithm: str
