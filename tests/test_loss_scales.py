@@ -20,8 +20,6 @@ from tests.training import fit, flat_parameters, loader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:In the first step the loss of task"),
-    # Lightning's advice for manual optimization by hand.
-    pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning"),
     # Of resuming without the callback that saved.
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
 ]
@@ -33,7 +31,7 @@ def test_a_scale_is_a_loss_divided_by_it(name: str, scale: Any) -> None:
     x, a, b = data()
     weighting = name if name in WEIGHTINGS else "trunk"
     size = 2 if name == "accumulated" else 1
-    by_hand = scale if isinstance(scale, float) else float(mse_loss(model(Task(mse_loss))(x[:5])["b"], b[:5]))
+    by_hand = scale if isinstance(scale, float) else mse_loss(model(Task(mse_loss))(x[:5])["b"], b[:5]).item()
     found = []
     for task in (Task(mse_loss, loss_scale=scale), Task(lambda p, y: mse_loss(p, y) / by_hand)):
         module = model(task, accumulate_grad_batches=size)
@@ -65,9 +63,9 @@ def test_running_scales_follow_and_resume(tmp_path: Path) -> None:
     for loss in seen:
         expected = 0.99 * expected + 0.01 * loss
     assert float(module.recorder.scales.values[1]) == pytest.approx(expected, rel=1e-5)
-    saving = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1)
     train(callbacks=[NashMTL(), saving], enable_checkpointing=True)
-    resumed, again = train(callbacks=[NashMTL()], ckpt_path=next(tmp_path.glob("*step=3*")))
+    resumed, again = train(callbacks=[NashMTL()], ckpt_path=next(tmp_path.glob("epoch=0*")))
     assert torch.equal(flat_parameters(module), flat_parameters(resumed))
     assert trainer.callback_metrics["weight/b"] == again.callback_metrics["weight/b"]
 

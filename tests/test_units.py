@@ -12,12 +12,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torch.utils.data import DataLoader, IterableDataset, StackDataset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, StackDataset, TensorDataset
 from torchmetrics import MeanAbsoluteError, MetricCollection
 
 from lightning_mtl import MaskedTarget, MultiTaskModule, Task, Weighting
 from lightning_mtl.data import MultiTaskDataModule
 from lightning_mtl.finetuning import add_task, drop_task, export
+from lightning_mtl.training.targets import one_pass
 from lightning_mtl.weighting import FAMO, MGDA, GradNorm, UncertaintyWeighting
 from tests.small import heads, trunk
 from tests.training import fit, flat_parameters, loader, quiet_trainer
@@ -26,8 +27,6 @@ MEAN, STD = 300.0, 35.0
 N = 20
 pytestmark = [
     pytest.mark.filterwarnings("ignore:In the first step the loss of task"),
-    # Lightning's advice for manual optimization by hand.
-    pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning"),
     # Of resuming without the callback that saved.
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
 ]
@@ -149,6 +148,17 @@ def test_a_subset_sampler_is_heeded() -> None:
     assert float(module.target_units["b"].mean) == pytest.approx(float(b[:7].mean()), rel=1e-12)
 
 
+def test_what_a_distributed_sampler_repeats_counts_once() -> None:
+    data = TensorDataset(torch.arange(7.0))
+    seen = []
+    for rank in range(3):
+        sampler = DistributedSampler(data, num_replicas=3, rank=rank, seed=4)
+        seen += [
+            x for [batch] in one_pass(DataLoader(data, batch_size=2, sampler=sampler), ["b"]) for x in batch.tolist()
+        ]
+    assert sorted(seen) == list(range(7))
+
+
 def test_running_statistics_keep_the_predictions_and_resume(tmp_path: Path) -> None:
     x, a, b = data()
     batches = [(x[i : i + 5], {"a": a[i : i + 5], "b": b[i : i + 5]}) for i in range(0, N, 5)]
@@ -170,10 +180,10 @@ def test_running_statistics_keep_the_predictions_and_resume(tmp_path: Path) -> N
     units.follow(torch.tensor([2.0, 900.0, 900.0**2]).double(), whole.heads["b"])
     assert float(units.mean) > seen[-1] + 1
     torch.testing.assert_close(whole(x)["b"], before)
-    saving = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1)
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1)
     again, resumed = (model(Task(mse_loss, standardize="running")) for _ in range(2))
     fit(again, loader(*batches), max_epochs=2, callbacks=[saving], enable_checkpointing=True)
-    fit(resumed, loader(*batches), max_epochs=2, ckpt_path=next(tmp_path.glob("*step=6*")))
+    fit(resumed, loader(*batches), max_epochs=2, ckpt_path=next(tmp_path.glob("epoch=0*")))
     assert torch.equal(flat_parameters(again), flat_parameters(resumed))
     assert torch.equal(again.target_units["b"].mean, resumed.target_units["b"].mean)
 

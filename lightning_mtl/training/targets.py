@@ -38,7 +38,7 @@ def measure_targets(module: TaskModule, trainer: pl.Trainer) -> None:
     found = {task: _Moments() for task in wanted}
     with isolate_rng():
         for name, loader in _loaders(trainer.train_dataloader):
-            for batch in _one_pass(loader, wanted):
+            for batch in one_pass(loader, wanted):
                 for task, target in _targets_in(batch, module, name).items():
                     if task in found:
                         found[task].add(_labels(module, task, target))
@@ -149,7 +149,7 @@ def _loaders(loaders: Any) -> Iterator[tuple[str | None, Any]]:  # noqa: ANN401
         yield None, loaders
 
 
-def _one_pass(loader: Any, tasks: Iterable[str]) -> Iterable[Any]:  # noqa: ANN401
+def one_pass(loader: Any, tasks: Iterable[str]) -> Iterable[Any]:  # noqa: ANN401
     """The loader's batches, read beside it: neither its order nor its place changes."""
     if callable(of_its_own := getattr(loader, "one_pass", None)):
         return of_its_own()  # type: ignore[no-any-return]
