@@ -24,6 +24,7 @@ from lightning_mtl.task.batches import (
 from lightning_mtl.task.concatenation import concatenate, rows_of
 from lightning_mtl.task.labels import MaskedTarget, labeled_part, number_of_samples
 from lightning_mtl.task.task import Task, TaskOutput, name_task
+from lightning_mtl.task.units import Standardizers
 from lightning_mtl.training.checks import check_arguments, check_inputs_differ
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.module import SteppedModule
@@ -109,6 +110,7 @@ class MultiTaskModule(SteppedModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.concatenate_inputs, self.max_skipped_steps = concatenate_inputs, max_skipped_steps
+        self.target_units = Standardizers({k: task.standardize for k, task in tasks.items()}, heads)
         self.recorder = Recorder(self.tasks)
         self.schedules: list[LRSchedulerConfig] = []
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
@@ -207,16 +209,25 @@ class MultiTaskModule(SteppedModule):
             ValueError: If prediction and target do not fit the mask, or the loss would broadcast them to all pairs.
         """
         declared, num_samples = self.tasks[task], None
+        units = self.target_units.of(task)
         try:
+            spread = None if units is None else units.spread(prediction, target)
             if declared.missing is not None or isinstance(target, MaskedTarget):
-                part = labeled_part(prediction, target, declared.missing, declared.missing_per, declared.class_dim)
+                given = prediction if spread is None else (prediction, spread)
+                part = labeled_part(given, target, declared.missing, declared.missing_per, declared.class_dim)
                 self.recorder.labels.add(task, part.num_samples, part.num_missing, number_of_samples(target))
                 prediction, target, num_samples = part[:3]
+                if spread is not None:
+                    prediction, spread = prediction
             if num_samples == 0:
                 return TaskOutput(torch.zeros(()), prediction, target, 0)
             if (task, self.training) not in self.recorder.shapes:
                 self.recorder.shapes.check(task, self.training, declared.loss, prediction, target)
-            return TaskOutput(declared.loss(prediction, target), prediction, target, num_samples)
+            if spread is None:
+                return TaskOutput(declared.loss(prediction, target), prediction, target, num_samples)
+            mean, std = spread
+            loss = declared.loss((prediction - mean) / std, (target - mean) / std)
+            return TaskOutput(loss, prediction, target, num_samples)
         except Exception as error:
             name_task(error, "loss", task)
             raise

@@ -177,10 +177,17 @@ class MultiTaskDataModule(pl.LightningDataModule):
         streams = self._streams("train", seed, shuffle=not overfit)
         self.mixing.check(list(streams))
         steps = self.steps_per_epoch or self.mixing.steps({task: stream.batches for task, stream in streams.items()})
-        self._loader = MixedLoader(streams, self.mixing, steps, seed, self._shard(), of_each, same_epoch=overfit)
+        self._loader = MixedLoader(
+            streams, self.mixing, steps, seed, self._shard(), of_each, same_epoch=overfit, one_pass=self._pass_beside
+        )
         if state:
             self._loader.load_state_dict(state)
         return self._loader
+
+    def _pass_beside(self) -> EvaluationLoader:
+        """All training samples once, of the tasks whose data do not come but once."""
+        streams = self._streams("train", self._seed(), shuffle=False)
+        return EvaluationLoader({task: stream for task, stream in streams.items() if stream.alike_on_ranks})
 
     def val_dataloader(self) -> EvaluationLoader:
         """Make the loader of all tasks' validation data."""

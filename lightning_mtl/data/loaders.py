@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from lightning_mtl.data.mixing import Mixing
@@ -27,6 +27,7 @@ class MixedLoader:
         shard: Which rank this is, of how many.
         gather: Collects a value from all ranks, for a checkpoint.
         same_epoch: Repeat the first epoch for ever, for a Trainer that overfits batches.
+        one_pass: Makes a loader that reads all samples once, beside this one.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class MixedLoader:
         gather: Callable[[Any], list[Any]],
         *,
         same_epoch: bool = False,
+        one_pass: Callable[[], Iterable[Any]] | None = None,
     ) -> None:
+        self.one_pass = one_pass
         self.streams = dict(streams)
         self.mixing = mixing
         self.steps = steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
@@ -54,6 +56,7 @@ def add_task(module: MultiTaskModule, name: str, head: nn.Module, task: Task) ->
     check_arguments(module.trunk, {name: head}, {name: task}, 1, None, "norm")
     module.tasks[name] = task
     module.heads[name] = head
+    module.target_units.add(name, task.standardize, module.heads)
     if isinstance(task.loss, nn.Module):
         module.loss_modules[name] = task.loss
     if task.metrics is not None:
@@ -98,6 +101,8 @@ def drop_task(module: MultiTaskModule, name: str) -> tuple[nn.Module, Task]:
     task, head = module.tasks.pop(name), module.heads[name]
     del module.heads[name]
     module._head_lr.pop(name, None)
+    if (units := module.target_units.drop(name, head)) is not None and units.known and not units.running:
+        task = replace(task, standardize=(units.mean.tolist(), units.std.tolist()))  # the head goes on in these units
     for stored in (module.loss_modules, *(getattr(module, f"{stage}_metrics") for stage in METRIC_STAGES)):
         if name in stored:
             del stored[name]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_mtl.task.task import Task, TaskOutput
+from lightning_mtl.task.units import Standardizers
 from lightning_mtl.trunk import TrunkParts
 
 
@@ -35,6 +36,7 @@ class TaskModule(pl.LightningModule):
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
         max_skipped_steps: How many steps in a row may be skipped because something is not finite.
         schedules: The schedulers as they were asked for.
+        target_units: What standardizes targets, of the tasks that ask for it, by task.
         learned_tasks: The tasks that train; the others count as absent from every batch. None stands for all.
         present_tasks: The tasks that some rank's micro-batch has; None outside of a training step.
         delta_m_over: The tasks whose baselines ``val/delta_m`` compares with: ``"all"``, or the ``"main"`` ones alone.
@@ -44,6 +46,7 @@ class TaskModule(pl.LightningModule):
     trunk: nn.Module
     heads: nn.ModuleDict
     tasks: dict[str, Task]
+    target_units: Standardizers
     accumulate_grad_batches: int
     gradient_clip_val: float | None
     gradient_clip_algorithm: str

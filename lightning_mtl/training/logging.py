@@ -23,6 +23,7 @@ from lightning_mtl.task.shapes import SeenShapes
 from lightning_mtl.training.checks import check_model, check_trainer
 from lightning_mtl.training.losses import LabelCounts
 from lightning_mtl.training.reduced import log_reduced
+from lightning_mtl.training.scales import LossScales, warn_of_units
 from lightning_mtl.training.schedulers import step_schedulers
 from lightning_mtl.training.scores import Scores, StageMetrics, change_from_baselines
 from lightning_mtl.training.window import Window
@@ -77,6 +78,7 @@ class Recorder(Callback):
         self.labels = LabelCounts(tasks)
         self.scores: dict[str, Scores] = {stage: {} for stage in self.losses}
         self.shapes = SeenShapes()
+        self.scales = LossScales.of_tasks(tasks)
         self._metrics = StageMetrics()
         self._vectors: dict[str, tuple[Sequence[str], Tensor]] = {}
         self._penalties: Mapping[str, Tensor] = {}
@@ -85,6 +87,11 @@ class Recorder(Callback):
         self.plateau_due: tuple[str, int] | None = None
 
     # Steps
+
+    @property
+    def latest_tasks(self) -> Sequence[str]:
+        """The tasks of the newest step."""
+        return self._vectors["loss"][0] if self._vectors else ()
 
     def record_step(
         self,
@@ -105,13 +112,23 @@ class Recorder(Callback):
         """
         for names, losses, samples in window.local:
             self.losses["train"].add(losses, samples, names)
-        tasks = signals.tasks
-        self._vectors = {"loss": (tasks, signals.losses)}
-        if signals.norms is not None:
-            self._vectors["grad_norm"] = (tasks, signals.norms)
+        tasks, losses, norms = signals.tasks, signals.losses, signals.norms
+        if weights is not None and len(positions) < len(weights):
+            weights = weights[numbers(positions, weights.device)]
+        if signals.step == 0:
+            warn_of_units(tasks, losses, weights)
+        if window.scales is not None:
+            # Users see losses in the tasks' own units, and what multiplied them.
+            scales = window.scales.of(positions)
+            losses = losses * scales
+            norms = None if norms is None else norms * scales
+            weights = None if weights is None else weights / scales
+            window.scales.follow(positions, losses)
+        self._vectors = {"loss": (tasks, losses)}
+        if norms is not None:
+            self._vectors["grad_norm"] = (tasks, norms)
         if weights is not None:
-            whole = len(positions) == len(weights)
-            self._vectors["weight"] = (tasks, weights if whole else weights[numbers(positions, weights.device)])
+            self._vectors["weight"] = (tasks, weights)
         if rates is not None:
             self._vectors["lr"] = rates
         self._penalties = window.penalties
@@ -143,6 +160,8 @@ class Recorder(Callback):
         if stage == "fit":
             check_trainer(pl_module, trainer)
             self.labels.reset()
+            if self.scales is not None:
+                self.scales.reset()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Lay out TensorBoard's custom scalars: all tasks' weights on one chart, all losses on another."""
@@ -238,6 +257,7 @@ class Recorder(Callback):
             "loss_sums": torch.stack([train.totals, train.counts]),
             "labels": self.labels.state_dict(),
             "plateau_due": self.plateau_due,
+            "loss_scales": None if self.scales is None else self.scales.values,
             "scores": {stage: {task: dict(of) for task, of in found.items()} for stage, found in self.scores.items()},
         }
 
@@ -246,6 +266,8 @@ class Recorder(Callback):
         self.losses["train"].totals, self.losses["train"].counts = state_dict["loss_sums"].clone().unbind()
         self.labels.load_state_dict(state_dict["labels"])
         self.plateau_due = state_dict["plateau_due"]
+        if self.scales is not None and (scales := state_dict.get("loss_scales")) is not None:
+            self.scales.load(scales)
         self.scores.update(state_dict.get("scores", {}))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import torch
@@ -64,6 +65,23 @@ def reduce_losses(
         table, own_counts = table[:, index], own_counts[index]
     means = table / table[1]
     return Reduced(names, means[0], losses, table[1], own_counts, None if scores is None else means[2])
+
+
+def over_scales(
+    window: Window, outputs: dict[str, TaskOutput], reduced: Reduced
+) -> tuple[dict[str, TaskOutput], Reduced]:
+    """Divide a micro-batch's losses by their tasks' scales, which a task's first losses may set."""
+    if window.scales is None or not reduced.names:
+        return outputs, reduced
+    positions = window.positions(reduced.names)
+    if not window.repeats:
+        window.scales.learn(positions, reduced.losses)
+    scales, own = window.scales.of(positions), window.scales.of(window.positions(list(outputs)))
+    scaled = {
+        task: replace(output, loss=output.loss / scale)
+        for (task, output), scale in zip(outputs.items(), own.unbind(), strict=True)
+    }
+    return scaled, replace(reduced, losses=reduced.losses / scales, own=reduced.own / own)
 
 
 def _counts(given: Sequence[int | Tensor | None], losses: Tensor) -> Tensor:
@@ -193,7 +211,7 @@ class LabelCounts:
 
     def add_whole(self, outputs: Mapping[str, TaskOutput]) -> None:
         """Count a training step's batch for the tasks whose labels nobody looked for: they all count as there."""
-        for task, output in outputs.items():
+        for task, output in outputs.items() if self.counting else ():
             if output.num_samples is None:
                 size = float(_batch_size(output))
                 self._add(task, size, size, looked=False)

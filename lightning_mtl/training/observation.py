@@ -148,6 +148,8 @@ class Observation:
             rate = monitor.lookahead_rate(module) / (1.0 if scale is None else float(scale))
             dtype = self._found[monitor].losses.dtype
             table = self._losses_ahead(module, rows, rate, names, given, dtype) * shares
+            if self._window.scales is not None:
+                table = table / self._window.scales.of(self._window.positions(names))
         if _everywhere(table is not None, [monitor], ranks, module.device) and table is not None:
             self._found[monitor] = replace(self._found[monitor], losses_ahead=ranks.sum(table))
 

@@ -142,4 +142,5 @@ def losses_after(module: TaskModule, window: Window, names: Sequence[str]) -> Te
                 again.note(reduce_losses(outputs, again.tasks, again.ranks, module.device), {})
     finally:
         before.put_back()
-    return again.mean_losses(names)
+    losses = again.mean_losses(names)
+    return losses if window.scales is None else losses / window.scales.of(window.positions(names))

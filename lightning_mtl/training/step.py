@@ -28,7 +28,7 @@ from lightning_mtl.training.checks import check_accumulation, collects_shards, n
 from lightning_mtl.training.closure import forward_alone, pass_again
 from lightning_mtl.training.features import features_of, find_layer
 from lightning_mtl.training.logging import Recorder
-from lightning_mtl.training.losses import micro_batch_of, reduce_losses, sample_counts
+from lightning_mtl.training.losses import micro_batch_of, over_scales, reduce_losses, sample_counts
 from lightning_mtl.training.observation import Observation
 from lightning_mtl.training.scores import update_metrics
 from lightning_mtl.training.snapshots import losses_after
@@ -136,7 +136,7 @@ class Optimization:
             # Until a callback unfreezes some of what is shared there is nothing to balance but the heads.
             able = weighting is not None and weighting.measures == "losses" and weighting.weighs_heads
             weighting, shares = weighting if able else None, None
-        window = Window(tuple(module.tasks), weighting, step, epoch, size, cast.ranks, shares)
+        window = Window(tuple(module.tasks), weighting, step, epoch, size, cast.ranks, shares, self.recorder.scales)
         if not module.automatic_optimization:
             self.zero_gradients(module, batch_idx)
         if window.way == "rows" and cast.sharded:
@@ -197,11 +197,11 @@ class Optimization:
         with self.phases.during("forward"):
             penalties = module.penalties_with(reduced.names)
         with off:
-            window.note(reduced, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
             if outputs:
                 window.local.append((list(outputs), reduced.own, sample_counts(list(outputs.values()))))
-                if recorder.labels.counting:
-                    recorder.labels.add_whole(outputs)
+                recorder.labels.add_whole(outputs)
+            outputs, reduced = over_scales(window, outputs, reduced)
+            window.note(reduced, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
             found = micro_batch_of(module, window, cast, reduced, outputs, penalties, split, unseen=not self._looked)
             if observation is not None and window.micro_batches == 1:
                 with self.phases.during("monitors"):

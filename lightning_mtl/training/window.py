@@ -17,6 +17,7 @@ from lightning_mtl.gradients.trunk import TrunkGradients
 from lightning_mtl.learning_rates.factor import Collected
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Decision, Signals
+from lightning_mtl.training.scales import LossScales
 
 Way = Literal["losses", "features", "rows"]
 """How weights reach the gradients: in a weighted sum of losses, at the trunk's output, or in a sum of rows."""
@@ -60,6 +61,7 @@ class Window:
         size: Micro-batches in a full window.
         ranks: The processes that train together.
         shares: ``[K]``, what multiplies each task's weight in the shared gradient, and there alone; None for 1.
+        scales: What losses are divided by before anyone but the loggers sees them; None for 1.
 
     Attributes:
         wanted: What to measure before the weighting is asked.
@@ -83,9 +85,10 @@ class Window:
         size: int,
         ranks: Ranks,
         shares: Tensor | None = None,
+        scales: LossScales | None = None,
     ) -> None:
-        self.weighting = weighting
-        self.step, self.epoch, self.size, self.ranks, self.shares = step, epoch, size, ranks, shares
+        self.weighting, self.step, self.epoch, self.size, self.ranks = weighting, step, epoch, size, ranks
+        self.shares, self.scales = shares, scales
         # What follows from the arguments alone is decided once, so that a step asks attributes instead of the method.
         self.measures = weighting is not None and weighting.measures_in(step)
         self.wanted: Wanted = "nothing"
@@ -113,8 +116,7 @@ class Window:
         self.reached: set[Tensor] = set()
         self.collects = self.forgets = False
         self._asked: Signals | None = None
-        self.tasks = tuple(tasks)
-        self._position = dict(zip(tasks, range(len(tasks)), strict=True))
+        self.tasks, self._position = tuple(tasks), {task: position for position, task in enumerate(tasks)}
         self._noted: list[tuple[list[int], Reduced]] = []
         self._weighed: set[str] = set()
         self._decisions: list[Decision | None] = []  # None for one that no weights describe
@@ -250,7 +252,7 @@ class Window:
             )
         # Weights and heads' weights that agree make a sum of losses, of which one backward pass is enough.
         alike = self.size == 1 and all(decision.head_weights is None for decision in known)
-        again = Window(self.tasks, None, self.step, self.epoch, self.size, self.ranks)
+        again = Window(self.tasks, None, self.step, self.epoch, self.size, self.ranks, scales=self.scales)
         again.way, again.collects = ("losses", False) if alike else (self.way, self.collects)
         again.passes_again, again.repeats, again._decisions = self.passes_again, True, list(known)
         return again
