@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_mtl.devices import numbers, send
 from lightning_mtl.method.arguments import NamedArguments, check_common_arguments, check_tasks
 from lightning_mtl.method.complaints import log_zero_gradients, negative_losses
 from lightning_mtl.method.search_space import SearchSpace
@@ -174,7 +175,7 @@ class Weighting(NamedArguments, TaskState, ABC):
         if signals.step < self.start_step:
             return self.with_importance(torch.ones_like(like), signals)
         if not measured:
-            held = self.held_weights[list(present)].to(like)
+            held = send(self.held_weights[numbers(present, self.held_weights.device)], like.device, like.dtype)
             known = ~held.isnan()
             return self.with_importance(torch.where(known, self._with_total(held), torch.ones_like(held)), signals)
         asked = self._asked_about(signals)
@@ -185,7 +186,7 @@ class Weighting(NamedArguments, TaskState, ABC):
             if asked:
                 found = self._weighed(signals.cut(asked), [present[position] for position in asked])
                 weights *= found.mean()
-                weights[asked] = found
+                weights.index_copy_(0, numbers(asked, weights.device), found)
                 self._idle = [position for position in range(len(present)) if position not in asked]
         self._newest = (list(present), weights)
         applied = weights if not self._idle else weights.index_fill(0, like.new_tensor(self._idle).long(), 0.0)
@@ -202,7 +203,8 @@ class Weighting(NamedArguments, TaskState, ABC):
 
         Some methods have no solution with such a task, others one in which the shared parameters stand still.
         """
-        sizes = signals.norms if signals.gramian is None else signals.gramian.diagonal().sqrt()
+        known = signals.norms if signals.host_norms is None else signals.host_norms
+        sizes = known if signals.gramian is None else signals.gramian.diagonal().sqrt()
         if sizes is None or self.measures not in ("norms", "gramian"):
             return list(range(len(signals.tasks)))
         norms = sizes.tolist()
@@ -218,7 +220,8 @@ class Weighting(NamedArguments, TaskState, ABC):
                 f"{type(self).__name__}.weigh returned shape {list(weights.shape)}; "
                 f"{signals.num_tasks} tasks are present, so it must be [{signals.num_tasks}]."
             )
-        return weights.detach().to(signals.losses)
+        weights, like = weights.detach(), signals.losses
+        return weights.to(like) if weights.device == like.device else send(weights, like.device, like.dtype)
 
     def decide(
         self, signals: Signals, present: Sequence[int], *, measured: bool, rows: Sequence[Tensor] = ()
@@ -245,28 +248,27 @@ class Weighting(NamedArguments, TaskState, ABC):
                 own = self.head_weights()
         if own is None:
             return Decision(weights, None if self.weighs_heads else torch.ones_like(weights))
-        return Decision(weights, own.detach().to(weights))
+        return Decision(weights, send(own.detach(), weights.device, weights.dtype))
 
     def _cut_to(self, present: Sequence[int]) -> AbstractContextManager[None]:
         return nullcontext() if len(present) == len(self.tasks) else self.only(present)
 
     def observe(self, signals: Signals, present: Sequence[int]) -> None:
         """Let the method update its state for the present tasks, after a step that was not skipped."""
-        if self.takes_logarithms and bool((signals.losses < 0).any()):
-            found = dict(zip(signals.tasks, signals.losses.tolist(), strict=True))
+        if self.takes_logarithms and bool(((losses := signals.losses_on_cpu()) < 0).any()):
+            found = dict(zip(signals.tasks, losses.tolist(), strict=True))
             raise negative_losses(type(self).__name__, found, signals.step)
         if self.every_n_steps > 1 and self._newest is not None:
             positions, weights = self._newest
-            self.held_weights[positions] = weights.to(self.held_weights)
+            self.held_weights[numbers(positions, self.held_weights.device)] = weights.to(self.held_weights)
         self._newest = None
         if self._idle and "zero_gradient_steps" in self._states:
             self._count_idle([present[position] for position in self._idle], signals.step)
         if type(self).update is not Weighting.update and signals.step >= self.start_step:
             asked = self._asked_about(signals)
             if asked:
-                whole = len(asked) == len(signals.tasks)
                 with self.only([present[position] for position in asked]):
-                    self.update(signals if whole else signals.cut(asked))
+                    self.update(signals if len(asked) == len(signals.tasks) else signals.cut(asked))
 
     def _count_idle(self, positions: Sequence[int], step: int) -> None:
         new = [self.tasks[position] for position in positions if self.zero_gradient_steps[position] == 0]
@@ -284,7 +286,7 @@ class Weighting(NamedArguments, TaskState, ABC):
         """Multiply the weights of the present tasks by their importance."""
         if not self.importance:
             return weights
-        return self.scaled(weights, weights.new_tensor([self.importance.get(task, 1.0) for task in signals.tasks]))
+        return self.scaled(weights, self.of_tasks(self.importance, 1.0, signals, weights))
 
     def scaled(self, weights: Tensor, importance: Tensor) -> Tensor:
         """Scale the weights of the present tasks by their importance, both ``[K]``."""

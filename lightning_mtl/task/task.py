@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_mtl.task.labels import MissingPer
+from lightning_mtl.task.units import Standardize, check_standardize
 
 Role = Literal["main", "auxiliary"]
 LossFunction = Callable[[Any, Any], Tensor]
@@ -47,6 +48,17 @@ class Task:
         class_dim: Where labels of single pixels or tokens are missing, the dimension of the predictions that holds the
             classes: 1 for ``[B, C, H, W]`` and ``[B, C, T]``, -1 for ``[B, T, C]``. None infers it, and refuses shapes
             that can be read in two ways; give it where lengths vary, so that T may come to equal C.
+        loss_scale: What the loss L is divided by before a method sees it: a number; ``"initial"``, the absolute loss of
+            the task's first micro-batch; or ``"running"``, its exponential mean, 0.99 of the old and 0.01 of each step.
+            For losses in units that differ by orders of magnitude. ``loss/<task>`` and ``grad_norm/<task>`` stay those
+            of L, and ``weight/<task>`` is the method's weight over the scale: what multiplies L. Monitors see what
+            methods see.
+        standardize: Whether the targets of a regression are standardized in the loss, as the head then predicts them;
+            predictions, metrics and exports stay in the targets' own units. True takes one mean and standard deviation
+            of all the training data's labels, read once before a fit that does not know them yet; a pair ``(mean,
+            std)`` gives them, numbers, or sequences that fit the targets' last dimension; ``"running"`` follows the
+            batches and corrects the head's last layer (PopArt, 2016, arXiv:1602.07714), for data that can be read but
+            once. The targets have to be real numbers, of the predictions' shape.
 
     Raises:
         TypeError: If ``loss`` cannot be called, a metric does not come from torchmetrics, or ``missing`` is no
@@ -72,6 +84,8 @@ class Task:
     missing_per: MissingPer = "element"
     class_dim: int | None = None
     role: Role = "main"
+    loss_scale: float | Literal["initial", "running"] | None = None
+    standardize: Standardize = False
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
@@ -82,6 +96,8 @@ class Task:
             raise ValueError(f"Task(role={self.role!r}) must be 'main' or 'auxiliary'.")
         self._check_metrics()
         self._check_missing()
+        _check_loss_scale(self.loss_scale)
+        self.standardize = check_standardize(self.standardize)
         for name, value in (self.baseline or {}).items():
             if not self.has_metric(name):
                 known = sorted({"loss", *self.metric_collection()})
@@ -186,6 +202,12 @@ class Task:
         if isinstance(given, Metric):
             given = [given]
         return MetricCollection(dict(given) if isinstance(given, Mapping) else list(given)).clone()
+
+
+def _check_loss_scale(found: object) -> None:
+    number = isinstance(found, float | int) and not isinstance(found, bool) and 0 < found < float("inf")
+    if not number and found not in (None, "initial", "running"):
+        raise ValueError(f"Task(loss_scale={found!r}) must be a positive number, 'initial' or 'running'.")
 
 
 RESERVED_METRICS = ("loss", "delta_m")  # val/loss/<task> and val/delta_m are logged without any metric

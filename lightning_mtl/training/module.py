@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
-import torch
 
+from lightning_mtl.gradients.micro_batch import stack_losses
 from lightning_mtl.learning_rates.parameter_groups import Rate, parameter_groups
 from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.task.batches import is_per_task, under_its_name
@@ -104,7 +104,7 @@ class SteppedModule(OptimizerHooks):
         if not outputs:
             return
         update_metrics(self, stage, outputs)
-        losses = torch.stack([output.loss.detach() for output in outputs.values()])
+        losses = stack_losses([output.loss.detach() for output in outputs.values()], self.device)
         self.recorder.losses[stage].add(losses, sample_counts(list(outputs.values())), list(outputs))
 
     def parameter_groups(

@@ -145,5 +145,7 @@ class FAMO(Learned):
         return torch.where(known, moved, self.logits), AdamState(*chosen)
 
     def _gaps(self, signals: Signals, losses: Tensor) -> Tensor:
-        lowest = self.logits.new_tensor([self.min_losses.get(task, 0.0) for task in signals.tasks])
-        return (losses.to(self.logits) - lowest).clamp(min=self.loss_floor) + EPS
+        losses = losses.to(self.logits)
+        if self.min_losses:
+            losses = losses - self.of_tasks(self.min_losses, 0.0, signals, losses)
+        return losses.clamp(min=self.loss_floor) + EPS

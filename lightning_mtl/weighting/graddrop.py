@@ -76,6 +76,7 @@ class GradDrop(Aggregator):
         {'depth': 0.2}
     """
 
+    takes_any_rows: ClassVar[bool] = True
     search_space: ClassVar[SearchSpace] = {
         "leak": Range(0.0, 0.9),
         "at": Choice(("trunk", "features")),
@@ -102,12 +103,12 @@ class GradDrop(Aggregator):
 
     def combine(self, signals: Signals, rows: Tensor) -> Tensor:
         """Drop the losing sign of each element."""
-        leak = self.leak
-        shares = [leak.get(task, 0.0) if isinstance(leak, dict) else leak for task in signals.tasks]
+        given, otherwise = (self.leak, 0.0) if isinstance(self.leak, dict) else ({}, self.leak)
+        leak = self.of_tasks(given, otherwise, signals, rows)
         # Millions of numbers: drawn where they are needed.
         generator = self.random_numbers("random", rows.device)
         uniform = torch.rand(rows.shape[1], generator=generator, device=rows.device)
-        return graddrop(rows, rows.new_tensor(shares), uniform)
+        return graddrop(rows, leak, uniform)
 
     def update(self, signals: Signals) -> None:
         """Go on to the next step's random numbers."""

@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_mtl.devices import send
 from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Measure
 from lightning_mtl.method.search_space import Range, SearchSpace
@@ -115,12 +116,15 @@ class GradNorm(Learned):
         if signals.norms is None:
             return
         ratios = torch.where(self.first_losses > 0, losses / self.first_losses, torch.ones_like(losses))
-        gradient = gradnorm_gradient(self.weights, signals.norms.to(self.weights), ratios, self.alpha)
+        norms = send(signals.norms, self.weights.device, self.weights.dtype)
+        gradient = gradnorm_gradient(self.weights, norms, ratios, self.alpha)
         moved = self.descended(self.weights, gradient)
         clamped = moved.clamp(min=self.min_weight)
         self.weights = clamped * signals.num_tasks / clamped.sum()
         self.steps_at_floor = torch.where(moved <= self.min_weight, self.steps_at_floor + 1, 0)
-        if not self._said and bool((self.steps_at_floor >= PATIENCE).any()):
+        # A look waits for the device, so that there is one now and then.
+        looks = not self._said and signals.step % PATIENCE == 0
+        if looks and bool((self.steps_at_floor >= PATIENCE).any()):
             self._said = True
             stuck = [task for task, steps in zip(signals.tasks, self.steps_at_floor, strict=True) if steps >= PATIENCE]
             rank_zero_warn(

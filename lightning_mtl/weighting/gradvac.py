@@ -102,8 +102,8 @@ class GradVac(Weighting):
             raise ValueError(f"GradVac(beta={beta}) must be at least 0 and at most 1.")
         self.beta = beta
         self.add_generator("random", seed)
-        self.add_state("targets", torch.tensor(0.0), per_pair=True)
-        self.add_state("cosines", torch.tensor(torch.nan), per_pair=True)
+        self.add_state("targets", torch.tensor(0.0), per_pair=True, on_cpu=True)
+        self.add_state("cosines", torch.tensor(torch.nan), per_pair=True, on_cpu=True)
         self.targets: Tensor
         self.cosines: Tensor
 

@@ -69,7 +69,7 @@ class IMTL(Learned):
     }
 
     def __init__(self, *, lr: float = 0.01, **common: Unpack[GradientArguments]) -> None:
-        super().__init__("log_scales", lr=lr, **common)
+        super().__init__("log_scales", lr=lr, on_cpu=True, **common)
         self.log_scales: Tensor
 
     def weigh(self, signals: Signals) -> Tensor:
@@ -82,5 +82,5 @@ class IMTL(Learned):
 
     def update(self, signals: Signals) -> None:
         """Take one Adam step on the scales."""
-        gradient = imtll_gradient(self.log_scales, signals.losses.to(self.log_scales))
+        gradient = imtll_gradient(self.log_scales, signals.losses_on_cpu().to(self.log_scales))
         self.log_scales = self.descended(self.log_scales, gradient).clamp(-LARGEST_LOGARITHM, LARGEST_LOGARITHM)

@@ -98,7 +98,7 @@ class STCH(Weighting):
         nadir = torch.where((self.count > 0) & (self.nadir > 0), self.nadir.to(losses), losses)
         tiny = torch.finfo(losses.dtype).tiny
         logarithms = losses.clamp(min=tiny).log() - nadir.clamp(min=tiny).log()
-        preference = losses.new_tensor([self.preference.get(task, 1.0) for task in signals.tasks])
+        preference = self.of_tasks(self.preference, 1.0, signals, losses)
         return signals.num_tasks * stch_weights(logarithms, preference, self.mu) * inverse
 
     def update(self, signals: Signals) -> None:

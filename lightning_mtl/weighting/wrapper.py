@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_mtl.devices import send
 from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.holder import Holder
@@ -47,7 +48,7 @@ class Wrapper(Holder, Weighting):
 
     def newest(self, signals: Signals) -> Tensor:
         """Ask the wrapped method for its weights, ``[K]``."""
-        return self.weighting.weigh(signals).detach().to(signals.losses)
+        return send(self.weighting.weigh(signals).detach(), signals.losses.device, signals.losses.dtype)
 
     def head_weights(self) -> Tensor | None:
         """Ask the wrapped method, whose numbers for the heads are its own affair."""
