@@ -21,10 +21,11 @@ class CommonArguments(TypedDict, total=False):
 
 
 class GradientArguments(CommonArguments, total=False):
-    """The same, and where and how often gradients are measured."""
+    """The same, and where, how often and how gradients are measured."""
 
     at: str | Sequence[str]
     every_n_steps: int
+    gradients: Literal["automatic", "rows"]
 
 
 class AggregatorArguments(TypedDict, total=False):

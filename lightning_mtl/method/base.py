@@ -43,6 +43,9 @@ class Weighting(NamedArguments, TaskState, ABC):
             ``"features"`` (the trunk's output), ``"last_layer"`` (the trunk module with weights that ran last), or
             names of modules as in ``module.named_modules()``.
         every_n_steps: Measure in one step of n and keep the weights in between.
+        gradients: How gradients are measured at the trunk: ``"automatic"`` takes for each layer what is cheapest there,
+            and ``"rows"`` keeps each task's whole gradient, to compare. Both are exact. Where several ranks train,
+            gradients are accumulated or a method reads the gradients themselves, rows are kept anyway.
 
     Raises:
         ValueError: If an argument is out of its range, or at setup if ``importance`` names an unknown task.
@@ -83,6 +86,7 @@ class Weighting(NamedArguments, TaskState, ABC):
         total: float | None = None,
         at: str | Sequence[str] = "trunk",
         every_n_steps: int = 1,
+        gradients: Literal["automatic", "rows"] = "automatic",
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -97,6 +101,8 @@ class Weighting(NamedArguments, TaskState, ABC):
             raise ValueError(f"{name}(total={total}) must be above 0 and finite; None leaves the weights as they are.")
         if every_n_steps < 1:
             raise ValueError(f"{name}(every_n_steps={every_n_steps}) must be at least 1.")
+        if gradients not in ("automatic", "rows"):
+            raise ValueError(f"{name}(gradients={gradients!r}) must be 'automatic' or 'rows'.")
         if not at:
             raise ValueError(f"{name}(at={at!r}) must be 'trunk', 'features', 'last_layer' or names of modules.")
         self.importance = dict(importance or {})
@@ -104,6 +110,7 @@ class Weighting(NamedArguments, TaskState, ABC):
         self.total = total
         self.at = at if isinstance(at, str) else tuple(at)
         self.every_n_steps = every_n_steps
+        self.gradients = gradients
         self._newest: tuple[list[int], Tensor] | None = None
         self.held_weights: Tensor
         if every_n_steps > 1:
