@@ -192,6 +192,15 @@ def weighed_sum(weights: Tensor, matrix: Tensor) -> Tensor:
     return (torch.stack([rounded, rest]) @ matrix).sum(0)
 
 
+def rows_for(kept: list[Rows], parameters: Sequence[Tensor], num_rows: int) -> Rows:
+    """Begin rows of these parameters in the matrix of an earlier step, if it fits; else in one that is kept instead."""
+    if not (kept and kept[0].fits(parameters, num_rows)):
+        kept.clear()  # before the new matrix: two need not be in memory at once
+        kept.append(Rows(parameters, num_rows))
+    kept[0].begin()
+    return kept[0]
+
+
 def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
     if gradient is None:
         return torch.zeros_like(parameter).view(-1)

@@ -37,6 +37,41 @@ def _accumulator_type() -> type[Node]:
 ACCUMULATE_GRAD = _accumulator_type()
 """The type of the nodes at which a graph ends: one a leaf, as its attribute ``variable``."""
 
+_one = torch.zeros(1, 1, requires_grad=True)
+TRANSPOSE, CAST = type(_one.t().grad_fn), type(_one.double().grad_fn)
+"""The types of the nodes between a weight and the layer that uses it: ``weight.t()``, and autocast's copy of it."""
+
+# The layers whose input is read, and the name under which their nodes keep it.
+_INPUTS = {
+    "AddmmBackward0": "mat1",
+    "MmBackward0": "self",
+    "ConvolutionBackward0": "input",
+    "EmbeddingBackward0": "indices",
+}
+
+
+def saved_plainly(node: Node) -> bool:
+    """Whether a layer's input is kept as it is, no hook being asked for it.
+
+    Such hooks fetch it from elsewhere, or compute it again as checkpoints do: twice, if it is read beside the backward
+    pass. A torch that cannot say counts as one with hooks.
+    """
+    saved = getattr(node, f"_raw_saved_{_INPUTS[type(node).__name__]}", None)
+    if getattr(saved, "unpack_hook", saved_plainly) is not None:
+        return False
+    data = saved.data  # type: ignore[union-attr]
+    return type(data) in (Tensor, torch.nn.Parameter) and data.layout is torch.strided
+
+
+def saved_input(node: Node) -> Tensor:
+    """A layer's input, as the backward pass reads it.
+
+    Raises:
+        RuntimeError: As that pass does, if it was written into meanwhile.
+    """
+    found: Tensor = getattr(node, f"_saved_{_INPUTS[type(node).__name__]}")
+    return found.detach()
+
 
 def forward_order(node: Node) -> int:
     """The number of a node in the order in which operations ran forward, on one thread."""

@@ -15,7 +15,7 @@ from lightning_mtl.gradients.feature_measurement import check_outputs_read, feat
 from lightning_mtl.gradients.graph import above_split, check_nothing_hidden, check_repeatable, reached_leaves
 from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian, unscaled_products
 from lightning_mtl.gradients.micro_batch import MicroBatch, surrogate
-from lightning_mtl.gradients.rows import Rows, add_gradients, as_real, by_parameter, in_order, weighted_sums
+from lightning_mtl.gradients.rows import Rows, add_gradients, as_real, by_parameter, in_order, rows_for, weighted_sums
 from lightning_mtl.gradients.torch_internals import hooks_of, parameter_hooks_off
 
 
@@ -33,7 +33,7 @@ class TrunkGradients:
         others: All other trainable parameters of the module.
         ranks: The processes that train together. Rows are summed over them; the others' gradients stay this rank's,
             for the final backward pass averages them as it averages any gradient.
-        rows: A matrix of an earlier step to use again, if it fits.
+        kept: The matrix of an earlier step to use again, if it fits, and the place to leave this step's in.
         features: Whether the products of the gradients at the trunk's outputs are needed, too.
     """
 
@@ -44,12 +44,11 @@ class TrunkGradients:
         others: Sequence[Tensor],
         ranks: Ranks,
         *,
-        rows: Rows | None = None,
+        kept: list[Rows] | None = None,
         features: bool = False,
     ) -> None:
         self.shared, self.others, self.ranks = list(shared), list(others), ranks
-        self.rows = rows if rows is not None and rows.fits(self.shared, len(tasks)) else Rows(self.shared, len(tasks))
-        self.rows.begin()
+        self.rows = rows_for([] if kept is None else kept, self.shared, len(tasks))
         self._tasks = tuple(tasks)
         self._slots: dict[str, int] = {}
         self._own: list[dict[Tensor, Tensor]] = []

@@ -23,10 +23,11 @@ class CommonArguments(TypedDict, total=False):
 
 
 class GradientArguments(CommonArguments, total=False):
-    """The same, and where and how often gradients are measured."""
+    """The same, and where, how often and how gradients are measured."""
 
     at: str | Sequence[str]
     every_n_steps: int
+    gradients: Literal["automatic", "rows"]
 
 
 class AggregatorArguments(TypedDict, total=False):
@@ -44,6 +45,7 @@ def check_common_arguments(
     total: float | None,
     at: str | Sequence[str],
     every_n_steps: int,
+    gradients: str,
 ) -> None:
     """Check the arguments that all methods have.
 
@@ -61,6 +63,8 @@ def check_common_arguments(
         raise ValueError(f"{method}(total={total}) must be above 0 and finite; None leaves the weights as they are.")
     if every_n_steps < 1:
         raise ValueError(f"{method}(every_n_steps={every_n_steps}) must be at least 1.")
+    if gradients not in ("automatic", "rows"):
+        raise ValueError(f"{method}(gradients={gradients!r}) must be 'automatic' or 'rows'.")
     if not at:
         raise ValueError(f"{method}(at={at!r}) must be 'trunk', 'features', 'last_layer' or names of modules.")
 

@@ -50,6 +50,9 @@ class Weighting(NamedArguments, TaskState, ABC):
             ``"features"`` (the trunk's output), ``"last_layer"`` (the trunk module with weights that ran last), or
             names of modules as in ``module.named_modules()``.
         every_n_steps: Measure in one step of n and keep the weights in between.
+        gradients: How gradients are measured at the trunk: ``"automatic"`` takes for each layer what is cheapest there,
+            and ``"rows"`` keeps each task's whole gradient, to compare. Both are exact. Where several ranks train,
+            gradients are accumulated or a method reads the gradients themselves, rows are kept anyway.
 
     Raises:
         ValueError: If an argument is out of its range, or at setup if ``importance`` names an unknown task.
@@ -94,14 +97,16 @@ class Weighting(NamedArguments, TaskState, ABC):
         total: float | None = None,
         at: str | Sequence[str] = "trunk",
         every_n_steps: int = 1,
+        gradients: Literal["automatic", "rows"] = "automatic",
     ) -> None:
         super().__init__()
-        check_common_arguments(type(self).__name__, importance, start_step, total, at, every_n_steps)
+        check_common_arguments(type(self).__name__, importance, start_step, total, at, every_n_steps, gradients)
         self.importance = dict(importance or {})
         self.start_step = start_step
         self.total = total
         self.at = at if isinstance(at, str) else tuple(at)
         self.every_n_steps = every_n_steps
+        self.gradients = gradients
         self._newest: tuple[list[int], Tensor] | None = None
         # Of the newest step: where tasks without a gradient stand among the present ones, and all heads' weights.
         self._idle: list[int] = []

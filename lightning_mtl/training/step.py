@@ -20,6 +20,7 @@ from lightning_mtl.gradients.sharded import ShardedTrunkGradients
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.torch_internals import KEEPING_BUFFERS
 from lightning_mtl.gradients.trunk import TrunkGradients
+from lightning_mtl.gradients.trunk_gramian import TrunkGramian
 from lightning_mtl.monitors.throughput import Phases
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_absent
@@ -34,7 +35,7 @@ from lightning_mtl.training.scores import update_metrics
 from lightning_mtl.training.snapshots import losses_after
 from lightning_mtl.training.synchronization import learns_graph, synchronizing
 from lightning_mtl.training.update import Update
-from lightning_mtl.training.window import Reduced, Window
+from lightning_mtl.training.window import Collection, Reduced, Window
 
 _SILENT: AbstractContextManager[None] = nullcontext()
 _NOWHERE = Split()  # the trunk's outputs where nobody asks for them
@@ -55,7 +56,7 @@ class Optimization:
         self.cast: Cast  # of the present fit
         self._callbacks: list[Any] | None = None  # the Trainer's, when the cast was found
         self._observation: Observation | None = None  # of the open window
-        self._rows: Rows | None = None
+        self._rows: list[Rows] = []  # at most one, its matrix used from step to step
         self._closed: tuple[int, Window] | None = None  # the newest step, which Lightning may ask for again
         self.ran = False  # whether this fit has taken a batch
         self._looked = False  # whether a graph of this fit was looked at for what cannot be measured
@@ -154,7 +155,7 @@ class Optimization:
         module.on_before_zero_grad(optimizer)
         module.optimizer_zero_grad(module.trainer.current_epoch, batch_idx, optimizer)
 
-    def _collection(self, module: TaskModule, window: Window) -> TrunkGradients | ShardedTrunkGradients:
+    def _collection(self, module: TaskModule, window: Window) -> Collection:
         """Make ready to keep the step's gradients, task by task, where its weights are not known before its end."""
         shared, others = module.trainable_parameters()
         if window.wanted != "nothing" and window.measures_at == "trunk" and not shared:
@@ -167,9 +168,9 @@ class Optimization:
                 raise collects_shards(window.weighting, window.size)
             return ShardedTrunkGradients(tasks, shared, others)
         features = window.wanted != "nothing" and window.measures_at == "features"
-        engine = TrunkGradients(tasks, shared, others, window.ranks, rows=self._rows, features=features)
-        self._rows = engine.rows
-        return engine
+        if not window.keeps_rows:
+            return TrunkGramian(tasks, shared, others, self._rows)
+        return TrunkGradients(tasks, shared, others, window.ranks, kept=self._rows, features=features)
 
     # Forward: losses, over all ranks
 
@@ -221,7 +222,7 @@ class Optimization:
     ) -> Tensor | None:
         """The loss to pass backward for this micro-batch; None where the step's gradients are still collected."""
         names, losses, wanted = reduced.names, reduced.losses, window.wanted
-        engine: MicroBatch | FeatureGradients | TrunkGradients | ShardedTrunkGradients = batch
+        engine: MicroBatch | FeatureGradients | Collection = batch
         if window.collects:
             engine = window.gradients = window.gradients or self._collection(module, window)
             if names and wanted != "nothing" and window.measures_at != "trunk":

@@ -14,11 +14,14 @@ from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.inner_products import Measured, Wanted
 from lightning_mtl.gradients.sharded import ShardedTrunkGradients
 from lightning_mtl.gradients.trunk import TrunkGradients
+from lightning_mtl.gradients.trunk_gramian import TrunkGramian
 from lightning_mtl.learning_rates.factor import Collected
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Decision, Signals
 from lightning_mtl.training.scales import LossScales
 
+Collection = TrunkGramian | TrunkGradients | ShardedTrunkGradients
+"""What keeps a step's gradients until its weights are known."""
 Way = Literal["losses", "features", "rows"]
 """How weights reach the gradients: in a weighted sum of losses, at the trunk's output, or in a sum of rows."""
 
@@ -66,6 +69,7 @@ class Window:
     Attributes:
         wanted: What to measure before the weighting is asked.
         measures_at: Where gradients are measured.
+        keeps_rows: Whether the step's gradients are kept in full, where it collects them.
         gradients: The gradients kept until the step's weights are known, where the step collects them.
         layer: The parameters that gradients are measured at, over the micro-batches so far; None for a place of all.
         passes_again: Whether some step of the training may pass a part of the graph more than once.
@@ -104,7 +108,10 @@ class Window:
                 self.way = "rows" if weighting.at == "trunk" else "features"
             elif not weighting.weighs_heads and (step >= weighting.start_step or weighting.importance):
                 self.way = "features"
-        self.gradients: TrunkGradients | ShardedTrunkGradients | None = None
+        # Most methods compare the tasks' gradients and no more, which needs none of them in full.
+        alone = size == 1 and ranks.size == 1 and self.way == "rows"
+        self.keeps_rows = not (alone and weighting and self.wanted != "rows" and weighting.gradients == "automatic")
+        self.gradients: Collection | None = None
         self.layer: list[Tensor] | None = None
         self.loss: Tensor | None = None
         self.keeps_batches, self.repeats, self.micro_batches = False, False, 0

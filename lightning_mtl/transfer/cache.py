@@ -105,7 +105,7 @@ def _callback(callback: pl.Callback) -> str:
     held = attributes(callback) or {}
     if isinstance(callback, Checkpoint):
         held = {key: value for key, value in held.items() if key not in ("dirpath", "_fs")}  # no score depends on it
-    values = Digests(class_values=False)
+    values = Digests(outer=False)
     return f"{class_name(type(callback))} {values.of((type(callback), held))[:DIGITS]} {values.of_code()[:DIGITS]}"
 
 

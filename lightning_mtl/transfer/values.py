@@ -95,12 +95,12 @@ class Digests:
     be longer than Python's stack is deep.
 
     Args:
-        class_values: Whether values that a class of your own holds count, beside its code. Those of callbacks often
-            count something.
+        outer: Whether values that your code finds outside of itself count: what a function encloses, global values, and
+            what a class holds. Those of callbacks often count or collect something.
     """
 
-    def __init__(self, *, class_values: bool = True) -> None:
-        self._class_values = class_values
+    def __init__(self, *, outer: bool = True) -> None:
+        self._outer = outer
         self._known: dict[int, str] = {}
         self._held: list[object] = []  # an object that is gone could leave its id to another one
         self._named: list[type | types.FunctionType] = []
@@ -193,12 +193,14 @@ class Digests:
         if _is_library(function.__code__.co_filename):
             # A decorator of a library encloses what it decorates.
             return _hash("function", _name(function), self.of(function.__closure__))
-        own = (function.__code__, function.__defaults__, function.__kwdefaults__, function.__closure__)
-        parts = [self.of(part) for part in own]
+        own = (function.__code__, function.__defaults__, function.__kwdefaults__)
+        parts = [self.of(part) for part in (*own, function.__closure__ if self._outer else None)]
         for name in sorted(_names(function.__code__) & function.__globals__.keys()):
             held = function.__globals__[name]
-            is_code = isinstance(held, type | types.FunctionType)
-            parts += [name, self._note(held) if is_code else self.of(held)]
+            if isinstance(held, type | types.FunctionType):
+                parts += [name, self._note(held)]
+            elif self._outer:
+                parts += [name, self.of(held)]
         return _hash("code", *parts)
 
     def _code(self, code: types.CodeType) -> str:
@@ -219,7 +221,7 @@ class Digests:
     def _class(self, cls: type) -> str:
         bases = [self._note(base) for base in cls.__bases__]
         own = {key: held for key, held in vars(cls).items() if key not in GENERATED and not key.startswith("__annot")}
-        if not self._class_values:
+        if not self._outer:
             own = {key: held for key, held in own.items() if callable(held) or isinstance(held, DESCRIBING)}
         return _hash("class", *bases, *(part for key in sorted(own) for part in (key, self.of(own[key]))))
 

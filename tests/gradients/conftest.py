@@ -5,9 +5,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lightning_mtl.gradients import trunk_gramian
+
 
 @pytest.fixture(autouse=True)
 def compiled_for_several_passes() -> Iterator[None]:
     """Compiled parts allow several backward passes, so that all tests share them: compiling takes most of the time."""
     with torch._functorch.config.patch(donated_buffer=False):
         yield
+
+
+@pytest.fixture
+def every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers get their short form at any size: the tests' own ones are so small that rows would do for all."""
+    monkeypatch.setattr(trunk_gramian, "_is_worth_it", lambda *_: True)

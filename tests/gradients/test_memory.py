@@ -90,9 +90,21 @@ def test_the_trunks_rows_take_k_plus_two_times_its_parameters(num_tasks: int, me
     tasks = {task: Task(mse_loss) for task in heads}
     module = MultiTaskModule(trunk, heads, tasks, optimizer=functools.partial(torch.optim.SGD, lr=1e-3))
     plain = peak(PlainSum(*parts(num_tasks)), batch, [])
-    rows = peak(module, batch, [fixed(weights, "gramian") if method == "weights" else Halves()])
+    weighting = fixed(weights, "gramian", gradients="rows") if method == "weights" else Halves()
+    rows = peak(module, batch, [weighting])
     row_bytes = 4 * sum(p.numel() for p in trunk.parameters())
     assert plain >= row_bytes  # the gradients of plain training have been counted
     assert rows - plain >= num_tasks * row_bytes  # and so have the rows
     # Activations, losses and the Gramian are small beside one row here.
     assert rows - plain <= (num_tasks + 2) * row_bytes + 0.2 * row_bytes
+
+
+@pytest.mark.parametrize("num_tasks", [2, 6])
+def test_a_gramian_takes_no_rows_of_layers_with_more_inputs_than_samples(num_tasks: int) -> None:
+    trunk, heads = parts(num_tasks)
+    batch = (torch.randn(1, WIDTH), {task: torch.randn(1, 1) for task in heads})
+    tasks = {task: Task(mse_loss) for task in heads}
+    module = MultiTaskModule(trunk, heads, tasks, optimizer=functools.partial(torch.optim.SGD, lr=1e-3))
+    plain = peak(PlainSum(*parts(num_tasks)), batch, [])
+    found = peak(module, batch, [fixed(dict.fromkeys(heads, 0.5), "gramian")])
+    assert found - plain <= 0.1 * 4 * sum(p.numel() for p in trunk.parameters())

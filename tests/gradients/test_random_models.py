@@ -24,7 +24,10 @@ from tests.gradients.methods import (
 from tests.gradients.per_task import PerTask, gradients_of
 from tests.gradients.situations.base import PLACES, WIDTH, random_inputs, seed_everything
 
-pytestmark = [pytest.mark.filterwarnings(ignored) for ignored in HARMLESS]
+pytestmark = [
+    *(pytest.mark.filterwarnings(ignored) for ignored in HARMLESS),
+    pytest.mark.usefixtures("every_layer"),
+]
 
 # Models whose heads read what trunk.forward or a part of the trunk returned, and no output that a hook sees.
 NO_FEATURES = {3, 9, 18, 21, 23, 28, 30, 35, 42}

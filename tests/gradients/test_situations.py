@@ -27,7 +27,10 @@ from tests.gradients.per_task import per_task
 from tests.gradients.situations import SITUATIONS
 from tests.gradients.situations.base import Situation
 
-pytestmark = [pytest.mark.filterwarnings(ignored) for ignored in HARMLESS]
+pytestmark = [
+    *(pytest.mark.filterwarnings(ignored) for ignored in HARMLESS),
+    pytest.mark.usefixtures("every_layer"),
+]
 
 # What is measured and whether heads are weighed are told apart where the engine takes most ways.
 METHODS = {

@@ -134,11 +134,14 @@ def test_long_chains_of_functions_and_what_has_no_value_are_no_obstacle() -> Non
     assert digest_of((i for i in range(3)), sys.stdout, object()) == digest_of((i for i in "abc"), sys.stderr, object())
 
 
-def test_values_of_classes_can_be_left_out() -> None:
+def test_what_code_finds_outside_can_be_left_out() -> None:
     found = []
     for count in (1, 2):
-        values = Digests(class_values=False)
-        found.append((values.of(type("Counted", (), {"count": count, "f": enclosing(1)})), values.of_code()))
+        values = Digests(outer=False)
+        named = function(NAMES, g=abs, scale=count)
+        found.append(
+            (values.of(type("Counted", (), {"count": count, "f": enclosing(count), "g": named})), values.of_code())
+        )
     assert found[0] == found[1]
 
 

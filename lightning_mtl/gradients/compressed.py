@@ -1,0 +1,207 @@
+"""Layers whose per-task gradients have the same inner products in fewer numbers than the layer has weights."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.nn.functional import pad
+
+from lightning_mtl.gradients.torch_internals import saved_input, saved_plainly
+
+_Node = Any  # of the graph: each type of node has other attributes
+Cotangents = Sequence[Sequence[Tensor | None]]
+"""For each task, its gradient at the output of each use of a layer; None where the task does not reach it."""
+
+
+class Layer(ABC):
+    r"""A weight, and perhaps a bias, with all uses of them in one step's graph.
+
+    With the layer's inputs a, ``[N, d_in]`` over all its uses, and task k's gradient at its outputs G_k,
+    ``[N, d_out]``, the task's weight gradient is G_kᵀ a. The factorization aᵀ = Q R has orthonormal columns in Q, so
+
+    .. math:: \langle G_i^T a, G_j^T a \rangle = \langle R G_i, R G_j \rangle
+
+    and where N < d_in, the ``[N, d_out]`` numbers of R G_k are fewer than the weights. They are as exact as the
+    gradients themselves, unlike sums of (g_in · g_jm)(a_n · a_m), which square what cancels. A bias is one more input,
+    of ones. No task needs a weight gradient; the step needs one, of Σ w_k G_k.
+
+    Args:
+        weight: The weight.
+        bias: The bias, used wherever the weight is; None if there is none, or if it does not train.
+        nodes: The nodes of the graph that use them.
+        dimension: Which of the weight's dimensions is that of the outputs.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, nodes: Sequence[_Node], dimension: int = 0) -> None:
+        self.weight, self.bias, self.nodes, self.dimension = weight, bias, list(nodes), dimension
+        self.d_out = weight.shape[dimension]
+        self.parameters = [weight] if bias is None else [weight, bias]
+        self.edges = [GradientEdge(node, 0) for node in nodes]
+        self._kept: list[Tensor] = []
+        self._factor: Tensor | None = None
+
+    def is_known(self) -> bool:
+        """Whether all nodes are such as this class describes, their inputs kept as they are."""
+        weight, bias = self.weight, self.bias
+        usual = all(type(parameter) in (Tensor, torch.nn.Parameter) for parameter in self.parameters)
+        if not usual or not weight.is_floating_point() or (bias is not None and bias.shape != (self.d_out,)):
+            return False
+        outputs = [node._input_metadata[0] for node in self.nodes]
+        alike = all(o.device == weight.device and o.dtype.is_floating_point and not o.is_nested_tensor for o in outputs)
+        return alike and all(saved_plainly(node) and self._knows(node) for node in self.nodes)
+
+    def keep(self) -> None:
+        """Take the inputs out of the graph, before it is freed."""
+        self._kept = [saved_input(node) for node in self.nodes]
+
+    @abstractmethod
+    def _knows(self, node: _Node) -> bool: ...
+
+    @abstractmethod
+    def _inputs(self, node: _Node, kept: Tensor) -> Tensor:
+        """The inputs of one use, ``[N, d_in]``."""
+
+    def _outputs(self, gradient: Tensor) -> Tensor:
+        """A gradient at the outputs of one use, ``[N, d_out]``."""
+        return gradient
+
+    @abstractmethod
+    def _gradients(self, node: _Node, kept: Tensor, gradient: Tensor) -> list[Tensor]:
+        """The gradients of weight and bias that one use makes of the gradient at its outputs."""
+
+    def rows(self, cotangents: Cotangents) -> Tensor:
+        """The tasks' gradients, compressed, ``[K, n]``."""
+        inputs = [_wide(self._inputs(node, kept)) for node, kept in zip(self.nodes, self._kept, strict=True)]
+        if self._factor is None:
+            a = torch.cat(inputs)
+            a = a if self.bias is None else torch.cat([a, a.new_ones(len(a), 1)], dim=1)
+            self._factor = torch.linalg.qr(a.T, mode="r").R
+        return self._projected(self._factor.split([len(a) for a in inputs], dim=1), cotangents)
+
+    def _projected(self, factors: Sequence[Tensor], cotangents: Cotangents) -> Tensor:
+        """For each task the sum over the uses of (use's factor) @ (gradient at its outputs), flat."""
+        rows = factors[0].new_zeros(len(cotangents), len(factors[0]), self.d_out)
+        for task, uses in enumerate(cotangents):
+            for factor, gradient in zip(factors, uses, strict=True):
+                if gradient is not None:
+                    rows[task].addmm_(factor, _wide(self._outputs(gradient)))
+        return rows.flatten(1)
+
+    def combine(self, cotangents: Cotangents, weights: Tensor) -> list[Tensor]:
+        """The gradients of weight and bias in the sum of all tasks, each times its weight."""
+        total: list[Tensor] = []
+        for node, kept, *gradients in zip(self.nodes, self._kept, *cotangents, strict=True):
+            mixed = _mix(gradients, weights)
+            if mixed is not None:
+                found = self._gradients(node, kept, mixed)
+                total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        return [found.to(parameter) for found, parameter in zip(total, self.parameters, strict=True)]
+
+
+class Linear(Layer):
+    """``[N, d_in] @ [d_in, d_out]``, with or without a bias: what linear layers of any leading dimensions become."""
+
+    def _knows(self, node: _Node) -> bool:
+        return getattr(node, "_saved_alpha", 1) == 1 and getattr(node, "_saved_beta", 1) == 1
+
+    def _inputs(self, node: _Node, kept: Tensor) -> Tensor:
+        return kept
+
+    def _gradients(self, node: _Node, kept: Tensor, gradient: Tensor) -> list[Tensor]:
+        a = kept.to(gradient)
+        weight = a.T @ gradient if self.dimension else gradient.T @ a
+        return [weight] if self.bias is None else [weight, gradient.sum(0)]
+
+
+class Convolution(Layer):
+    """A convolution of any number of dimensions, in one group: a linear layer at every position of its output."""
+
+    def _knows(self, node: _Node) -> bool:
+        return not node._saved_transposed and node._saved_groups == 1
+
+    def _inputs(self, node: _Node, kept: Tensor) -> Tensor:
+        x = pad(kept, [side for size in reversed(node._saved_padding) for side in (size, size)])
+        positions, window = node._input_metadata[0].shape[2:], self.weight.shape[2:]
+        sample, channel, *steps = x.stride()
+        strides = [step * by for step, by in zip(steps, node._saved_stride, strict=True)]
+        spread = [step * by for step, by in zip(steps, node._saved_dilation, strict=True)]
+        # What the window sees at each position, without a copy yet.
+        seen = x.as_strided(
+            (len(x), *positions, x.shape[1], *window), (sample, *strides, channel, *spread), x.storage_offset()
+        )
+        return seen.reshape(len(x) * math.prod(positions), -1)
+
+    def _outputs(self, gradient: Tensor) -> Tensor:
+        return gradient.movedim(1, -1).reshape(-1, self.d_out)
+
+    def _gradients(self, node: _Node, kept: Tensor, gradient: Tensor) -> list[Tensor]:
+        _, weight, bias = torch.ops.aten.convolution_backward(
+            gradient,
+            kept.to(gradient),
+            self.weight.detach().to(gradient),
+            None if self.bias is None else [self.d_out],
+            node._saved_stride,
+            node._saved_padding,
+            node._saved_dilation,
+            False,
+            node._saved_output_padding,
+            1,
+            [False, True, self.bias is not None],
+        )
+        return [weight] if self.bias is None else [weight, bias]
+
+
+class Embedding(Layer):
+    """A table of which a step reads few rows: their gradients alone are kept, and no factorization is needed."""
+
+    def _knows(self, node: _Node) -> bool:
+        return not node._saved_scale_grad_by_freq
+
+    def _inputs(self, node: _Node, kept: Tensor) -> Tensor:
+        return kept.flatten()
+
+    def _outputs(self, gradient: Tensor) -> Tensor:
+        return gradient.reshape(-1, self.d_out)
+
+    def rows(self, cotangents: Cotangents) -> Tensor:
+        """The tasks' gradients at the rows that were read, ``[K, n]``."""
+        indices = [kept.flatten() for kept in self._kept]
+        read, places = torch.cat(indices).unique(return_inverse=True)
+        pieces = places.split([len(index) for index in indices])
+        rows = _wide(self.weight.detach()).new_zeros(len(cotangents), len(read), self.d_out)
+        for task, uses in enumerate(cotangents):
+            for node, index, piece, gradient in zip(self.nodes, indices, pieces, uses, strict=True):
+                if gradient is not None:
+                    counts = (index != self._padding(node))[:, None]
+                    rows[task].index_add_(0, piece, _wide(self._outputs(gradient)).where(counts, 0.0))
+        return rows.flatten(1)
+
+    def _padding(self, node: _Node) -> int:
+        """The row without a gradient; -1 for none, which the node keeps as an unsigned number."""
+        index: int = node._saved_padding_idx
+        return index if index < len(self.weight) else -1
+
+    def _gradients(self, node: _Node, kept: Tensor, gradient: Tensor) -> list[Tensor]:
+        table = len(self.weight), self._padding(node)
+        return [torch.ops.aten.embedding_backward(gradient, kept, *table, False, node._saved_sparse)]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The same numbers in float32 at least, which factorizations need and sums deserve."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _mix(gradients: Sequence[Tensor | None], weights: Tensor) -> Tensor | None:
+    """The sum of the gradients that there are, each times its weight; None if there are none."""
+    total: Tensor | None = None
+    for gradient, weight in zip(gradients, weights.unbind(), strict=True):
+        if gradient is not None:
+            part = _wide(gradient)
+            total = part * weight.to(part) if total is None else total.addcmul_(part, weight.to(part))
+    return total
