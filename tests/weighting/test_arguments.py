@@ -81,7 +81,7 @@ def test_arguments_that_all_have(row: Any) -> None:
 
 
 COMMON = "importance start_step total"
-GRADIENTS = f"{COMMON} at every_n_steps"
+GRADIENTS = f"{COMMON} at every_n_steps gradients"
 # Spelled out, with what methods hand on to their base class: a common argument that a method has no use for is refused.
 ACCEPTED = {
     "AlignedMTL": f"scale preference {GRADIENTS}",
@@ -100,7 +100,7 @@ ACCEPTED = {
     "Frozen": f"weighting steps {COMMON}",
     "GLS": f"loss_floor {COMMON}",
     "GradDrop": "leak seed importance start_step at",
-    "GradNorm": f"alpha lr min_weight {GRADIENTS}",
+    "GradNorm": f"alpha lr min_weight {COMMON} at every_n_steps",
     "GradVac": f"beta seed {GRADIENTS}",
     "GradientNormBalance": f"eps {GRADIENTS}",
     "IGB": f"loss_floor {COMMON}",
