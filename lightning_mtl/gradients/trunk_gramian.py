@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 
 from lightning_mtl.gradients.compressed import Convolution, Cotangents, Embedding, Layer, Linear
 from lightning_mtl.gradients.graph import check_nothing_hidden, check_repeatable
-from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian, row_norms
+from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian
 from lightning_mtl.gradients.micro_batch import MicroBatch, surrogate
 from lightning_mtl.gradients.rows import Rows, add_gradients, by_parameter, in_order, rows_for, weighted_sums
 from lightning_mtl.gradients.torch_internals import ACCUMULATE_GRAD, CAST, TRANSPOSE, hooks_of, parameter_hooks_off
@@ -107,8 +107,8 @@ class TrunkGramian:
         if self._layers:
             blocks = _Blocks(blocks, self._layers)
         if wanted == "gramian":
-            return Measured.of_products(gramian(blocks), self._batch.scale)
-        return Measured.of_norms(row_norms(blocks), self._batch.scale)
+            return Measured.of_products(gramian(blocks, scale=self._batch.scale))
+        return Measured.of_rows(blocks, keeps=False, scale=self._batch.scale)
 
     def surrogate_loss(
         self, weights: Tensor, head_weights: Tensor | None = None, directions: Sequence[Tensor] | None = None

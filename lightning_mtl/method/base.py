@@ -261,8 +261,9 @@ class Weighting(NamedArguments, TaskState, ABC):
     def observe(self, signals: Signals, present: Sequence[int]) -> None:
         """Let the method update its state for the present tasks, after a step that was not skipped."""
         if self.takes_logarithms and bool(((losses := signals.losses_on_cpu()) < 0).any()):
-            found = dict(zip(signals.tasks, losses.tolist(), strict=True))
-            raise negative_losses(type(self).__name__, found, signals.step)
+            raise negative_losses(
+                type(self).__name__, dict(zip(signals.tasks, losses.tolist(), strict=True)), signals.step
+            )
         if self.every_n_steps > 1 and self._newest is not None:
             positions, weights = self._newest
             self.held_weights[numbers(positions, self.held_weights.device)] = weights.to(self.held_weights)
@@ -282,10 +283,8 @@ class Weighting(NamedArguments, TaskState, ABC):
             log_zero_gradients(type(self).__name__, new, step)
 
     def _with_total(self, weights: Tensor) -> Tensor:
-        if self.total is None:
-            return weights
         found = weights.nansum()
-        return torch.where(found > 0, weights * (self.total / found), weights)
+        return weights if self.total is None else torch.where(found > 0, weights * (self.total / found), weights)
 
     def with_importance(self, weights: Tensor, signals: Signals) -> Tensor:
         """Multiply the weights of the present tasks by their importance."""
@@ -300,5 +299,4 @@ class Weighting(NamedArguments, TaskState, ABC):
 
 def weighting_of(trainer: pl.Trainer) -> Weighting | None:
     """The weighting among a Trainer's callbacks, if there is one."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, Weighting)), None)
+    return next((c for c in trainer.callbacks if isinstance(c, Weighting)), None)  # type: ignore[attr-defined]

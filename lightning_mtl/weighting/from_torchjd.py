@@ -60,7 +60,7 @@ class FromTorchJD(Weighting):
         found = type(weighting).__name__
         if "torchjd" in sys.modules:
             weighting = _of_gramian(weighting)
-        if isinstance(weighting, type) or not callable(weighting) or found == "ExcessMTLWeighting":
+        if found == "ExcessMTLWeighting" or isinstance(weighting, type) or not callable(weighting):
             raise TypeError(
                 f"FromTorchJD(weighting=...) takes an instance of a TorchJD weighting over the Gramian, such as "
                 f"torchjd.aggregation.UPGradWeighting(), found {found}; pip install 'lightning-mtl[torchjd]' gets them."
