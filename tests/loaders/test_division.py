@@ -124,6 +124,8 @@ def test_a_loader_that_is_an_iterable_dataset_by_class_is_a_loader() -> None:
     with pytest.raises(ValueError, match=re.escape("val['a'] makes batches itself (Fluid.batched), of which there")):
         evaluated(Fluid(batches(SIZE), "_batched"))
     assert once(evaluated(Fluid(batches(SIZE), "_batched"), batch_size={"a": None}))
+    with pytest.raises(ValueError, match=re.escape("val['a'] is a Fluid with drop_last=True, which leaves samples")):
+        evaluated(Fluid(DataLoader(Numbered(SIZE), batch_size=5, drop_last=True)))
     assert len(evaluated(Fluid(map(sample, range(SIZE)), "_batched", "_unbatched"))) == 3
 
 

@@ -111,6 +111,6 @@ def evaluate(shards: str, rank: int, ranks: int) -> dict[str, list[int]]:
 
 
 def test_two_ranks_read_each_sample_once(pair: Pair, tmp_path: Path) -> None:
-    first, second = pair.run(evaluate, write_shards(tmp_path))
+    first, second = pair.run(evaluate, write_shards(tmp_path), seconds=300)
     for name in first:
         assert Counter([*first[name], *second[name]]) == Counter(range(SIZE)), name
