@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -65,6 +64,10 @@ class Auxiliary(Weighting):
                 f'Task(role="{role}"), or name in main= some of the tasks and not all.'
             )
 
-    def is_main(self, signals: Signals) -> Tensor:
-        """Which of the present tasks are main, ``[K]``."""
-        return torch.tensor([task in self._main for task in signals.tasks])
+    def main_of(self, signals: Signals, like: Tensor) -> Tensor:
+        """Tell which of the present tasks are main, by 1 beside 0, ``[K]``, where another tensor is."""
+        return self.of_tasks(dict.fromkeys(self._main, 1.0), 0.0, signals, like)
+
+    def has_main(self, signals: Signals) -> bool:
+        """Whether a main task is present."""
+        return not self._main.isdisjoint(signals.tasks)

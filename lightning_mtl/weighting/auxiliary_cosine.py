@@ -24,14 +24,14 @@ def auxiliary_cosine_weights(gramian: Tensor, main: Tensor, form: Form = "cosine
 
     Args:
         gramian: ``[K, K]``.
-        main: ``[K]``, which tasks are main; their sum is :math:`g_{main}`. Without one, auxiliary tasks have 0.
+        main: ``[K]``, 1 for main tasks beside 0; their sum is :math:`g_{main}`. Without one, auxiliary tasks have 0.
         form: ``"cosine"`` or ``"sign"``.
 
     Returns:
         ``[K]``, float64, on the CPU.
 
     Example:
-        >>> auxiliary_cosine_weights(torch.tensor([[4.0, 1.0], [1.0, 1.0]]), torch.tensor([True, False]))
+        >>> auxiliary_cosine_weights(torch.tensor([[4.0, 1.0], [1.0, 1.0]]), torch.tensor([1.0, 0.0]))
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
     G = gramian.detach().cpu().double()
@@ -40,7 +40,7 @@ def auxiliary_cosine_weights(gramian: Tensor, main: Tensor, form: Form = "cosine
     length = (chosen @ products).clamp(min=0).sqrt()
     lengths = G.diagonal().sqrt() * length
     cosines = torch.where(lengths > 0, products / lengths, torch.zeros_like(products)).clamp(0, 1)
-    return torch.where(main.cpu(), torch.ones_like(cosines), cosines if form == "cosine" else cosines.sign())
+    return torch.where(chosen > 0, torch.ones_like(cosines), cosines if form == "cosine" else cosines.sign())
 
 
 class AuxiliaryCosine(Auxiliary):
@@ -90,11 +90,11 @@ class AuxiliaryCosine(Auxiliary):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Compare this step's gradients."""
-        main = self.is_main(signals)
-        if not self._warned and not main.any():
+        if not self._warned and not self.has_main(signals):
             self._warned = True
             rank_zero_warn(
                 f"AuxiliaryCosine has no gradient of a main task at step {signals.step}: in such a step the auxiliary "
                 "tasks do not train the shared parameters. Batches that hold all tasks let it compare them."
             )
-        return auxiliary_cosine_weights(self.needed(signals, "gramian"), main, self.form)
+        G = self.needed(signals, "gramian")
+        return auxiliary_cosine_weights(G, self.main_of(signals, G), self.form)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_mtl.devices import send
 from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
@@ -97,7 +98,8 @@ class DBMTL(RowMemory):
     def weigh(self, signals: Signals) -> Tensor:
         """Weigh by this step's losses and norms."""
         self.inverse = scale_invariant_weights(signals.losses, self.loss_floor)
-        return self.inverse * to_the_longest(self.needed(signals, "norms").to(self.inverse) * self.inverse)
+        norms = send(self.needed(signals, "norms"), self.inverse.device, self.inverse.dtype)
+        return self.inverse * to_the_longest(norms * self.inverse)
 
     def head_weights(self) -> Tensor:
         """Weigh the heads by 1 / L_k."""

@@ -122,8 +122,8 @@ class GradNorm(Learned):
         clamped = moved.clamp(min=self.min_weight)
         self.weights = clamped * signals.num_tasks / clamped.sum()
         self.steps_at_floor = torch.where(moved <= self.min_weight, self.steps_at_floor + 1, 0)
-        # A look waits for the device, so that there is one now and then.
-        looks = not self._said and signals.step % PATIENCE == 0
+        # A look at numbers on a device waits for it, so that there is one now and then.
+        looks = not self._said and (self.weights.is_cpu or signals.step % PATIENCE == 0)
         if looks and bool((self.steps_at_floor >= PATIENCE).any()):
             self._said = True
             stuck = [task for task, steps in zip(signals.tasks, self.steps_at_floor, strict=True) if steps >= PATIENCE]

@@ -15,6 +15,9 @@ LOSS_FLOOR = 1e-7
 LARGE = 1e4
 """The weight, relative to the median of the others', from which on the user hears of it."""
 
+BETWEEN_LOOKS = 100
+"""Steps between two looks at weights that lie on a device."""
+
 
 def check_loss_floor(method: str, loss_floor: float) -> float:
     """Return a floor as given to a method.
@@ -46,7 +49,8 @@ class Outgrown:
 
     def look(self, weights: Tensor, signals: Signals) -> None:
         """Look at the weights of the present tasks, ``[K]``."""
-        if self.said or len(weights) < 2:
+        # A look at weights on a device waits for it, so that there is one now and then.
+        if self.said or len(weights) < 2 or not (weights.is_cpu or signals.step % BETWEEN_LOOKS == 0):
             return
         values = weights.tolist()
         position = max(range(len(values)), key=values.__getitem__)

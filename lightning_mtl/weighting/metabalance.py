@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_mtl.devices import send
 from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Measure
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
@@ -20,15 +21,15 @@ LARGEST = 1e30
 
 
 def metabalance_weights(magnitudes: Tensor, main_magnitude: Tensor, main: Tensor, relax: float) -> Tensor:
-    """Compute ``r m_main / m_k + 1 - r`` for auxiliary tasks, 1 for main ones, ``[K]``.
+    """Compute ``r m_main / m_k + 1 - r`` for auxiliary tasks, 1 for main ones, ``[K]``; main ones are 1 beside 0.
 
     Example:
-        >>> metabalance_weights(torch.tensor([1.0, 4.0]), torch.tensor(1.0), torch.tensor([True, False]), relax=0.5)
+        >>> metabalance_weights(torch.tensor([1.0, 4.0]), torch.tensor(1.0), torch.tensor([1.0, 0.0]), relax=0.5)
         tensor([1.0000, 0.6250])
     """
     tiny = torch.finfo(magnitudes.dtype).tiny
     relaxed = relax * (main_magnitude / magnitudes.clamp(min=tiny)).clamp(max=LARGEST) + (1 - relax)
-    return torch.where(main | main_magnitude.isnan(), torch.ones_like(relaxed), relaxed)
+    return torch.where((main > 0) | main_magnitude.isnan(), torch.ones_like(relaxed), relaxed)
 
 
 class MetaBalance(Auxiliary):
@@ -93,7 +94,7 @@ class MetaBalance(Auxiliary):
     def weigh(self, signals: Signals) -> Tensor:
         """Compare the running means, this step's norms included."""
         _, magnitudes, main_magnitude = self._moved(signals)
-        return metabalance_weights(magnitudes, main_magnitude, self.is_main(signals).to(magnitudes.device), self.relax)
+        return metabalance_weights(magnitudes, main_magnitude, self.main_of(signals, magnitudes), self.relax)
 
     def update(self, signals: Signals) -> None:
         """Keep the means, where norms were measured."""
@@ -102,7 +103,10 @@ class MetaBalance(Auxiliary):
             self.count = self.count + 1
 
     def _moved(self, signals: Signals) -> tuple[Tensor, Tensor, Tensor]:
-        moved = torch.lerp(self.needed(signals, "norms").to(self.magnitudes), self.magnitudes, self.beta)
+        norms = send(self.needed(signals, "norms"), self.magnitudes.device, self.magnitudes.dtype)
+        moved = torch.lerp(norms, self.magnitudes, self.beta)
         means = moved / (1 - self.beta ** (self.count + 1))
-        chosen = means[self.is_main(signals).to(means.device)]
-        return moved, means, chosen.mean() if len(chosen) else self.main_magnitude
+        if not self.has_main(signals):
+            return moved, means, self.main_magnitude
+        main = self.main_of(signals, means)
+        return moved, means, (means @ main) / main.sum()

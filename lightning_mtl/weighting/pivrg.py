@@ -96,7 +96,7 @@ class PIVRG(Validated, Bargaining):
         if not 0 < alpha < math.inf:
             raise ValueError(f"PIVRG(alpha={alpha}) must be above 0 and finite.")
         self.alpha = alpha
-        self.add_state("drops", torch.tensor(torch.nan))
+        self.add_state("drops", torch.tensor(torch.nan), on_cpu=True)
         self.drops: Tensor
         self._baselines: dict[str, list[tuple[str, float, bool]]] = {}  # of each task: metric, score, higher is better
 
@@ -112,7 +112,7 @@ class PIVRG(Validated, Bargaining):
 
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian, with the preferences that validation has led to."""
-        preference = pivrg_preference(self.drops.cpu().double())
+        preference = pivrg_preference(self.drops.double())
         if (given := self.factors(signals)) is not None:
             preference = preference * given
         G = self.needed(signals, "gramian")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_mtl.devices import send
 from lightning_mtl.method.arguments import GradientArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Decision, Signals
@@ -52,7 +53,8 @@ class RowMemory(Weighting):
         dtype = torch.float32
         for block in rows:
             dtype = torch.promote_types(dtype, block.dtype)
-        whole = rows[0].to(dtype) if len(rows) == 1 else torch.cat([block.to(dtype) for block in rows], dim=1)
+        home = rows[0].device  # of blocks that may lie on several
+        whole = torch.cat([block.to(home, dtype) for block in rows], dim=1) if len(rows) > 1 else rows[0].to(dtype)
         if self.memory.shape[1] not in (0, whole.shape[1]):
             raise ValueError(
                 f"{type(self).__name__} keeps a number for each task and shared parameter, of which there were "
@@ -62,7 +64,7 @@ class RowMemory(Weighting):
         if self.memory.shape[1] != whole.shape[1]:
             self.memory = whole.new_zeros(len(self.tasks), whole.shape[1])
         # Rows still have a gradient scaler's factor, which changes from step to step; norms have not.
-        norms, lengths = signals.norms.to(dtype).sum(), torch.linalg.vector_norm(whole, dim=1).sum()
+        norms, lengths = send(signals.norms, home, dtype).sum(), torch.linalg.vector_norm(whole, dim=1).sum()
         scale = torch.where(norms > 0, lengths / norms, torch.ones_like(norms))
         if abs(float(scale) - 1) < 1e-3:  # no scaler: rounding
             scale = torch.ones_like(scale)
@@ -73,7 +75,7 @@ class RowMemory(Weighting):
         if decision.directions is not None:
             whole_direction = decision.directions[0] * scale
             parts = whole_direction.split([block.shape[1] for block in rows])
-            decision.directions = [part.to(block.dtype) for part, block in zip(parts, rows, strict=True)]
+            decision.directions = [part.to(block) for part, block in zip(parts, rows, strict=True)]
         return decision
 
     def decide_by(self, signals: Signals, rows: Tensor) -> Decision:

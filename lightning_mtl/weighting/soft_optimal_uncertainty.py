@@ -22,10 +22,9 @@ def soft_optimal_weights(losses: Tensor, temperature: float, loss_floor: float =
         >>> soft_optimal_weights(torch.tensor([0.5, 2.0, 1.0]), temperature=1.0)
         tensor([0.6285, 0.1402, 0.2312])
     """
-    positive = losses > 0
-    inverse = 1 / (temperature * losses.double().clamp(min=loss_floor))
-    weights = inverse.masked_fill(~positive, -torch.inf).softmax(0) if positive.any() else torch.ones_like(inverse)
-    return weights.to(losses)
+    inverse = 1 / (temperature * losses.clamp(min=loss_floor))
+    weights = inverse.masked_fill(losses <= 0, -torch.inf).softmax(0)
+    return weights.nan_to_num(1 / len(losses))  # all losses are 0
 
 
 class SoftOptimalUncertainty(Weighting):

@@ -67,8 +67,8 @@ SHELF = (
     Mutation(
         "SoftOptimalUncertainty: prefers large losses",
         "weighting/soft_optimal_uncertainty.py",
-        "inverse.masked_fill(",
-        "inverse.neg().masked_fill(",
+        "inverse.masked_fill(losses",
+        "inverse.neg().masked_fill(losses",
         CONTRACT,
         "SoftOptimalUncertainty",
     ),

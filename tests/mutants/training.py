@@ -34,7 +34,7 @@ TRAINING = (
     Mutation(
         "weights are not held between measurements",
         "method/base.py",
-        "self.held_weights[positions] = weights.to(self.held_weights)",
+        "self.held_weights[numbers(positions, self.held_weights.device)] = weights.to(self.held_weights)",
         "pass",
         BASE,
         "between_measurements",
