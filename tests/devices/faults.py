@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -52,9 +53,8 @@ class OverTwo(MultiTaskModule):
         inputs, targets = batch
         z = torch.tanh(self.trunk.get_submodule("0")(inputs)).to(self.second)
         z = torch.tanh(self.trunk.get_submodule("2")(z))
-        home = self.heads["a"].weight.device
         b = mse_loss(self.heads["b"](z), targets["b"].to(self.second))
-        return {"a": mse_loss(self.heads["a"](z.to(home)), targets["a"]), "b": b}
+        return {"a": mse_loss(self.heads["a"](z.to(self.device)), targets["a"]), "b": b}
 
 
 def several_devices(weighting: type[Any]) -> None:
@@ -106,12 +106,13 @@ def queued_work_is_no_monitors() -> None:
 def mixtures_are_seen() -> None:
     """The device itself: what a GPU would refuse, it refuses, in a backward pass as well."""
     here, there = torch.ones(2, device=FIRST, requires_grad=True), torch.ones(2)
-    for wrong in (
+    trials: tuple[Callable[[], Any], ...] = (
         lambda: here + there,
         lambda: torch.stack([here, there]),
         lambda: here + torch.ones(2, device=SECOND),
         lambda: torch.stack([here.sum(), torch.zeros(())]),
-    ):
+    )
+    for wrong in trials:
         with pytest.raises(RuntimeError, match=r"mixes|same device"):
             wrong()
     (here * 2 + torch.tensor(1.0)).sum().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -79,7 +80,7 @@ def method(index: int) -> None:
 
 def accumulated(index: int) -> None:
     """The same over two micro-batches a step, with a scaler and clipping."""
-    settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    settings: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
     _compare(lambda: (binary(tasks=TASKS, **settings), [MAKES[index]()]), scaler=True)
 
 
@@ -138,12 +139,13 @@ def _partly_labeled(**settings: Any) -> MultiTaskModule:
     return module
 
 
+def _plain(make: Callable[[], Any]) -> tuple[MultiTaskModule, list[pl.Callback]]:
+    return binary(tasks=TASKS), [make()]
+
+
 COUNTED: dict[str, Callable[[], tuple[MultiTaskModule, list[pl.Callback]]]] = {
     "no weighting": lambda: (binary(tasks=TASKS), []),
-    **{
-        f"{type(make()).__name__} {position}": (lambda make=make: (binary(tasks=TASKS), [make()]))
-        for position, make in enumerate(MAKES)
-    },
+    **{f"{type(make()).__name__} {position}": functools.partial(_plain, make) for position, make in enumerate(MAKES)},
     "UncertaintyWeighting with importance": lambda: (
         binary(tasks=TASKS),
         [UncertaintyWeighting(importance={"a": 2.0})],

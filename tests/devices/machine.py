@@ -32,7 +32,7 @@ def begin() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.ops.load_library(library())
-    torch.utils.rename_privateuse1_backend(NAME)
+    torch.utils.rename_privateuse1_backend(NAME)  # type: ignore[attr-defined]
     module: Any = types.ModuleType(f"torch.{NAME}")
     module.is_available, module.is_initialized, module._is_in_bad_fork = (lambda: True), (lambda: True), (lambda: False)
     module.device_count, module.current_device = (lambda: 2), (lambda: 0)

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -53,14 +54,15 @@ def waits(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 def place() -> str:
     """The package's line that a call came from, else the innermost one of Lightning or torch."""
-    frame, other = sys._getframe(2), "?"
+    frame: FrameType | None = sys._getframe(2)
+    other = "?"
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(ROOT) and not name.endswith("devices.py"):
             return f"{name.removeprefix(ROOT)}:{frame.f_lineno}"
         if other == "?" and "/torch/utils/_python_dispatch" not in name and not name.endswith(__name__):
             other = f"{Path(name).name}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return other
 
 
@@ -68,7 +70,7 @@ class Waits(TorchDispatchMode):
     """Counts waits by the line that they came from, while it is counting."""
 
     def __init__(self, *, counting: bool = True) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counting, self.found = counting, Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,6 +95,9 @@ class CountIn(pl.Callback):
 
 class NoFloat64(TorchDispatchMode):
     """Refuses float64 on the device, a conversion to it on the way to the host, and what MPS does not compute."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, given = str(func).rsplit(".", 1)[0], _tensors(args, kwargs or {})
