@@ -70,7 +70,9 @@ class CRMOGM(Holder, Weighting):
                 f"CRMOGM(weighting={type(weighting).__name__}(...)) ignores the importance, start_step and total of "
                 "what it wraps; pass them to CRMOGM."
             )
-        super().__init__(at=weighting.at, every_n_steps=weighting.every_n_steps, **common)
+        super().__init__(
+            at=weighting.at, every_n_steps=weighting.every_n_steps, gradients=weighting.gradients, **common
+        )
         self.weighting, self.alpha = weighting, alpha
         self.add_child(weighting)
         # What classes declare, this one has from its instance's partner.

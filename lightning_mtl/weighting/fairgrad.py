@@ -58,7 +58,7 @@ class FairGrad(Bargaining):
         alpha: α; the paper tries 1 to 10, most often 2.
         max_norm: Scale the weights so that the shared gradient is at most this long, as the official code does at 1;
             None leaves its length. A warning says, once, where it is more than 100 √K.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Attributes:

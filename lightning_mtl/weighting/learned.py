@@ -78,7 +78,7 @@ class Learned(Weighting):
         learned: The state that holds the numbers.
         start: What the numbers are at the start.
         lr: Adam's step size.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Raises:

@@ -61,7 +61,7 @@ class Bargaining(Weighting):
 
     Args:
         max_norm: Scale the weights so that the shared gradient is at most this long; None leaves its length.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Attributes:
@@ -99,7 +99,7 @@ class NashMTL(Bargaining):
 
     Args:
         max_norm: Scale the weights so that the shared gradient is at most this long; None leaves √K.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`. For ``every_n_steps`` the paper tries 1 to 100.
 
     Attributes:

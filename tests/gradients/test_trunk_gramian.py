@@ -144,7 +144,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "conv1d": (lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1), (2, 2, 6), 1),
     "conv2d": (lambda: nn.Conv2d(2, 3, (3, 2), (1, 2), padding=(2, 0), dilation=(2, 1)), (2, 2, 6, 5), 1),
     "circular": (lambda: nn.Conv2d(2, 3, 3, padding="same", padding_mode="circular"), (2, 2, 5, 4), 1),
-    "channels last": (lambda: ChannelsLast(), (2, 2, 5, 4), 1),
+    "channels last": (ChannelsLast, (2, 2, 5, 4), 1),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2, padding=1), (2, 2, 3, 3, 2), 1),
     "no batch": (lambda: nn.Conv2d(2, 3, 2), (2, 4, 4), 1),
     "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5), 0),
