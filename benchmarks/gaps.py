@@ -17,7 +17,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -29,9 +29,10 @@ from benchmarks.step_time import environment
 from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl.weighting import DWA, FAMO, IMTLL, GradNorm, NashMTL, ScaleInvariant, UncertaintyWeighting
 
+Scale = Literal["initial"] | None
 GAPS = (1e1, 1e3, 1e5)
 EPOCH = 100  # steps
-METHODS: dict[str, tuple[Callable[[], Weighting | None], Any]] = {
+METHODS: dict[str, tuple[Callable[[], Weighting | None], Scale]] = {
     "DWA": (DWA, None),
     "UncertaintyWeighting(lr=1e-3)": (functools.partial(UncertaintyWeighting, lr=1e-3), None),
     "IMTLL(lr=1e-3)": (functools.partial(IMTLL, lr=1e-3), None),
@@ -59,7 +60,7 @@ class Bridge(pl.Callback):
 
     step: int | None = None
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         found = trainer.callback_metrics
         small, large = (found[f"weight/{task}"] * found[f"loss/{task}"] for task in ("small", "large"))
         if small >= large / 2:
@@ -67,7 +68,7 @@ class Bridge(pl.Callback):
             trainer.should_stop = True
 
 
-def steps_to_bridge(make: Callable[[], Weighting | None], scale: Any, gap: float, most: int) -> int | None:
+def steps_to_bridge(make: Callable[[], Weighting | None], scale: Scale, gap: float, most: int) -> int | None:
     """The steps that a method takes; None for more than ``most``."""
 
     def scaled(prediction: Tensor, target: Tensor) -> Tensor:

@@ -68,9 +68,8 @@ class Weighting(NamedArguments, TaskState, ABC):
     measures: ClassVar[Measure] = "losses"
     """What :meth:`weigh` needs: losses alone, gradient norms, their Gramian, or the gradients themselves."""
     reads_losses: ClassVar[bool] = True
-    """Whether :meth:`weigh` reads the losses of the step it weighs, or nothing but the state. With gradient
-    accumulation, weights that depend on a step's losses are known at its end only, so that the tasks' gradients are
-    kept until then, as for methods that measure gradients."""
+    """Whether :meth:`weigh` reads the losses of the step it weighs, or nothing but the state. Under accumulation,
+    weights that read losses are known at a step's end only: the tasks' gradients are kept until then."""
     weighs_heads: ClassVar[bool] = True
     """Whether a task's weight also scales the gradients of its own head, not those of the shared parameters alone."""
     search_space: ClassVar[SearchSpace] = {}
@@ -78,8 +77,7 @@ class Weighting(NamedArguments, TaskState, ABC):
     takes_logarithms: bool = False
     """Whether the method takes the losses' logarithms; a negative loss then ends the training with an error."""
     by_task: ClassVar[tuple[str, ...]] = ()
-    """Arguments, kept as attributes of the same names, that map tasks to something, besides ``importance``: at setup,
-    names of unknown tasks are refused."""
+    """Arguments, kept as attributes of the same names, that map tasks to something; unknown names are refused."""
     step_metric: str | None = None
     """The metric whose value on each training batch :attr:`Signals.scores` must hold."""
     wants_losses_after: bool = False

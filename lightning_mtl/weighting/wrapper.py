@@ -42,7 +42,9 @@ class Wrapper(Holder, Weighting):
         self.reads_losses = weighting.reads_losses  # type: ignore[misc]
         self.takes_logarithms, self.step_metric = weighting.takes_logarithms, weighting.step_metric
         self.wants_losses_after, self.negligible = weighting.wants_losses_after, weighting.negligible
-        super().__init__(at=weighting.at, every_n_steps=weighting.every_n_steps, **common)
+        super().__init__(
+            at=weighting.at, every_n_steps=weighting.every_n_steps, gradients=weighting.gradients, **common
+        )
         self.weighting = weighting
         self.add_child(weighting)
 
