@@ -217,8 +217,8 @@ METHODS = (
     Mutation(
         "StaticWeights: a task without a weight gets none",
         "weighting/static.py",
-        "self.weights.get(task, 1.0)",
-        "self.weights.get(task, 0.0)",
+        "self.of_tasks(self.weights, 1.0, signals, signals.losses)",
+        "self.of_tasks(self.weights, 0.0, signals, signals.losses)",
         CONTRACT,
         "StaticWeights",
     ),
