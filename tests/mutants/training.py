@@ -151,8 +151,8 @@ TRAINING = (
     Mutation(
         "a step is taken whatever is not finite",
         "training/update.py",
-        "self.drops = not math.isfinite(float(doubtful))",
-        "self.drops = False",
+        "self.drops = not all(math.isfinite(float(values[name])) for name in",
+        "self.drops = any(False for name in",
         "tests/test_not_finite.py",
     ),
     Mutation(
