@@ -51,7 +51,7 @@ def variants() -> list[Variant]:
         method = getattr(methods, name)
         if not (isinstance(method, type) and issubclass(method, Weighting)):
             continue
-        arguments = {"main": "task_0"} if name in WITH_A_MAIN_TASK else {}
+        arguments: dict[str, Any] = {"main": "task_0"} if name in WITH_A_MAIN_TASK else {}
         found.append(Variant(name, MAKE.get(name, functools.partial(method, **arguments)), metrics=name == "DTP"))
         if name not in MAKE and (method.measures in ("gramian", "norms") or issubclass(method, Aggregator)):
             found.append(Variant(f"{name} features", functools.partial(method, at="features", **arguments)))

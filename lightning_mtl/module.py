@@ -250,14 +250,6 @@ class MultiTaskModule(SteppedModule):
         parts = self.trunk_parts
         return parts.penalties(self.present_tasks) if parts.penalized else {}
 
-    def penalties_with(self, tasks: Sequence[str]) -> dict[str, Tensor]:
-        """The penalties in a step in which some rank has ``tasks``: what only others use is left where it is."""
-        self.present_tasks = tasks
-        try:
-            return self.penalties()
-        finally:
-            self.present_tasks = None
-
     def shared_parameters(self) -> list[nn.Parameter]:
         """The parameters that tasks share, whose gradients the methods balance.
 
@@ -267,17 +259,7 @@ class MultiTaskModule(SteppedModule):
         parts = self.trunk_parts
         return parts.shared_parameters() if parts.divided else list(self.trunk.parameters())
 
-    def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The shared parameters that need gradients now, and all other parameters that do."""
-        shared: list[Tensor] = [p for p in self.shared_parameters() if p.requires_grad]
-        known = set(shared)
-        return shared, [p for p in self.parameters() if p.requires_grad and p not in known]
-
     # Lightning's steps
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
-        """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
-        return self.optimization.run(self, batch, batch_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:  # noqa: ANN401
         """Predict every task of a batch of inputs, with or without targets; a task with a loader of its own, alone."""

@@ -45,36 +45,44 @@ class MultiTaskDataModule(pl.LightningDataModule):
     keep the tasks' names: ``val/loss/<task>``, ``trainer.predict(...)[0]["<task>"]``.
 
     On R ranks each sees other samples: together, those of one process with R times the batch size, and none twice.
-    (``Trainer(use_distributed_sampler=...)`` makes no difference: the samplers are ours.) The order of tasks and
-    samples is a function of the seed alone; a run that is resumed from a checkpoint, in the midst of an epoch, too,
-    goes on with the batches that the uninterrupted one would have had, with any number of workers.
+    (``Trainer(use_distributed_sampler=...)`` makes no difference: the samplers are ours.) Evaluation and prediction
+    take each sample exactly once. Who makes batches, and who divides which data, is in ``docs/data.md``. The order of
+    tasks and samples is a function of the seed alone; a run that is resumed from a checkpoint, in the midst of an
+    epoch, too, goes on with the batches that the uninterrupted one would have had, with any number of workers.
 
     Args:
         train: ``{task: data}`` for all tasks of the module, the data being a map-style or iterable dataset that yields
             ``(inputs, target)``, or a DataLoader, of which dataset and settings are taken, or any loader of batches
-            with an order of its own, which is used as it is.
+            with an order of its own (``StatefulDataLoader``, ``WebLoader``, a list of batches in
+            ``DataLoader(batches, batch_size=None)``), which is used as it is.
         val: The same for validation, for some of the tasks or all.
         test: The same for testing.
         predict: The same for prediction, where inputs alone suffice.
         mixing: Which tasks a training step takes: ``Joint()``, ``RoundRobin()``, ``Proportional()``, ``Ratios(...)`` or
             ``Schedule(...)`` of :mod:`lightning_mtl.data`.
-        batch_size: Samples a batch of each rank, one number or ``{task: number}``; loaders bring their own.
+        batch_size: Samples a batch of each rank, one number or ``{task: number}``; None where the elements of a dataset
+            are batches already. Loaders bring their own.
         steps_per_epoch: Training steps an epoch; by default the mode's number. A task's next epoch goes on where the
             last one stopped.
-        drop_last: Leave the incomplete batch at the end of a training pass out.
+        drop_last: Leave the incomplete batch at the end of a training pass out; evaluation leaves nothing out.
         num_workers: Processes that load each task's data. Those of training live as long as the training; all end with
             the Trainer's function.
         pin_memory: Copy batches to page-locked memory, from where a GPU fetches them faster.
         persistent_workers: Keep the workers of validation and test from one validation to the next.
-        shard_iterables: How several ranks or workers read an iterable dataset: True, each keeps every n-th sample of
-            the whole; False, the dataset tells them apart itself. Without an answer they are refused.
+        shard_iterables: What is divided here of iterable datasets, and over ranks of a loader's batches: True, each
+            rank and worker keeps every n-th of the whole; False, the data tell them apart themselves; ``"ranks"`` or
+            ``"workers"``, only these are divided here; or ``{task: answer}``. Hugging Face's and webdataset's datasets
+            and ``DistributedSampler`` are known and need none; without an answer others are refused.
         seed: Of the order of samples and tasks; by default that of ``seed_everything``, or 0. A resumed run
             goes on with the seed of its checkpoint.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If an argument is out of range, data are empty, or names differ; at setup, if the names are not
-            those of the module's tasks.
+        ValueError: If an argument is out of range, data are empty, names differ, or evaluation would repeat samples or
+            leave some out; at setup, if the names are not those of the module's tasks, or nobody divides the data.
+
+    Warns:
+        UserWarning: If ranks or workers begin with the same batch, or ranks that share one order with different ones.
 
     Resuming: map-style data go on at the next unseen sample, on another number of ranks or with another batch size,
     too. An iterable dataset with ``state_dict`` and ``load_state_dict`` (of tensors and plain numbers) goes on from its

@@ -111,7 +111,7 @@ def read_source(
     if isinstance(given, DataLoader):
         return _of_loader(task, stage, given, ranks)
     if inner_loader(given) is not None:
-        return LoaderSource(task, stage, given)
+        return _complete(LoaderSource(task, stage, given))
     if isinstance(given, IterableDataset):
         samples = IterableSource(task, stage, given, _needed(batch_size, task), options, drop_last)
         return _batched_once(samples, f"batch_size={{{task!r}: None}}")
@@ -211,13 +211,13 @@ def _of_loader(
 
 def _complete(source: LoaderSource) -> LoaderSource:
     """Refuse an evaluation that leaves samples out, or repeats some for ranks to have as many as others."""
-    loader = source.loader
-    if source.stage == "train" or not isinstance(loader, DataLoader):
+    loader = inner_loader(source.loader)
+    if source.stage == "train" or loader is None:
         return source
     if loader.drop_last:
         raise ValueError(
-            f"{source.name} is a {type(loader).__name__} with drop_last=True, which leaves samples out; evaluation "
-            "takes each sample once. Use drop_last=False there."
+            f"{source.name} is a {type(source.loader).__name__} with drop_last=True, which leaves samples out; "
+            "evaluation takes each sample once. Use drop_last=False there."
         )
     if getattr(loader.sampler, "replacement", False):
         raise _draws(source)

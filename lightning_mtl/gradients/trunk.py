@@ -212,7 +212,7 @@ class TrunkGradients:
         def gradients(scaled: Tensor) -> list[Tensor]:
             outer = scaled if scale is None else scaled / scale
             if directions is not None:
-                pieces = self.rows.split([direction * outer for direction in directions])
+                pieces = self.rows.split([direction * outer.to(direction.device) for direction in directions])
             elif slots:
                 in_slots = weights * outer
                 if slots != list(range(len(slots))):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from lightning_mtl.gradients.batched import all_at_once
 from lightning_mtl.gradients.compressed import Convolution, Cotangents, Embedding, Layer, Linear
 from lightning_mtl.gradients.graph import check_nothing_hidden, check_repeatable
-from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian, row_norms
+from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian
 from lightning_mtl.gradients.micro_batch import MicroBatch, surrogate
 from lightning_mtl.gradients.rows import Rows, add_gradients, by_parameter, in_order, rows_for, weighted_sums
 from lightning_mtl.gradients.torch_internals import ACCUMULATE_GRAD, CAST, TRANSPOSE, hooks_of, parameter_hooks_off
@@ -67,9 +68,11 @@ class TrunkGramian:
         parameters = [*rest, *self.others]
         inputs: list[Any] = [*parameters, *edges]
         with parameter_hooks_off(parameters) if any(map(hooks_of, parameters)) else nullcontext():
+            size = sum(parameter.numel() for parameter in self.shared) if layers else 0
+            every = all_at_once(batch, parameters, edges, size) if layers else None
             for index, loss in enumerate(batch.losses):
-                found: Sequence[Tensor | None] = [None] * len(inputs)
-                if loss.requires_grad:
+                found: Sequence[Tensor | None] = [None] * len(inputs) if every is None else every[index]
+                if every is None and loss.requires_grad:
                     # The penalty's graph may be a part of the losses', and runs in the final backward pass.
                     retain = batch.penalty is not None or index != graphs[-1]
                     found = torch.autograd.grad(
@@ -107,8 +110,8 @@ class TrunkGramian:
         if self._layers:
             blocks = _Blocks(blocks, self._layers)
         if wanted == "gramian":
-            return Measured.of_products(gramian(blocks), self._batch.scale)
-        return Measured.of_norms(row_norms(blocks), self._batch.scale)
+            return Measured.of_products(gramian(blocks, scale=self._batch.scale))
+        return Measured.of_rows(blocks, keeps=False, scale=self._batch.scale)
 
     def surrogate_loss(
         self, weights: Tensor, head_weights: Tensor | None = None, directions: Sequence[Tensor] | None = None
@@ -213,6 +216,7 @@ def layers_of(losses: Sequence[Tensor], shared: Sequence[Tensor], num_tasks: int
 _FACTORIZING = {"cpu": 2.5}
 _FACTORIZING_ELSEWHERE = 200.0
 _MOVING = 25.0
+_MARGIN = 1.2  # of what is not counted: small kernels, and numbers that are no longer in the cache
 
 
 def _is_worth_it(weight: Tensor, nodes: Sequence[Node], dimension: int, num_tasks: int) -> bool:
@@ -227,7 +231,7 @@ def _is_worth_it(weight: Tensor, nodes: Sequence[Node], dimension: int, num_task
     factor = _FACTORIZING.get(weight.device.type, _FACTORIZING_ELSEWHERE) * d_in * samples**2
     compressed = factor + samples * d_in * d_out + num_tasks * samples * d_out * (samples + num_tasks)
     rows = num_tasks * d_in * d_out * (samples + _MOVING + num_tasks)
-    return bool(compressed < rows)
+    return bool(_MARGIN * compressed < rows)
 
 
 def _readers(losses: Sequence[Tensor]) -> Readers:

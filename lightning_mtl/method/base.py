@@ -68,9 +68,8 @@ class Weighting(NamedArguments, TaskState, ABC):
     measures: ClassVar[Measure] = "losses"
     """What :meth:`weigh` needs: losses alone, gradient norms, their Gramian, or the gradients themselves."""
     reads_losses: ClassVar[bool] = True
-    """Whether :meth:`weigh` reads the losses of the step it weighs, or nothing but the state. With gradient
-    accumulation, weights that depend on a step's losses are known at its end only, so that the tasks' gradients are
-    kept until then, as for methods that measure gradients."""
+    """Whether :meth:`weigh` reads the losses of the step it weighs, or nothing but the state. Under accumulation,
+    weights that read losses are known at a step's end only: the tasks' gradients are kept until then."""
     weighs_heads: ClassVar[bool] = True
     """Whether a task's weight also scales the gradients of its own head, not those of the shared parameters alone."""
     search_space: ClassVar[SearchSpace] = {}
@@ -78,8 +77,7 @@ class Weighting(NamedArguments, TaskState, ABC):
     takes_logarithms: bool = False
     """Whether the method takes the losses' logarithms; a negative loss then ends the training with an error."""
     by_task: ClassVar[tuple[str, ...]] = ()
-    """Arguments, kept as attributes of the same names, that map tasks to something, besides ``importance``: at setup,
-    names of unknown tasks are refused."""
+    """Arguments, kept as attributes of the same names, that map tasks to something; unknown names are refused."""
     step_metric: str | None = None
     """The metric whose value on each training batch :attr:`Signals.scores` must hold."""
     wants_losses_after: bool = False
@@ -257,8 +255,9 @@ class Weighting(NamedArguments, TaskState, ABC):
     def observe(self, signals: Signals, present: Sequence[int]) -> None:
         """Let the method update its state for the present tasks, after a step that was not skipped."""
         if self.takes_logarithms and bool(((losses := signals.losses_on_cpu()) < 0).any()):
-            found = dict(zip(signals.tasks, losses.tolist(), strict=True))
-            raise negative_losses(type(self).__name__, found, signals.step)
+            raise negative_losses(
+                type(self).__name__, dict(zip(signals.tasks, losses.tolist(), strict=True)), signals.step
+            )
         if self.every_n_steps > 1 and self._newest is not None:
             positions, weights = self._newest
             self.held_weights[numbers(positions, self.held_weights.device)] = weights.to(self.held_weights)
@@ -278,10 +277,8 @@ class Weighting(NamedArguments, TaskState, ABC):
             log_zero_gradients(type(self).__name__, new, step)
 
     def _with_total(self, weights: Tensor) -> Tensor:
-        if self.total is None:
-            return weights
         found = weights.nansum()
-        return torch.where(found > 0, weights * (self.total / found), weights)
+        return weights if self.total is None else torch.where(found > 0, weights * (self.total / found), weights)
 
     def with_importance(self, weights: Tensor, signals: Signals) -> Tensor:
         """Multiply the weights of the present tasks by their importance."""
@@ -296,5 +293,4 @@ class Weighting(NamedArguments, TaskState, ABC):
 
 def weighting_of(trainer: pl.Trainer) -> Weighting | None:
     """The weighting among a Trainer's callbacks, if there is one."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, Weighting)), None)
+    return next((c for c in trainer.callbacks if isinstance(c, Weighting)), None)  # type: ignore[attr-defined]

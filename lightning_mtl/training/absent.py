@@ -13,7 +13,8 @@ from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.cast import Cast
-from lightning_mtl.training.window import Reduced, Window
+from lightning_mtl.training.reduced import Reduced
+from lightning_mtl.training.window import Window
 
 
 def standing_in(

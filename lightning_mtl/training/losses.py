@@ -20,8 +20,8 @@ from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import TaskOutput
 from lightning_mtl.training.absent import standing_in
 from lightning_mtl.training.cast import Cast
-from lightning_mtl.training.reduced import log_reduced
-from lightning_mtl.training.window import Reduced, Window
+from lightning_mtl.training.reduced import Reduced, log_reduced
+from lightning_mtl.training.window import Window
 
 
 def reduce_losses(

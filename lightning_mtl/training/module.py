@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from lightning_mtl.gradients.micro_batch import stack_losses
 from lightning_mtl.learning_rates.parameter_groups import Rate, parameter_groups
@@ -82,6 +83,24 @@ class SteppedModule(OptimizerHooks):
     def weighting(self) -> Weighting | None:
         """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""
         return weighting_of(self.trainer)
+
+    def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The shared parameters that need gradients now, and all other parameters that do."""
+        shared: list[Tensor] = [p for p in self.shared_parameters() if p.requires_grad]
+        known = set(shared)
+        return shared, [p for p in self.parameters() if p.requires_grad and p not in known]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
+        """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
+        return self.optimization.run(self, batch, batch_idx)
+
+    def penalties_with(self, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """The penalties in a step in which some rank has ``tasks``: what only others use is left where it is."""
+        self.present_tasks = tasks
+        try:
+            return self.penalties()
+        finally:
+            self.present_tasks = None
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
         """Count the batch into ``val/loss/<task>`` and ``val/<metric>/<task>``."""

@@ -21,8 +21,9 @@ from lightning_mtl.gradients.side_pass import gradients_beside
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.monitors.base import Monitor, guarding, turn_off_if_slow, turned_off_elsewhere
 from lightning_mtl.task.module import TaskModule
+from lightning_mtl.training.reduced import Reduced
 from lightning_mtl.training.snapshots import Snapshot
-from lightning_mtl.training.window import Reduced, Window
+from lightning_mtl.training.window import Window
 
 Place = str | tuple[str, ...]
 

@@ -31,11 +31,12 @@ from lightning_mtl.training.features import features_of, find_layer
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import micro_batch_of, over_scales, reduce_losses, sample_counts
 from lightning_mtl.training.observation import Observation
+from lightning_mtl.training.reduced import Reduced
 from lightning_mtl.training.scores import update_metrics
 from lightning_mtl.training.snapshots import losses_after
 from lightning_mtl.training.synchronization import learns_graph, synchronizing
 from lightning_mtl.training.update import Update
-from lightning_mtl.training.window import Collection, Reduced, Window
+from lightning_mtl.training.window import Collection, Window
 
 _SILENT: AbstractContextManager[None] = nullcontext()
 _NOWHERE = Split()  # the trunk's outputs where nobody asks for them
@@ -58,19 +59,17 @@ class Optimization:
         self._observation: Observation | None = None  # of the open window
         self._rows: list[Rows] = []  # at most one, its matrix used from step to step
         self._closed: tuple[int, Window] | None = None  # the newest step, which Lightning may ask for again
-        self.ran = False  # whether this fit has taken a batch
-        self._looked = False  # whether a graph of this fit was looked at for what cannot be measured
+        self.ran = self._looked = False  # whether this fit took a batch, and looked for what cannot be measured
 
     def __reduce__(self) -> tuple[type[Optimization], tuple[Recorder]]:
-        # A module that is copied, for weight averaging for instance, or pickled has no step under way, and needs no
-        # second matrix of rows.
+        # A module that is copied (by weight averaging) or pickled has no step under way, and needs no second matrix.
         return Optimization, (self.recorder,)
 
     def begin(self, module: TaskModule) -> None:
         """Begin a fit: nothing of a step that another one left unfinished goes on."""
         self.window = self._callbacks = self._closed = None
-        self.find_cast(module)
         self._looked = self.ran = False
+        self.find_cast(module)
         self.update.begin()
 
     def run(self, module: TaskModule, batch: object, batch_idx: int) -> Tensor | None:
@@ -291,10 +290,10 @@ class Optimization:
             return
         if steering is not None:
             steering.observe(window, signals)
-        if window.weighting is not None:
-            if window.weighting.wants_losses_after and window.batches:
+        if (weighting := window.weighting) is not None:
+            if weighting.wants_losses_after and window.batches:
                 signals = replace(signals, losses_after=losses_after(module, window, signals.tasks))
-            window.weighting.observe(signals, positions)
+            weighting.observe(signals, positions)
         if self._observation is not None:
             with self.phases.during("monitors"):
                 self._observation.hand_over(module, signals)

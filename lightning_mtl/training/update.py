@@ -52,8 +52,7 @@ class Update:
         """Begin a fit."""
         self.skipped = self.skipped_in_a_row = 0
         self.awaited: Window | None = None
-        self.drops = False
-        self.seen = True
+        self.drops, self.seen = False, True
 
     def look(
         self, module: TaskModule, signals: Signals | None, multipliers: Tensor | None
@@ -225,11 +224,7 @@ def judged_and_clipped(before_step: Hook) -> Hook:
 
 
 class OptimizerHooks(TaskModule):
-    """Lightning's hooks around the optimizer, which the module calls itself in manual optimization.
-
-    Attributes:
-        optimization: What takes the steps.
-    """
+    """Lightning's hooks around the optimizer, which the module calls itself in manual optimization."""
 
     optimization: Taking
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,39 +18,13 @@ from lightning_mtl.gradients.trunk_gramian import TrunkGramian
 from lightning_mtl.learning_rates.factor import Collected
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Decision, Signals
+from lightning_mtl.training.reduced import Reduced
 from lightning_mtl.training.scales import LossScales
 
 Collection = TrunkGramian | TrunkGradients | ShardedTrunkGradients
 """What keeps a step's gradients until its weights are known."""
 Way = Literal["losses", "features", "rows"]
 """How weights reach the gradients: in a weighted sum of losses, at the trunk's output, or in a sum of rows."""
-
-
-@dataclass
-class Reduced:
-    """One micro-batch's losses of the K tasks that some rank has samples of.
-
-    Attributes:
-        names: These tasks, in the module's order, the same on every rank.
-        losses: ``[K]``, detached: the mean over all ranks' samples, or over the ranks that have the task.
-        own: This rank's losses, detached, of the tasks that it has.
-        counts: ``[K]``, the samples of all ranks, None where every task counts the same.
-        own_counts: ``[K]``, this rank's samples, 0 for a task that it lacks; None where all are 1.
-        scores: ``[K]``, the batch's metric values, averaged like the losses; None if there are none.
-    """
-
-    names: list[str]
-    losses: Tensor
-    own: Tensor
-    counts: Tensor | None
-    own_counts: Tensor | None
-    scores: Tensor | None = None
-
-    def shares(self) -> Tensor | None:
-        """This rank's share of each task's mean, ``[K]``; None means all of it."""
-        if self.own_counts is None or self.counts is None:
-            return None
-        return self.own_counts / self.counts
 
 
 class Window:

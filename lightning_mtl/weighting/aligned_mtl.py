@@ -56,7 +56,7 @@ class AlignedMTL(Preferring):
         scale: λ: ``"min"`` as in the paper, or the ``"median"`` or mean (``"rmse"``) of the eigenvalues, as in the
             official code.
         preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the sum 1.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`. ``at="features"`` is the paper's Aligned-MTL-UB.
 
     Raises:

@@ -19,7 +19,7 @@ class Auxiliary(Weighting):
 
     Args:
         main: The main task or tasks; None where ``Task(role="auxiliary")`` tells them from the others.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Raises:

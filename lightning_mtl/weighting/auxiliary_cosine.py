@@ -56,7 +56,7 @@ class AuxiliaryCosine(Auxiliary):
     Args:
         main: The main task or tasks; None where ``Task(role="auxiliary")`` tells them from the others.
         form: ``"cosine"`` for the formula, ``"sign"`` for weight 1 wherever the cosine is above 0.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Raises:

@@ -57,7 +57,7 @@ class CAGrad(Weighting):
     Args:
         c: c; the paper uses 0.2 to 0.5.
         rescale: None as in the paper; the official code divides d by 1 + c² (``"c2"``) or 1 + c (``"c"``).
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Raises:

@@ -43,7 +43,7 @@ class ConFIG(Weighting):
     unweighted losses.
 
     Args:
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Source: Liu et al., ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks, 2024,

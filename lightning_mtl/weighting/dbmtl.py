@@ -45,7 +45,7 @@ class DBMTL(RowMemory):
         beta: β, at least 0 and below 1: the share of the old mean.
         decay: σ in :math:`\beta_t = \beta / t^\sigma`, t a task's steps.
         loss_floor: A loss below this counts as this large; it changes nothing above.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Raises:

@@ -40,7 +40,7 @@ class DualProj(Preferring):
 
     Args:
         preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the sum 1.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Raises:

@@ -63,7 +63,7 @@ class FairGrad(Bargaining):
         max_norm: Scale the weights so that the shared gradient is at most this long, as the official code does at 1;
             None leaves its length. A warning says, once, where it is more than 100 √K.
         preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the mean 1.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Attributes:

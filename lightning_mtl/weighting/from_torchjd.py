@@ -32,7 +32,7 @@ class FromTorchJD(Weighting):
         weighting: A ``torchjd.aggregation.Weighting`` over the Gramian, ``UPGradWeighting()`` for instance; an
             aggregator that has one, ``UPGrad()``; or any function from ``[K, K]``, float64 on the CPU, to ``[K]``.
         seed: What the random numbers that it draws begin with.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Raises:
@@ -60,7 +60,7 @@ class FromTorchJD(Weighting):
         found = type(weighting).__name__
         if "torchjd" in sys.modules:
             weighting = _of_gramian(weighting)
-        if isinstance(weighting, type) or not callable(weighting) or found == "ExcessMTLWeighting":
+        if found == "ExcessMTLWeighting" or isinstance(weighting, type) or not callable(weighting):
             raise TypeError(
                 f"FromTorchJD(weighting=...) takes an instance of a TorchJD weighting over the Gramian, such as "
                 f"torchjd.aggregation.UPGradWeighting(), found {found}; pip install 'lightning-mtl[torchjd]' gets them."

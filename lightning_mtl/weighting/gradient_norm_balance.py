@@ -37,7 +37,7 @@ class GradientNormBalance(Weighting):
 
     Args:
         eps: ε, relative to the mean norm.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`. ``at="last_layer"`` is the cheap choice; the importance is ι.
 
     Raises:

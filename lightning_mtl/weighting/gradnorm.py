@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -62,6 +62,7 @@ class GradNorm(Learned):
         min_weight: The lower clamp. A warning says, once, which task has been held there for 100 moves in a row.
         at: W; the paper's is the last shared layer. See :class:`~lightning_mtl.Weighting`.
         every_n_steps: Measure, and move the weights, in one step of n.
+        gradients: How gradients are measured, as in :class:`~lightning_mtl.Weighting`.
         **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
@@ -90,9 +91,10 @@ class GradNorm(Learned):
         min_weight: float = 1e-3,
         at: str | Sequence[str] = "last_layer",
         every_n_steps: int = 1,
+        gradients: Literal["automatic", "rows"] = "automatic",
         **common: Unpack[CommonArguments],
     ) -> None:
-        super().__init__("weights", 1.0, lr=lr, at=at, every_n_steps=every_n_steps, **common)
+        super().__init__("weights", 1.0, lr=lr, at=at, every_n_steps=every_n_steps, gradients=gradients, **common)
         if not min_weight > 0:
             raise ValueError(f"GradNorm(min_weight={min_weight}) must be above 0.")
         if alpha < 0:

@@ -72,7 +72,7 @@ class GradVac(Weighting):
     Args:
         beta: β, the weight of the newest cosine; the paper uses 0.01.
         seed: Where the random orders begin.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Raises:

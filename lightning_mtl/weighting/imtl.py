@@ -45,7 +45,7 @@ class IMTL(Learned):
 
     Args:
         lr: Step size of the Adam that learns s.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`. The importance multiplies the weights of the shared gradients.
 
     Raises:

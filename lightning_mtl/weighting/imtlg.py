@@ -45,7 +45,7 @@ class IMTLG(Weighting):
     in closed form. Weights may be negative. Heads follow their own, unweighted losses.
 
     Args:
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021, section 3.1.

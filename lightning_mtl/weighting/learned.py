@@ -79,7 +79,7 @@ class Learned(Weighting):
         start: What the numbers are at the start.
         lr: Adam's step size.
         on_cpu: Whether the numbers stay on the CPU, for methods that need them beside Gramians.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Raises:

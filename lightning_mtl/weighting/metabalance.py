@@ -44,7 +44,7 @@ class MetaBalance(Auxiliary):
         main: The main task or tasks; None where ``Task(role="auxiliary")`` tells them from the others.
         relax: r, between 0 (equal weights) and 1 (equal lengths); the paper tunes it, 0.7 is the code's default.
         beta: β, at least 0 and below 1.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Raises:

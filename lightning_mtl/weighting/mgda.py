@@ -63,7 +63,7 @@ class MGDA(Weighting):
         normalize: Solve for gradients divided by ``"l2"`` ‖g_k‖, ``"loss"`` L_k or ``"loss+"`` L_k ‖g_k‖, and apply the
             weights to the gradients as they are. None follows the paper; without normalizing, tasks with small
             gradients take most of the weight.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`. ``at="features"`` is MGDA-UB, the paper's upper bound at one backward
             pass.
 

@@ -67,7 +67,7 @@ class Bargaining(Preferring):
     Args:
         max_norm: Scale the weights so that the shared gradient is at most this long; None leaves its length.
         preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the mean 1.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Attributes:
@@ -119,7 +119,7 @@ class NashMTL(Bargaining):
     Args:
         max_norm: Scale the weights so that the shared gradient is at most this long; None leaves √K.
         preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the mean 1.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`. For ``every_n_steps`` the paper tries 1 to 100.
 
     Attributes:

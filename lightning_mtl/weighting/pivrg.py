@@ -56,7 +56,7 @@ class PIVRG(Validated, Bargaining):
         max_norm: Scale the weights so that the shared gradient is at most this long, as the official code does at 1;
             None leaves its length, which grows without bound as gradients shrink.
         preference: ``{task: p}``, relative numbers that multiply c; tasks not named count as 1.
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
     Attributes:

@@ -18,7 +18,7 @@ class RowMemory(Weighting):
     """Keeps ``memory``, ``[K, P]`` for P shared parameters, where :attr:`measures` is ``"rows"``.
 
     Args:
-        **common: ``importance``, ``start_step``, ``total``, ``at`` and ``every_n_steps``, as in
+        **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`; rows are those ``at="trunk"``, and of every step.
 
     Raises:

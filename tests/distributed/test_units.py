@@ -25,6 +25,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def rows_of(inputs: Any, labels: Any) -> Any:
+    return StackDataset(inputs, StackDataset(a=inputs[:, :1], b=labels))
+
+
 def train(rank: int = 0, ranks: int = 1) -> dict[str, list[Any]]:
     """For each kind the parameters, and the statistics that the fit ended with."""
     generator = torch.Generator().manual_seed(3)
@@ -38,7 +42,7 @@ def train(rank: int = 0, ranks: int = 1) -> dict[str, list[Any]]:
         module = MultiTaskModule(trunk(), heads(), tasks, optimizer=functools.partial(torch.optim.SGD, lr=0.01))
         module = module.double()
         inputs, labels = x[rank::ranks].double(), y[rank::ranks].double()
-        data = DataLoader(StackDataset(inputs, StackDataset(a=inputs[:, :1], b=labels)), 8 // ranks)
+        data = DataLoader(rows_of(inputs, labels), 8 // ranks)
         strategy: Any = "auto" if ranks == 1 else DDP()
         trainer = quiet_trainer(
             devices=ranks, strategy=strategy, use_distributed_sampler=False, max_epochs=2, callbacks=[MGDA()]
@@ -58,4 +62,4 @@ def test_two_processes_follow_one(pair: Pair) -> None:
     for name, (parameters, state) in alone.items():
         assert first[name][1] == second[name][1] == pytest.approx(state, rel=1e-6)
         assert torch.equal(first[name][0], second[name][0]), name
-        torch.testing.assert_close(first[name][0], parameters, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(first[name][0], parameters, rtol=1e-6, atol=1e-8, msg=name)

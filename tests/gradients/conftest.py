@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lightning_mtl.gradients import trunk_gramian
+from lightning_mtl.gradients import batched, trunk_gramian
 
 
 @pytest.fixture(autouse=True)
@@ -17,5 +17,6 @@ def compiled_for_several_passes() -> Iterator[None]:
 
 @pytest.fixture
 def every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers get their short form at any size: the tests' own ones are so small that rows would do for all."""
+    """Layers get their short form, and tasks one pass, at any size: for the tests' small ones rows would do."""
     monkeypatch.setattr(trunk_gramian, "_is_worth_it", lambda *_: True)
+    monkeypatch.setattr(batched, "_fits", lambda *_: True)

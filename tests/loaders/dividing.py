@@ -167,14 +167,19 @@ def _trainer(ranks: int, **arguments: Any) -> pl.Trainer:
     return quiet_trainer(devices=ranks, strategy=DDPStrategy(process_group_backend="gloo"), **arguments)
 
 
+def see(data: MultiTaskDataModule, tasks: Sequence[str], ranks: int) -> dict[str, list[int]]:
+    """What this rank sees of the validation data."""
+    _trainer(ranks, callbacks=[seen := Seen()]).validate(module(tasks), datamodule=data, verbose=False)
+    return seen.validated
+
+
 def evaluate(rank: int, ranks: int) -> dict[str, list[int]]:
     """What this rank saw of each of DIVIDED."""
     answers = {name: answer for name, (_, answer) in DIVIDED.items()}
     data = MultiTaskDataModule(
         val={name: make() for name, (make, _) in DIVIDED.items()}, batch_size=2, shard_iterables=answers
     )
-    _trainer(ranks, callbacks=[seen := Seen()]).validate(module(tuple(DIVIDED)), datamodule=data, verbose=False)
-    return seen.validated
+    return see(data, list(DIVIDED), ranks)
 
 
 def be_wrong(rank: int, ranks: int) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from lightning_mtl.data.samplers import known_order
 from tests.distributed.pairs import Pair
 from tests.loaders import dividing
 from tests.loaders.dividing import DIVIDED, SIZE, WRONG, ByInit, ByWorker, Shuffling, Wrong, batches, weighted
-from tests.loaders.samples import Flowing, Numbered, Sized, numbers, seen_in
+from tests.loaders.samples import Flowing, Numbered, Sized, numbers, sample, seen_in
 
 # torchdata's loader calls what torch has deprecated: nothing of ours.
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
@@ -102,9 +102,9 @@ def test_ready_made_batches_are_not_batched_again() -> None:
         (DataLoader(batches(11), batch_size=None, sampler=SequentialSampler(range(4))), 4),  # type: ignore[arg-type]
     ):
         assert evaluated(data, batch_size=sizes) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10]]
-    shuffled = DataLoader(batches(9), batch_size=None, shuffle=True)  # type: ignore[arg-type]
-    data = MultiTaskDataModule({"a": shuffled, "b": Numbered(12)}, batch_size={"b": 4}, mixing=Joint())
-    assert once([numbers(batch["a"][0]) for batch in data.train_dataloader()], 9)
+    shuffled: DataLoader[Any] = DataLoader(batches(9), batch_size=None, shuffle=True)  # type: ignore[arg-type]
+    mixed = MultiTaskDataModule({"a": shuffled, "b": Numbered(12)}, batch_size={"b": 4}, mixing=Joint())
+    assert once([numbers(batch["a"][0]) for batch in mixed.train_dataloader()], 9)
 
 
 class Fluid(Flowing):
@@ -124,7 +124,9 @@ def test_a_loader_that_is_an_iterable_dataset_by_class_is_a_loader() -> None:
     with pytest.raises(ValueError, match=re.escape("val['a'] makes batches itself (Fluid.batched), of which there")):
         evaluated(Fluid(batches(SIZE), "_batched"))
     assert once(evaluated(Fluid(batches(SIZE), "_batched"), batch_size={"a": None}))
-    assert len(evaluated(Fluid(map(dividing.sample, range(SIZE)), "_batched", "_unbatched"))) == 3
+    with pytest.raises(ValueError, match=re.escape("val['a'] is a Fluid with drop_last=True, which leaves samples")):
+        evaluated(Fluid(DataLoader(Numbered(SIZE), batch_size=5, drop_last=True)))
+    assert len(evaluated(Fluid(map(sample, range(SIZE)), "_batched", "_unbatched"))) == 3
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ from tests.weightings import WeightedSum
         (lambda: DTP("accuracy", alpha=1.5), "DTP(alpha=1.5) must be above 0 and at most 1"),
         (lambda: DTP("accuracy", stage="test"), "DTP(stage='test') must be 'val' or 'train'"),  # type: ignore[arg-type]
         (lambda: MGDA(every_n_steps=0), "MGDA(every_n_steps=0) must be at least 1"),
+        (lambda: MGDA(gradients="all"), "MGDA(gradients='all') must be 'automatic' or 'rows'"),  # type: ignore[arg-type]
         (lambda: MGDA(at=()), "MGDA(at=()) must be 'trunk', 'features', 'last_layer' or names of modules"),
         (lambda: MGDA(at=""), "MGDA(at='') must be"),
         (lambda: WeightedSum({}, at="last_layer"), "WeightedSum(at='last_layer') must be 'trunk' or 'features'"),
