@@ -12,6 +12,7 @@ PRECISION = "tests/test_precision.py"
 DDP = "tests/distributed/test_ddp.py"
 SITUATIONS = "tests/gradients/test_situations.py"
 TURNS = "tests/gradients/test_turns.py"
+WITHOUT_ROWS = "tests/gradients/test_trunk_gramian.py"
 
 ENGINE = (
     # What the ranks have to add up.
@@ -106,6 +107,58 @@ ENGINE = (
         "outer = scaled",
         PRECISION,
     ),
+    Mutation(
+        "the scaler's factor stays in gradients without rows",
+        "gradients/trunk_gramian.py",
+        "outer = scaled if scale is None else scaled / scale",
+        "outer = scaled",
+        PRECISION,
+    ),
+    # Gramians without rows.
+    Mutation(
+        "a bias has no part in the inner products",
+        "gradients/compressed.py",
+        "a = a if self.bias is None else torch.cat",
+        "a = a if True else torch.cat",
+        WITHOUT_ROWS,
+    ),
+    Mutation(
+        "a table's padding has a part in the inner products",
+        "gradients/compressed.py",
+        "counts = (index != self._padding(node))[:, None]",
+        "counts = (index == index)[:, None]",
+        WITHOUT_ROWS,
+    ),
+    Mutation(
+        "a weight transposed twice counts as transposed once",
+        "gradients/trunk_gramian.py",
+        "transposed=transposed ^ (type(node) is TRANSPOSE)",
+        "transposed=type(node) is TRANSPOSE",
+        WITHOUT_ROWS,
+    ),
+    Mutation(
+        "a use that no rule knows is left out",
+        "gradients/trunk_gramian.py",
+        "kinds = {_WEIGHTS.get(key) for _, key in uses}",
+        "kinds = {_WEIGHTS[key] for _, key in uses if key in _WEIGHTS} or {None}",
+        WITHOUT_ROWS,
+    ),
+    Mutation(
+        "a leaf of two tasks is differentiated once for both",
+        "gradients/batched.py",
+        "if sum(map(len, above)) > len(set[Tensor]().union(*above) - below):",
+        "if False:",
+        SITUATIONS,
+        "trunk",
+    ),
+    Mutation(
+        "of a tensor's several readers in one task the last one counts",
+        "gradients/batched.py",
+        "received[index] = gradient if before is None else before + gradient",
+        "received[index] = gradient",
+        SITUATIONS,
+        "trunk",
+    ),
     # Which way is taken.
     Mutation(
         "the engine is not asked whether a pass enters the trunk",
@@ -174,6 +227,14 @@ ENGINE = (
     Mutation(
         "penalties are dropped where rows are weighed",
         "gradients/trunk.py",
+        "return loss if penalty is None else loss + penalty",
+        "return loss",
+        ENGINE_TESTS,
+        "aggregator and trunk and penalized",
+    ),
+    Mutation(
+        "penalties are dropped where no rows are kept",
+        "gradients/trunk_gramian.py",
         "return loss if penalty is None else loss + penalty",
         "return loss",
         ENGINE_TESTS,
