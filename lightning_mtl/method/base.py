@@ -193,7 +193,7 @@ class Weighting(NamedArguments, TaskState, ABC):
                 self._idle = [position for position in range(len(present)) if position not in asked]
         self._newest = (list(present), weights)
         applied = weights if not self._idle else weights.index_fill(0, like.new_tensor(self._idle).long(), 0.0)
-        applied = self._with_total(applied)
+        applied = applied if self.total is None else self._with_total(applied)
         if self._idle:
             heads = applied.clone()
             heads[self._idle] = applied.sum() / len(asked)

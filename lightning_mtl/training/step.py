@@ -198,11 +198,11 @@ class Optimization:
         with self.phases.during("forward"):
             penalties = module.penalties_with(reduced.names)
         with off:
+            outputs, reduced = (outputs, reduced) if window.scales is None else over_scales(window, outputs, reduced)
+            window.note(reduced, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
             if outputs:
                 window.local.append((list(outputs), reduced.own, sample_counts(list(outputs.values()))))
                 recorder.labels.add_whole(outputs)
-            outputs, reduced = over_scales(window, outputs, reduced)
-            window.note(reduced, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
             found = micro_batch_of(module, window, cast, reduced, outputs, penalties, split, unseen=not self._looked)
             if observation is not None and window.micro_batches == 1:
                 with self.phases.during("monitors"):
