@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from lightning_mtl.devices import WITHOUT_FLOAT64
 from lightning_mtl.gradients.batched import all_at_once
 from lightning_mtl.gradients.compressed import Convolution, Cotangents, Embedding, Layer, Linear
 from lightning_mtl.gradients.graph import check_nothing_hidden, check_repeatable
@@ -221,7 +222,7 @@ _MARGIN = 1.2  # of what is not counted: small kernels, and numbers that are no 
 
 def _is_worth_it(weight: Tensor, nodes: Sequence[Node], dimension: int, num_tasks: int) -> bool:
     """Whether compressed rows take less memory and fewer operations than rows."""
-    if not weight.numel():
+    if not weight.numel() or weight.device.type in WITHOUT_FLOAT64:  # MPS, which has no QR either
         return False
     d_out = weight.shape[dimension]
     d_in = weight.numel() // d_out
