@@ -113,7 +113,7 @@ class Weighting(NamedArguments, TaskState, ABC):
         if every_n_steps > 1:
             self.add_state("held_weights", torch.tensor(nan))
         if self.measures in ("norms", "gramian"):
-            self.add_state("zero_gradient_steps", torch.tensor(0))
+            self.add_state("zero_gradient_steps", torch.tensor(0), on_cpu=True)
 
     @abstractmethod
     def weigh(self, signals: Signals) -> Tensor:
@@ -193,19 +193,15 @@ class Weighting(NamedArguments, TaskState, ABC):
                 self._idle = [position for position in range(len(present)) if position not in asked]
         self._newest = (list(present), weights)
         applied = weights if not self._idle else weights.index_fill(0, like.new_tensor(self._idle).long(), 0.0)
-        if self.total is not None:
-            applied = self._with_total(applied)
-        if self._idle:  # What the mean of the others' weights is to their heads depends on the total.
+        applied = self._with_total(applied)
+        if self._idle:
             heads = applied.clone()
             heads[self._idle] = applied.sum() / len(asked)
             self._heads = self.with_importance(heads, signals)
         return self.with_importance(applied, signals) if self.importance else applied
 
     def _asked_about(self, signals: Signals) -> list[int]:
-        """The tasks that the method sees, as positions in the signals: not those whose gradient counts as zero.
-
-        Some methods have no solution with such a task, others one in which the shared parameters stand still.
-        """
+        """The tasks that the method sees, as positions in the signals: not those whose gradient counts as zero."""
         known = signals.norms if signals.host_norms is None else signals.host_norms
         sizes = known if signals.gramian is None else signals.gramian.diagonal().sqrt()
         if sizes is None or self.measures not in ("norms", "gramian"):
@@ -274,9 +270,9 @@ class Weighting(NamedArguments, TaskState, ABC):
                 with self.only([present[position] for position in asked]):
                     self.update(signals if len(asked) == len(signals.tasks) else signals.cut(asked))
 
-    def _count_idle(self, positions: Sequence[int], step: int) -> None:
+    def _count_idle(self, positions: list[int], step: int) -> None:
         new = [self.tasks[position] for position in positions if self.zero_gradient_steps[position] == 0]
-        self.zero_gradient_steps[list(positions)] += 1
+        self.zero_gradient_steps[positions] += 1
         if new:
             log_zero_gradients(type(self).__name__, new, step)
 

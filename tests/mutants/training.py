@@ -89,9 +89,9 @@ TRAINING = (
     ),
     Mutation(
         "ranks count alike however many samples they have",
-        "training/window.py",
+        "training/reduced.py",
         "return self.own_counts / self.counts",
-        "return torch.ones_like(self.counts) / 2",
+        "return self.own_counts * 0 + 0.5",
         PARTIAL,
     ),
     Mutation(
