@@ -1,13 +1,13 @@
-"""Each way of weighting over the least that it can cost, as K, the model and the batch grow.
+"""Each way of weighting over plain training or the cost of rows, as K, the model and the batch grow.
 
     python -m benchmarks.floor                        # half an hour on a free core, up to 100 million parameters
     python -m benchmarks.floor --quick                # 3 minutes, up to 3 million
     python -m benchmarks.floor --json PATH --png PATH
 
-The floors are those of ``step_time.py``: plain training where losses alone are weighed or gradients are taken at the
-features, and K gradients of the last layer, or K - 1 backward passes of the trunk, more. An MLP throughout; what is not
-varied is 8 tasks, one million parameters and a batch of 128. The plot's upper row shows a step and its floor, the lower
-one their ratio; all axes are logarithmic.
+What each is compared with is that of ``step_time.py``: plain training where losses alone are weighed or gradients are
+taken at the features; K gradients of the last layer more; or K - 1 backward passes of the trunk more, the cost of rows.
+An MLP throughout; what is not varied is 8 tasks, one million parameters and a batch of 128. The plot's upper row shows
+a step and what it is compared with, the lower one their ratio; all axes are logarithmic.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_mtl.devices import WITHOUT_FLOAT64
 from lightning_mtl.gradients.batched import all_at_once
 from lightning_mtl.gradients.compressed import Convolution, Cotangents, Embedding, Layer, Linear
 from lightning_mtl.gradients.graph import check_nothing_hidden, check_repeatable
@@ -194,16 +193,17 @@ def layers_of(losses: Sequence[Tensor], shared: Sequence[Tensor], num_tasks: int
         rest[parameter] = None
         uses = _uses(parameter, readers)
         nodes = frozenset([node for node, _ in uses])
-        keys = {key for _, key in uses}
-        if keys <= _BIASES:
+        if all(key in _BIASES for _, key in uses):
             biases[nodes] = parameter
-        elif len(nodes) == len(uses) and keys <= _WEIGHTS.keys() and len(made := {_WEIGHTS[key] for key in keys}) == 1:
-            weights[nodes] = (parameter, *made.pop())
+        kinds = {_WEIGHTS.get(key) for _, key in uses}
+        kind = kinds.pop()
+        if kind is not None and not kinds and len(nodes) == len(uses):
+            weights[nodes] = (parameter, *kind)
     layers = []
-    for nodes, (weight, kind, dimension) in weights.items():
+    for nodes, (weight, layer_type, dimension) in weights.items():
         operations = [node for node in nodes if node is not None]
         if _is_worth_it(weight, operations, dimension, num_tasks):
-            layer = kind(weight, biases.get(nodes), operations, dimension)
+            layer = layer_type(weight, biases.get(nodes), operations, dimension)
             if layer.is_known():
                 layer.keep()
                 layers.append(layer)
@@ -214,22 +214,21 @@ def layers_of(losses: Sequence[Tensor], shared: Sequence[Tensor], num_tasks: int
 
 # What one number costs, in multiply-adds of a product of matrices: in a QR factorization, measured on one core and
 # guessed for GPUs, whose factorizations are slow; and to move it into a row and back into a direction.
-_FACTORIZING = {"cpu": 2.5}
-_FACTORIZING_ELSEWHERE = 200.0
+_FACTORIZING = {"cpu": 2.5, "cuda": 200.0}
 _MOVING = 25.0
 _MARGIN = 1.2  # of what is not counted: small kernels, and numbers that are no longer in the cache
 
 
 def _is_worth_it(weight: Tensor, nodes: Sequence[Node], dimension: int, num_tasks: int) -> bool:
     """Whether compressed rows take less memory and fewer operations than rows."""
-    if not weight.numel() or weight.device.type in WITHOUT_FLOAT64:  # MPS, which has no QR either
+    if not weight.numel() or weight.device.type not in _FACTORIZING:
         return False
     d_out = weight.shape[dimension]
     d_in = weight.numel() // d_out
     samples = sum(math.prod(node._input_metadata[0].shape) for node in nodes) // d_out
     if not 0 < samples < d_in:
         return False
-    factor = _FACTORIZING.get(weight.device.type, _FACTORIZING_ELSEWHERE) * d_in * samples**2
+    factor = _FACTORIZING[weight.device.type] * d_in * samples**2
     compressed = factor + samples * d_in * d_out + num_tasks * samples * d_out * (samples + num_tasks)
     rows = num_tasks * d_in * d_out * (samples + _MOVING + num_tasks)
     return bool(_MARGIN * compressed < rows)

@@ -167,7 +167,8 @@ class Optimization:
                 raise collects_shards(window.weighting, window.size)
             return ShardedTrunkGradients(tasks, shared, others)
         features = window.wanted != "nothing" and window.measures_at == "features"
-        if not window.keeps_rows:
+        # Hooks of this older kind may change a layer's weight gradient, which is never computed without rows.
+        if not window.keeps_rows and not any(part._is_full_backward_hook is False for part in module.modules()):
             return TrunkGramian(tasks, shared, others, self._rows)
         return TrunkGradients(tasks, shared, others, window.ranks, kept=self._rows, features=features)
 

@@ -22,6 +22,7 @@ HARMLESS = (
     # torch 2.14 says so of scripts, which are among the models.
     "ignore:`torch.jit.script` is deprecated:FutureWarning",
     "ignore:Full backward hook is firing:UserWarning",
+    "ignore:Using a non-full backward hook:FutureWarning",
     "ignore:.*nested tensors is in prototype stage:UserWarning",
     "ignore:.*torch.jit.*deprecated:DeprecationWarning",
     "ignore:.*torch.jit.*not supported:DeprecationWarning",

@@ -12,6 +12,7 @@ PRECISION = "tests/test_precision.py"
 DDP = "tests/distributed/test_ddp.py"
 SITUATIONS = "tests/gradients/test_situations.py"
 TURNS = "tests/gradients/test_turns.py"
+WITHOUT_ROWS = "tests/gradients/test_trunk_gramian.py"
 
 ENGINE = (
     # What the ranks have to add up.
@@ -106,36 +107,6 @@ ENGINE = (
         "outer = scaled",
         PRECISION,
     ),
-    # Devices and half precision.
-    Mutation(
-        "weights are rounded to half precision",
-        "gradients/rows.py",
-        "return (torch.stack([rounded, rest]) @ matrix).sum(0)",
-        "return rounded @ matrix",
-        "tests/gradients/test_rows.py",
-    ),
-    Mutation(
-        "features are flattened in another order than that of their memory",
-        "gradients/feature_measurement.py",
-        "key=lambda dim: -z.stride()[dim]",
-        "key=lambda dim: dim",
-        "tests/gradients/test_layout.py",
-    ),
-    Mutation(
-        "an epoch's sums are reduced on the CPU where a rank has no label",
-        "training/logging.py",
-        "self._move(module.device)",
-        "pass",
-        "tests/devices/test_fits.py",
-        "collective",
-    ),
-    Mutation(
-        "norms are read a second time",
-        "method/base.py",
-        "known = signals.norms if signals.host_norms is None else signals.host_norms",
-        "known = signals.norms",
-        "tests/devices/test_waits.py",
-    ),
     # Which way is taken.
     Mutation(
         "the engine is not asked whether a pass enters the trunk",
@@ -204,6 +175,14 @@ ENGINE = (
     Mutation(
         "penalties are dropped where rows are weighed",
         "gradients/trunk.py",
+        "return loss if penalty is None else loss + penalty",
+        "return loss",
+        ENGINE_TESTS,
+        "aggregator and trunk and penalized",
+    ),
+    Mutation(
+        "penalties are dropped where no rows are kept",
+        "gradients/trunk_gramian.py",
         "return loss if penalty is None else loss + penalty",
         "return loss",
         ENGINE_TESTS,

@@ -123,6 +123,13 @@ def with_inner_hook() -> nn.Module:
     return trunk
 
 
+def with_older_hook() -> nn.Module:
+    """A hook of the older kind, on the layer's own node: it changes the gradient of the weight, too."""
+    trunk = deep()
+    trunk.get_submodule("2").register_backward_hook(halve)
+    return trunk
+
+
 def hooked_head() -> nn.Module:
     head = nn.Linear(WIDTH, 1)
     head.register_full_backward_hook(halve)
@@ -151,5 +158,6 @@ HOOKS = (
         layer="trunk.2",
         clean=True,
     ),
+    Situation("older backward hook", functools.partial(Net, trunk=with_older_hook), layer="trunk.2", clean=True),
     Situation("full backward hook on a head", functools.partial(Net, a=hooked_head), clean=True),
 )
