@@ -265,8 +265,7 @@ class Optimization:
     def _close(self, module: TaskModule, window: Window, batch_idx: int) -> None:
         """Step the optimizer, unless something is not finite, and tell weighting, monitors and loggers."""
         cast, update, automatic = self.cast, self.update, module.automatic_optimization
-        steering, weights = cast.steering, window.applied_weights
-        signals = window.summary()
+        steering, weights, signals = cast.steering, window.applied_weights, window.summary()
         positions = [] if signals is None else window.positions(signals.tasks)
         if automatic:
             update.awaited, update.seen = window, False
