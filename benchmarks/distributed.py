@@ -69,12 +69,12 @@ class Traffic(pl.Callback):
     def __init__(self) -> None:
         self.reducer = self.others = 0
         self.counted: list[tuple[int, int]] = []
-        self._all_reduce = dist.all_reduce
+        self._all_reduce, self._all_gather = dist.all_reduce, dist.all_gather
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:  # noqa: ANN401
         assert isinstance(trainer.strategy.model, DistributedDataParallel)  # noqa: S101 - what was asked for
         trainer.strategy.model.register_comm_hook(None, self._in_bucket)
-        dist.all_reduce = self._counting
+        dist.all_reduce, dist.all_gather = self._counting, self._counting_gathered
 
     def on_train_batch_start(self, *_: Any) -> None:  # noqa: ANN401
         self.reducer = self.others = 0
@@ -83,7 +83,7 @@ class Traffic(pl.Callback):
         self.counted.append((self.reducer, self.others))
 
     def on_train_end(self, *_: Any) -> None:  # noqa: ANN401
-        dist.all_reduce = self._all_reduce
+        dist.all_reduce, dist.all_gather = self._all_reduce, self._all_gather
 
     def _in_bucket(self, _: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         self.reducer += bucket.buffer().nbytes
@@ -93,6 +93,10 @@ class Traffic(pl.Callback):
     def _counting(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         self.others += tensor.nbytes
         return self._all_reduce(tensor, *args, **kwargs)
+
+    def _counting_gathered(self, found: list[Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        self.others += tensor.nbytes
+        return self._all_gather(found, tensor, *args, **kwargs)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_mtl.gradients.feature_measurement import groups_read
 from lightning_mtl.gradients.features import FeatureGradients
+from lightning_mtl.gradients.gathered import GatheredGramian
 from lightning_mtl.gradients.graph import writing_no_gradients
 from lightning_mtl.gradients.inner_products import Measured
 from lightning_mtl.gradients.micro_batch import MicroBatch
@@ -170,6 +171,8 @@ class Optimization:
         features = window.wanted != "nothing" and window.measures_at == "features"
         # Hooks of this older kind may change a layer's weight gradient, which is never computed without rows.
         if not window.keeps_rows and not any(part._is_full_backward_hook is False for part in module.modules()):
+            if window.ranks.size > 1:
+                return GatheredGramian(tasks, shared, others, self._rows, window.ranks)
             return TrunkGramian(tasks, shared, others, self._rows)
         return TrunkGradients(tasks, shared, others, window.ranks, kept=self._rows, features=features)
 

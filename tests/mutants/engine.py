@@ -69,8 +69,8 @@ ENGINE = (
     ),
     Mutation(
         "what a rank's losses reach is not told the others",
-        "gradients/trunk.py",
-        "flags = self.ranks.sum(flags)",
+        "gradients/rows.py",
+        "flags = ranks.sum(flags)",
         "pass",
         DDP,
         "default",
@@ -118,8 +118,8 @@ ENGINE = (
     Mutation(
         "a bias has no part in the inner products",
         "gradients/compressed.py",
-        "a = a if self.bias is None else torch.cat",
-        "a = a if True else torch.cat",
+        "return a if self.bias is None else torch.cat",
+        "return a if True else torch.cat",
         WITHOUT_ROWS,
     ),
     Mutation(
