@@ -90,7 +90,7 @@ bench-solvers: $(VENV)/.bench ## A solve of each small convex problem, beside To
 bench-toy: $(VENV)/.dev ## Every method on the toy Pareto problem.
 	$(BIN)/python -m benchmarks.toy_pareto --full --json $(RESULTS)/toy_pareto.json --png $(RESULTS)/toy_pareto.png $(BENCH_ARGS)
 
-bench-gpu: $(VENV)/.bench ## The contract and step times on a GPU.
+bench-gpu: $(VENV)/.bench ## The contract, NCCL, waits and step times on a GPU.
 	$(BIN)/python -m benchmarks.on_gpu --json $(RESULTS)/gpu.json $(BENCH_ARGS)
 
 bench-methods-work: $(VENV)/.dev ## Train with every named method on real data: which differ from equal weights?

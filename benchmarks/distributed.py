@@ -74,7 +74,8 @@ class Traffic(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:  # noqa: ANN401
         assert isinstance(trainer.strategy.model, DistributedDataParallel)  # noqa: S101 - what was asked for
         trainer.strategy.model.register_comm_hook(None, self._in_bucket)
-        dist.all_reduce, dist.all_gather = self._counting, self._counting_gathered
+        dist.all_reduce = self._counting
+        dist.all_gather = self._counting_gathered  # type: ignore[assignment]
 
     def on_train_batch_start(self, *_: Any) -> None:  # noqa: ANN401
         self.reducer = self.others = 0

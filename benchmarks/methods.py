@@ -4,7 +4,9 @@
     python -m benchmarks.methods --only MGDA CAGrad --rounds 9 --json PATH
 
 The same fits, clock and ratios as ``step_time.py``, which explains them and compares the ways of measuring with their
-floors; here stand the methods beside each other. DTP runs with a metric on each task, and pays for it.
+floors; here stand the methods beside each other. DTP runs with a metric on each task, and pays for it; the methods for
+auxiliary tasks have one main task, and Frozen is timed once its weights are. PIVRG, which needs validation, costs what
+FairGrad does.
 """
 
 from __future__ import annotations
@@ -36,20 +38,24 @@ METRIC = "MulticlassAccuracy"
 MAKE: dict[str, Callable[[], Weighting]] = {
     "DTP": functools.partial(methods.DTP, METRIC, stage="train"),
     "CRMOGM": lambda: methods.CRMOGM(methods.MGDA()),
+    "Frozen": lambda: methods.Frozen(methods.MGDA(), steps=2),
 }
-NEEDS_A_LIBRARY = ("FromTorchJD",)
+WITH_A_MAIN_TASK = ("AuxiliaryCosine", "MetaBalance")
+LEFT_OUT = ("FromTorchJD", "PIVRG")
 
 
 def variants() -> list[Variant]:
     """Every exported method by itself, and those that measure gradients at the features, too."""
     found = [Variant("plain", plain=True), Variant("equal weights")]
-    for name in sorted(set(methods.__all__) - set(NEEDS_A_LIBRARY)):
+    for name in sorted(set(methods.__all__) - set(LEFT_OUT)):
         method = getattr(methods, name)
         if not (isinstance(method, type) and issubclass(method, Weighting)):
             continue
-        found.append(Variant(name, MAKE.get(name, method), metrics=name == "DTP"))
+        arguments: dict[str, Any] = {"main": "task_0"} if name in WITH_A_MAIN_TASK else {}
+        found.append(Variant(name, MAKE.get(name, functools.partial(method, **arguments)), metrics=name == "DTP"))
         if name not in MAKE and (method.measures in ("gramian", "norms") or issubclass(method, Aggregator)):
-            found.append(Variant(f"{name} features", functools.partial(method, at="features")))
+            found.append(Variant(f"{name} features", functools.partial(method, at="features", **arguments)))
+    found.append(Variant("DBMTL(beta=0.9)", functools.partial(methods.DBMTL, beta=0.9)))
     return found
 
 

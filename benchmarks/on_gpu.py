@@ -8,6 +8,8 @@
 2. A step with each way of weighting over plain Lightning and over its floor, in bfloat16, as ``step_time.py`` does.
 3. K gradients of a trunk by ``is_grads_batched`` over K passes one by one.
 4. A step beside TorchJD's, where that is installed, as ``against_torchjd.py`` does.
+5. DDP over NCCL with one process, whose collectives take nothing from the host, and its validation without a label.
+6. How often the host waits for the device in one step, by CUDA's own count, beside ``tests/devices/test_waits.py``.
 
 Times are the wall's, each after the device has finished.
 """
@@ -27,16 +29,20 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from benchmarks.step_cases import TRUNKS, WARM_UP, Case, Device, Precision, clock
 from benchmarks.trunks import PEER_TRUNKS
 from lightning_mtl import Weighting
+from lightning_mtl.weighting import MGDA, GradNorm, UncertaintyWeighting
 from tests.contract_rows import ROWS
 from tests.small import batch, binary
 from tests.training import fit, flat_parameters, loader
@@ -150,6 +156,65 @@ def beside_torchjd(
         yield result
 
 
+def one_process(device: Device) -> Iterator[dict[str, Any]]:
+    backend = "nccl" if device == "cuda" else "gloo"
+    batches = [batch(8, seed, TASKS) for seed in range(3)]
+    unlabeled: list[Any] = [(inputs, {}) for inputs, _ in batches]
+    for make in (UncertaintyWeighting, GradNorm, MGDA):
+        module = binary(tasks=TASKS)
+        fit(
+            module,
+            loader(*batches),
+            loader(*unlabeled),
+            accelerator=device,
+            devices=1,
+            strategy=DDPStrategy(process_group_backend=backend),
+            max_epochs=2,
+            callbacks=[make()],
+        )
+        apart = (flat_parameters(module).double().cpu() - trained(make, device, "32-true")).abs().max().item()
+        print(f"{make.__name__:24} {backend} with one process, largest difference {apart:.1e}", flush=True)
+        yield {"row": make.__name__, "backend": backend, "largest_difference": apart}
+    torch.distributed.destroy_process_group()
+
+
+class Synchronizations(pl.Callback):
+    """Counts what CUDA says makes the host wait, in the fifth batch."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self._open = ExitStack()
+
+    def on_train_batch_start(self, *arguments: object) -> None:
+        if arguments[-1] == 4:
+            self._heard = self._open.enter_context(warnings.catch_warnings(record=True))
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def on_train_batch_end(self, *arguments: object) -> None:
+        if arguments[-1] == 4:
+            torch.cuda.set_sync_debug_mode("default")
+            self.found = [str(one.message) for one in self._heard if "synchronizing" in str(one.message)]
+            self._open.close()
+
+
+def host_waits(device: Device) -> Iterator[dict[str, Any]]:
+    if device != "cuda":
+        return
+    batches = [batch(8, seed, TASKS) for seed in range(6)]
+    for name, weightings, expected in (
+        ("no weighting", [], 1),
+        ("UncertaintyWeighting", [UncertaintyWeighting()], 1),
+        ("GradNorm", [GradNorm()], 2),
+        ("MGDA", [MGDA()], 2),
+    ):
+        module, counter = binary(tasks=TASKS), Synchronizations()
+        module.train_metrics.clear()
+        fit(module, loader(*batches), accelerator=device, devices=1, callbacks=[counter, *weightings])
+        print(f"{name:24} {len(counter.found)} waits of the host in a step, {expected} expected", flush=True)
+        yield {"row": name, "waits": len(counter.found), "expected": expected}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for trying the script")
@@ -171,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     numbers = (2,) if options.quick else (2, 8, 40)
     device: Device = options.device
     measured: dict[str, list[dict[str, Any]]] = {"contract": list(contract(device))}
+    measured |= {"one_process": list(one_process(device)), "host_waits": list(host_waits(device))}
     with tempfile.TemporaryDirectory() as log_dir:
         times = [(trunk, k) for trunk in ("conv", "transformer") for k in numbers]
         measured["step_time"] = list(step_times(device, times, rounds, log_dir))

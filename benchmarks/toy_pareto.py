@@ -9,7 +9,8 @@ default gamma and with 0, which is what its authors set for this problem. A ligh
 ``combine`` and ``update``, with gradients by formula; the Trainer runs one method for some steps, to show that the two
 agree. A point within ``TOLERANCE`` of the front counts as on it. Methods see the losses less their lower bounds, -2 and
 -20 (FAMO's code has -2.1 and -21): some take logarithms, and no gradient changes by that. Those that count epochs get
-one of ``EPOCH`` steps. DTP, which needs a metric, is left out. The seconds depend on the machine, all else does not.
+one of ``EPOCH`` steps. DTP, which needs a metric, and PIVRG, which needs validation, are left out; those for auxiliary
+tasks have L1 for the main one. The seconds depend on the machine, all else does not.
 """
 
 # ruff: noqa: E402 - the number of threads has to be set before NumPy and torch are imported, which read it once.
@@ -78,6 +79,14 @@ METHODS: dict[str, Callable[[], Weighting]] = {
     "UPGrad": methods.UPGrad,
     "DualProj": methods.DualProj,
     "ConFIG": methods.ConFIG,
+    "SoftOptimalUncertainty": methods.SoftOptimalUncertainty,
+    "IGB": methods.IGB,
+    "DBMTL": methods.DBMTL,
+    "SDMGrad": methods.SDMGrad,
+    "ExcessMTL": methods.ExcessMTL,
+    "MetaBalance(L1)": functools.partial(methods.MetaBalance, TASKS[0]),
+    "AuxiliaryCosine(L1)": functools.partial(methods.AuxiliaryCosine, TASKS[0]),
+    "Frozen(NashMTL)": lambda: methods.Frozen(methods.NashMTL()),
 }
 LEAST_SUM = -5.727  # x1 of the least L1 + L2: (7 * 0.1 - 7) / 1.1
 Rows = Sequence[dict[str, Any]]
@@ -157,7 +166,7 @@ def descend(weighting: Weighting, start: tuple[float, float], steps: int) -> Run
         if step % KEPT_EVERY == 0:
             run.path.append(run.x)
         extra: dict[str, Any] = {}
-        if needs in ("norms", "gramian"):
+        if needs != "losses":
             square_a, product, square_b = a[0] ** 2 + a[1] ** 2, a[0] * b[0] + a[1] * b[1], b[0] ** 2 + b[1] ** 2
             if needs == "gramian":
                 extra["gramian"] = torch.tensor([[square_a, product], [product, square_b]], dtype=torch.float64)
@@ -165,7 +174,11 @@ def descend(weighting: Weighting, start: tuple[float, float], steps: int) -> Run
                 extra["norms"] = torch.tensor([math.sqrt(square_a), math.sqrt(square_b)], dtype=torch.float64)
         values = shifted(losses)
         signals = Signals(TASKS, values, step, step // EPOCH, **extra)
-        if isinstance(weighting, Aggregator):
+        if needs == "rows" and not isinstance(weighting, Aggregator):
+            rows = [torch.tensor([a, b], dtype=torch.float64)]
+            u, v = weighting.decide(signals, (0, 1), measured=True, rows=rows).weights.tolist()
+            direction = [u * a[0] + v * b[0], u * a[1] + v * b[1]]
+        elif isinstance(weighting, Aggregator):
             direction = weighting.combine(signals, torch.tensor([a, b], dtype=torch.float64)).tolist()
         else:
             u, v = weighting.weigh(signals).tolist()

@@ -11,6 +11,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -50,11 +51,16 @@ NOISE = re.compile(
     r"Type .* expects a function or a callable class:|"
     r"Problem with given class_path '[^']+':$|Parser key \"[^\"]+\":$"
 )
+UNTYPED = re.compile(r"Expected '(?P<path>[\w.]+)' to be a function that returns <class '(?P<returned>\w+)'>")
 UNKNOWN_NAME = re.compile(
     r"Expected a dot import path string: (?P<bare>\S+)|"
     r"module '(?P<module>[\w.]+)' has no attribute '(?P<attribute>\w+)'|"
     r"(?P<missing>No module named '[^']+')"
 )
+
+
+# Names that Lightning looks for itself, beside addresses and those of its registry of models.
+LIGHTNINGS_OWN = ("last", "hpc")
 
 
 class ConfigurationError(ValueError):
@@ -108,6 +114,9 @@ def condense(message: str) -> str:
     """
     lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
     reasons = list(dict.fromkeys(line for line in lines if line and not NOISE.match(line)))
+    if (untyped := UNTYPED.search(message)) is not None:  # the other types that were tried tell nothing
+        name, returned = untyped["path"].rpartition(".")[2], untyped["returned"]
+        reasons = [f"{untyped[0]}; annotate what it returns: def {name}() -> {returned}"]
     # Nested keys as one; a message that tries several types names each of them more than once.
     key = ".".join(dict.fromkeys(KEY.findall(message))) or None
     reason = "; ".join(_with_choices(reason, key) for reason in reasons[:2]) or " ".join(message.split())
@@ -205,7 +214,8 @@ class MultiTaskCLI(LightningCLI):
             self.config = parser.parse_object(args) if isinstance(args, Mapping) else parser.parse_args(args)
 
     def instantiate_classes(self) -> None:
-        """Make the objects; report in one line what a constructor refuses."""
+        """Make the objects; report in one line what a constructor refuses, and a checkpoint that is not there."""
+        self._check_checkpoint()
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -213,3 +223,19 @@ class MultiTaskCLI(LightningCLI):
                 raise
             with in_one_line():
                 self.parser.error(str(error), error)
+
+    def _check_checkpoint(self) -> None:
+        found = None if self.subcommand is None else self.config[self.subcommand].get("ckpt_path")
+        if found is None:
+            return
+        why = None
+        if found == "best":
+            why = "'best' is known to the process of a fit alone, and this command is another one"
+        elif found not in LIGHTNINGS_OWN and "://" not in found and not found.startswith("registry"):
+            why = None if Path(found).exists() else f"there is no file {found!r}"
+        if why is not None:
+            with in_one_line():
+                self.parser.error(
+                    f"{self.subcommand}.ckpt_path: {why}; give the file, such as "
+                    "lightning_logs/version_0/checkpoints/last.ckpt."
+                )

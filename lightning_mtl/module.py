@@ -19,18 +19,18 @@ from lightning_mtl.task.batches import (
     is_per_task,
     present_outputs,
     refuse_batch,
-    takes_tasks,
     without_others,
 )
 from lightning_mtl.task.concatenation import concatenate, rows_of
 from lightning_mtl.task.labels import MaskedTarget, labeled_part, number_of_samples
 from lightning_mtl.task.task import Task, TaskOutput, name_task
+from lightning_mtl.task.units import Standardizers
 from lightning_mtl.training.checks import check_arguments, check_inputs_differ
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.module import SteppedModule
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable, keeping_schedules
 from lightning_mtl.training.step import Optimization
-from lightning_mtl.trunk import Penalized, penalized_parts, penalties_of
+from lightning_mtl.trunk import TrunkParts
 
 
 class MultiTaskModule(SteppedModule):
@@ -65,7 +65,8 @@ class MultiTaskModule(SteppedModule):
             overridden.
         lr_scheduler: Called with the optimizer, returns a scheduler stepped once an epoch. For another interval, or a
             monitored metric, override ``configure_optimizers`` and return Lightning's usual dictionary.
-        trunk_lr: The trunk's learning rate, where it is not the optimizer's; unused like ``optimizer``.
+        trunk_lr: The trunk's learning rate, where it is not the optimizer's. A scheduler that sets one rate for all
+            parts is refused with the list that keeps them: ``OneCycleLR(max_lr=[...])``.
         head_lr: ``{task: learning rate}`` of heads, likewise.
 
     Raises:
@@ -109,12 +110,12 @@ class MultiTaskModule(SteppedModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.concatenate_inputs, self.max_skipped_steps = concatenate_inputs, max_skipped_steps
+        self.target_units = Standardizers({k: task.standardize for k, task in tasks.items()}, heads)
         self.recorder = Recorder(self.tasks)
         self.schedules: list[LRSchedulerConfig] = []
         self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
         self._trunk_lr, self._head_lr = trunk_lr, dict(head_lr or {})
         self.optimization = Optimization(self.recorder)
-        self._penalized: tuple[nn.Module, list[tuple[str, Penalized]]] | None = None
         # A loss with buffers or parameters of its own moves with the module and is saved with it.
         losses = {k: task.loss for k, task in tasks.items() if isinstance(task.loss, nn.Module)}
         self.loss_modules = nn.ModuleDict(losses)
@@ -124,15 +125,23 @@ class MultiTaskModule(SteppedModule):
 
     # The model
 
+    @property
+    def trunk_parts(self) -> TrunkParts:
+        """What the trunk and its parts say of themselves; looked for once, and again in each fit or evaluation."""
+        if self._trunk_parts is None or self._trunk_parts.trunk is not self.trunk:
+            self._trunk_parts = TrunkParts(self.trunk, self.tasks)
+        return self._trunk_parts
+
     def forward(self, inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401 - whatever the trunk takes
         """Predict every task: ``{task: head(trunk(inputs))}``."""
         return self._predict(inputs, self.tasks)
 
     def _predict(self, inputs: Any, tasks: Iterable[str], rows: Mapping[str, slice] | None = None) -> dict[str, Tensor]:  # noqa: ANN401
         wanted = list(tasks)
-        features = call_trunk(self.trunk, inputs, wanted)
+        parts = self.trunk_parts
+        features = call_trunk(parts, inputs, wanted)
         split = isinstance(features, Mapping) and features.keys() >= (
-            set(wanted) if takes_tasks(self.trunk) else self.heads.keys()
+            set(wanted) if parts.per_task else self.heads.keys()
         )
         predictions = {}
         for task in wanted:
@@ -200,16 +209,25 @@ class MultiTaskModule(SteppedModule):
             ValueError: If prediction and target do not fit the mask, or the loss would broadcast them to all pairs.
         """
         declared, num_samples = self.tasks[task], None
+        units = self.target_units.of(task)
         try:
+            spread = None if units is None else units.spread(prediction, target)
             if declared.missing is not None or isinstance(target, MaskedTarget):
-                part = labeled_part(prediction, target, declared.missing, declared.missing_per, declared.class_dim)
+                given = prediction if spread is None else (prediction, spread)
+                part = labeled_part(given, target, declared.missing, declared.missing_per, declared.class_dim)
                 self.recorder.labels.add(task, part.num_samples, part.num_missing, number_of_samples(target))
                 prediction, target, num_samples = part[:3]
+                if spread is not None:
+                    prediction, spread = prediction
             if num_samples == 0:
                 return TaskOutput(torch.zeros(()), prediction, target, 0)
             if (task, self.training) not in self.recorder.shapes:
                 self.recorder.shapes.check(task, self.training, declared.loss, prediction, target)
-            return TaskOutput(declared.loss(prediction, target), prediction, target, num_samples)
+            if spread is None:
+                return TaskOutput(declared.loss(prediction, target), prediction, target, num_samples)
+            mean, std = spread
+            loss = declared.loss((prediction - mean) / std, (target - mean) / std)
+            return TaskOutput(loss, prediction, target, num_samples)
         except Exception as error:
             name_task(error, "loss", task)
             raise
@@ -218,8 +236,9 @@ class MultiTaskModule(SteppedModule):
         """The checked outputs of the tasks that a batch has labels for, in order."""
         learned = self.learned_tasks
         if learned is None:
-            return present_outputs(self.task_losses(batch), list(self.tasks))
-        outputs = present_outputs(self.task_losses(without_others(batch, self.tasks, learned)), list(self.tasks))
+            return present_outputs(self.task_losses(batch), list(self.tasks), self.device)
+        found = self.task_losses(without_others(batch, self.tasks, learned))
+        outputs = present_outputs(found, list(self.tasks), self.device)
         return {task: output for task, output in outputs.items() if task in learned}
 
     def penalties(self) -> dict[str, Tensor]:
@@ -228,29 +247,19 @@ class MultiTaskModule(SteppedModule):
         By default those of the trunk and its parts, where these have a method ``penalties()`` of their own; an override
         adds to them: ``{**super().penalties(), "name": value}``.
         """
-        if self._penalized is None or self._penalized[0] is not self.trunk:
-            self._penalized = (self.trunk, penalized_parts(self.trunk))  # looked for once, not in every step
-        return penalties_of(self._penalized[1]) if self._penalized[1] else {}
+        parts = self.trunk_parts
+        return parts.penalties(self.present_tasks) if parts.penalized else {}
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """The parameters that tasks share, whose gradients the methods balance.
 
-        By default those that the trunk's own ``shared_parameters()`` names, or all of the trunk's where it has none.
+        By default all of the trunk's, but for what it, or a part inside it, leaves out of its own
+        ``shared_parameters()``.
         """
-        own = getattr(self.trunk, "shared_parameters", None)
-        return list(own() if callable(own) else self.trunk.parameters())
-
-    def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The shared parameters that need gradients now, and all other parameters that do."""
-        shared: list[Tensor] = [p for p in self.shared_parameters() if p.requires_grad]
-        known = set(shared)
-        return shared, [p for p in self.parameters() if p.requires_grad and p not in known]
+        parts = self.trunk_parts
+        return parts.shared_parameters() if parts.divided else list(self.trunk.parameters())
 
     # Lightning's steps
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
-        """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
-        return self.optimization.run(self, batch, batch_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:  # noqa: ANN401
         """Predict every task of a batch of inputs, with or without targets; a task with a loader of its own, alone."""
@@ -264,10 +273,15 @@ class MultiTaskModule(SteppedModule):
         with inputs_alone(batch) as inputs:
             return self.forward(inputs)
 
+    @property
+    def gives_rates(self) -> bool:
+        """Whether the trunk, or a head, was given a learning rate of its own."""
+        return self._trunk_lr is not None or bool(self._head_lr)
+
     @keeping_schedules
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - any of the forms that Lightning takes
         """Build what the arguments say, of :meth:`parameter_groups` where parts have own rates; overridable."""
-        grouped = self._trunk_lr is not None or bool(self._head_lr or self.depths)
+        grouped = self.gives_rates or bool(self.depths)
         grouped = grouped or (self._trainer is not None and task_rates_of(self.trainer) is not None)
         groups = self.parameter_groups(trunk_lr=self._trunk_lr, head_lr=self._head_lr) if grouped else self.parameters()
         optimizer = self._make_optimizer(groups)
@@ -279,11 +293,7 @@ class MultiTaskModule(SteppedModule):
         return {"optimizer": optimizer, "lr_scheduler": followed}
 
 
-def call_trunk(trunk: nn.Module, inputs: Any, tasks: Sequence[str]) -> Any:  # noqa: ANN401 - whatever the trunk takes
-    """Compute what the trunk makes of a batch's inputs, for ``tasks`` alone if it can."""
-    # Attributes are asked for by name: a compiled module forwards them, but is no instance of what it holds.
-    named = {"tasks": tuple(tasks)} if getattr(trunk, "takes_tasks", False) else {}
-    if isinstance(inputs, Tensor):
-        return trunk(inputs, **named)
-    positional, keywords = call_trunk_with(inputs, trunk)
-    return trunk(*positional, **keywords, **named)
+def call_trunk(parts: TrunkParts, inputs: Any, tasks: Sequence[str]) -> Any:  # noqa: ANN401 - whatever the trunk takes
+    """Compute what the trunk makes of a batch's inputs, for ``tasks`` alone if it, or a part inside it, can."""
+    positional, named = ((inputs,), {}) if isinstance(inputs, Tensor) else call_trunk_with(inputs, parts.trunk)
+    return parts.call(positional, named, tasks) if parts.per_task else parts.trunk(*positional, **named)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from lightning_mtl import Aggregator, Signals, Weighting
 
+J1 = ((-4.0, 1.0, 1.0), (6.0, 1.0, 1.0))
+J2 = ((1.0, 2.0, 3.0), (-2.0, 1.0, 0.5), (0.3, -1.0, 2.0))
+
 
 @dataclass(frozen=True)
 class Golden:
@@ -46,6 +49,7 @@ class Row:
         equivariant: Whether permuting the tasks permutes the weights; not where chance puts them in order.
         by_name: Whether an argument names tasks, so that permuting them means something else.
         lowest: A bound from below that the weights keep.
+        fits: Whether any module with these tasks can be trained with it.
         golden: Exact values.
     """
 
@@ -59,6 +63,7 @@ class Row:
     equivariant: bool = True
     by_name: bool = False
     lowest: float = 0.0
+    fits: bool = True
     golden: tuple[Golden, ...] = ()
 
     @property

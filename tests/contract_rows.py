@@ -45,10 +45,8 @@ from lightning_mtl.weighting import (
     UncertaintyWeighting,
     UPGrad,
 )
-from tests.contract import Golden, Row
-
-J1 = ((-4.0, 1.0, 1.0), (6.0, 1.0, 1.0))
-J2 = ((1.0, 2.0, 3.0), (-2.0, 1.0, 0.5), (0.3, -1.0, 2.0))
+from tests.contract import J1, J2, Golden, Row
+from tests.contract_shelf import SHELF
 
 
 def inverse_norms(gramian: Tensor) -> Tensor:
@@ -264,12 +262,13 @@ ROWS: tuple[Row, ...] = (
     Row("CRMOGM", lambda: CRMOGM(UncertaintyWeighting(lr=0.1)), required=(UncertaintyWeighting(),)),
     of_gramian("CRMOGM", lambda: CRMOGM(GradVac()), required=(GradVac(),), unique=None, equivariant=False),
     of_gramian("FromTorchJD", functools.partial(FromTorchJD, inverse_norms), required=(inverse_norms,)),
+    *SHELF,
 )
 
 AGGREGATORS: tuple[Callable[[], Aggregator], ...] = (GradDrop, functools.partial(GradDrop, leak=0.3, seed=2))
 
-MAKES: tuple[Callable[[], Weighting], ...] = (*(row.make for row in ROWS), *AGGREGATORS)
+MAKES: tuple[Callable[[], Weighting], ...] = (*(row.make for row in ROWS if row.fits), *AGGREGATORS)
 # Each method once, as in its first row for tasks of any name.
 METHODS: dict[str, Callable[[], Weighting]] = {}
-for _make in (*(row.make for row in ROWS if not row.by_name), *AGGREGATORS):
+for _make in (*(row.make for row in ROWS if row.fits and not row.by_name), *AGGREGATORS):
     METHODS.setdefault(type(_make()).__name__, _make)

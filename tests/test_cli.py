@@ -167,6 +167,37 @@ def test_bad_files_get_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "out_features" in refused(monkeypatch, capsys, "fit", "--config", file)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["test", "--ckpt_path=best"],
+            r"test.ckpt_path: 'best' is known to the process of a fit alone.* give the file",
+        ),
+        (["fit", "--ckpt_path=missing.ckpt"], "fit.ckpt_path: there is no file 'missing.ckpt'; give the file"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_there_gets_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    found = refused(monkeypatch, capsys, *arguments, "--config", str(EXAMPLES / "run.yaml"))
+    assert re.search(expected, found), found
+
+
+@pytest.mark.parametrize("trunk", ["MMoE", "CGC"])
+def test_experts_by_a_function_that_does_not_say_what_it_returns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trunk: str
+) -> None:
+    Path("untyped.py").write_text("from torch import nn\n\n\ndef expert():\n    return nn.Linear(100, 128)\n")
+    arguments = {"experts": "untyped.expert", "tasks": ["left", "right"], "gate": 100}
+    file = config(model__init_args__trunk={"class_path": trunk, "init_args": arguments})
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    found = refused(monkeypatch, capsys, "fit", "--config", file)
+    assert "model.trunk.experts: Expected 'untyped.expert' to be a function that returns" in found
+    assert "; annotate what it returns: def expert() -> Module (in lightning_mtl.architectures" in found
+
+
 def test_an_unknown_command_lists_the_commands(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

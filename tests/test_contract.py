@@ -82,6 +82,7 @@ def test_golden(row: Row, golden: Golden) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:FairGrad.* makes the shared gradient:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* times the median weight of the others:UserWarning")
 @each
 @pytest.mark.parametrize("mixed", [False, True], ids=["alike", "mixed"])
 @pytest.mark.parametrize("of", ["losses", "gradients", "both"])

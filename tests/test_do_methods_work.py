@@ -136,6 +136,7 @@ def test_partial_labels_are_read_and_learned(tmp_path: Path) -> None:
     assert set(PROBLEMS) == {"multimnist", "tox21", "adult"}
 
 
+@pytest.mark.slow
 def test_a_tiny_run_writes_results_and_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--steps", "3", "--seeds", "2", "--lrs", "1e-3", "--only", "FAMO", STATIC]
     rows = do_methods_work.main([*arguments, "--results", str(tmp_path)])

@@ -74,6 +74,7 @@ def test_iou_of_boxes() -> None:
     torch.testing.assert_close(metric.compute(), expected.mean())
 
 
+@pytest.mark.slow
 def test_detection_ends_with_a_table_and_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ def test_every_mode_gets_as_many_batches(name: str) -> None:
     assert own_datasets.EPOCHS * sum(len(batch) for batch in loader) == 60
 
 
+@pytest.mark.slow
 def test_it_ends_with_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own_datasets.main(["--batches", "15", "--seeds", "1", "--logdir", str(tmp_path)])
     shown = capsys.readouterr().out

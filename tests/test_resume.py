@@ -18,6 +18,7 @@ from lightning_mtl import MultiTaskModule, Weighting
 from lightning_mtl.weighting import DTP, DWA, MGDA, GradNorm, UncertaintyWeighting
 from tests.contract import memory, one_of_each
 from tests.contract_rows import ROWS
+from tests.contract_shelf import SHELF
 from tests.small import Batch, batch, binary, small
 from tests.training import Memory, fit, flat_parameters, loader
 
@@ -115,7 +116,10 @@ def _of_a_step(line: dict[str, float]) -> bool:
     return "loss/a" in line and "loss_epoch/a" not in line
 
 
-@pytest.mark.parametrize("make", one_of_each((row.make for row in ROWS), memory))
+OTHERS = [pytest.param(row.make, id=row.label, marks=pytest.mark.slow) for row in SHELF if row.fits]
+
+
+@pytest.mark.parametrize("make", [*one_of_each((row.make for row in ROWS if row not in SHELF), memory), *OTHERS])
 def test_every_weighting(make: Any, tmp_path: Path) -> None:
     assert_resumes(make, tmp_path)
 

@@ -76,7 +76,7 @@ def name_of(weighting: Weighting) -> str:
     return next(name for name in METHODS if type(weighting).__name__.startswith(name))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["GradNorm", *(pytest.param(n, marks=pytest.mark.slow) for n in [*METHODS][1:])])
 def test_lr_find(name: str, tmp_path: Path) -> None:
     module, weighting, steps = tuned(), METHODS[name](), Steps()
     trainer = quiet_trainer(callbacks=[weighting, steps], max_epochs=3, default_root_dir=tmp_path)

@@ -168,8 +168,17 @@ class LTB(nn.Module):
         return {"tree": self.tree}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the tree of a checkpoint."""
-        self.tree = state["tree"]
+        """Restore the tree of a checkpoint.
+
+        Raises:
+            ValueError: If it is a tree of other stages or tasks.
+        """
+        tree = state["tree"]
+        found = None if tree is None else [len(parents) for parents in tree]
+        children = [len(logits) for logits in self.logits]
+        if found is not None and found != children:
+            raise ValueError(f"LTB's tree has {found} children a stage, and here are {children}, of tasks at the end.")
+        self.tree = tree
 
     def _nodes(self, depth: int) -> list[nn.Module]:
         return list(self.stages[depth].children())

@@ -14,6 +14,7 @@ from lightning_mtl.architectures.costs import as_trained, latency_ms, multiply_a
 from lightning_mtl.monitors.tables import Grid
 from lightning_mtl.task.batches import call_trunk_with
 from lightning_mtl.task.module import TaskModule
+from lightning_mtl.trunk import TrunkParts, outermost
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,8 +31,8 @@ class Cost:
         parameters: All that take part in its predictions.
         shared: Those of them that several tasks of the multi-task model use.
         own: Those that one task alone uses.
-        multiply_adds: Of a forward pass: matrix products, convolutions and attention; what is element by element is not
-            counted.
+        multiply_adds: Of a forward pass: matrix products, convolutions, recurrent layers and attention, of which a
+            causal mask saves nothing; what is element by element is not counted.
         milliseconds: The median forward pass.
 
     Example:
@@ -154,10 +155,11 @@ def parameter_report(
         module: A multi-task module.
         inputs: A batch's inputs, as the trunk takes them; times and multiply-adds are for this batch.
         single_task: ``{task: module}``, each called with ``inputs``: the models to compare with. None derives them: a
-            trunk's ``single_task(task)`` with the task's head, where it has such a method (``SoftSharing``,
-            ``CrossStitch``, ``LTB``); else the trunk and the task's head, without the parts that only other tasks use.
-            Their multiply-adds are left out, as far as they are done by modules with parameters; the time is that of
-            the whole trunk.
+            trunk's ``single_task(task)`` with the task's head, where it, or a part inside it, has such a method
+            (``SoftSharing``, ``CrossStitch``, ``LTB``); else the trunk, asked for this task alone, and the task's head,
+            without the parts that only other tasks use. A trunk that cannot be asked for one task computes all: then
+            the multiply-adds of others are left out as far as they are done by modules with parameters, and the time
+            is that of the whole trunk.
         repeats: Forward passes behind each median.
 
     Raises:
@@ -216,23 +218,25 @@ def _predict(module: Any, task: str, inputs: Any) -> Any:  # noqa: ANN401 - a Mu
 class _SingleTaskModel(nn.Module):
     """The part of a trunk that a task has to itself, and the task's head."""
 
-    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+    def __init__(self, trunk: nn.Module, head: nn.Module, task: str, tasks: Sequence[str]) -> None:
         super().__init__()
-        self.trunk, self.head = trunk, head
+        self.trunk, self.head, self.task = trunk, head, task
+        self.parts = TrunkParts(trunk, tasks)
 
     def forward(self, inputs: Any) -> Any:  # noqa: ANN401 - whatever the trunk takes and the head returns
-        positional, named = call_trunk_with(inputs, self.trunk)
-        return self.head(self.trunk(*positional, **named))
+        features = self.parts.call(*call_trunk_with(inputs, self.trunk), [self.task])
+        split = self.parts.nested and isinstance(features, Mapping) and self.task in features
+        return self.head(features[self.task] if split else features)
 
 
 def _alone(module: TaskModule, task: str) -> nn.Module:
-    own = getattr(module.trunk, "single_task", None)
-    return _SingleTaskModel(own(task), module.heads[task]) if callable(own) else module
+    own = module.trunk_parts.single_task(task)
+    return module if own is None else _SingleTaskModel(own, module.heads[task], task, list(module.tasks))
 
 
 def _assumption(module: TaskModule, single_task: Mapping[str, nn.Module] | None) -> str:
     if single_task is not None:
         return "Single-task models: as given."
-    if callable(getattr(module.trunk, "single_task", None)):
-        return f"Single-task models: what {type(module.trunk).__name__} has for one task, and the task's head."
+    if parts := [type(part).__name__ for _, part in outermost(module.trunk, "single_task")]:
+        return f"Single-task models: what {' and '.join(parts)} has for one task, and the task's head."
     return "Single-task models: the trunk, without what only other tasks use, and the task's head."

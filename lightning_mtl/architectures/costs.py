@@ -5,18 +5,29 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mtl.gradients.graph import reached_leaves
 
 WARM_UP_PASSES = 3
+
+# What torch's counter lacks: products with a vector, sums of products, and nn.Bilinear, by the size of its weight.
+FORMULAS: Mapping[Any, Callable[..., int]] = {
+    torch.ops.aten.mv: lambda matrix, _, **__: 2 * prod(matrix),
+    torch.ops.aten.addmv: lambda _, matrix, __, **___: 2 * prod(matrix),
+    torch.ops.aten.dot: lambda one, _, **__: 2 * prod(one),
+    torch.ops.aten.addbmm: lambda _, one, other, **__: 2 * prod(one) * other[-1],
+    torch.ops.aten._trilinear: lambda inputs, weight, *_, **__: 2 * inputs[0] * prod(weight),
+}
 
 
 @contextmanager
@@ -56,6 +67,27 @@ def parameters_behind(module: nn.Module, run: Callable[[], Any]) -> list[nn.Para
     return [parameter for parameter in parameters if parameter in reached]
 
 
+@contextmanager
+def without_fused_kernels() -> Iterator[None]:
+    """Run what the counter has no formula for as the operations that it stands for.
+
+    These are the kernels of oneDNN and cuDNN for recurrent layers, those of transformer layers in evaluation mode, and
+    scaled dot-product attention on the CPU.
+    """
+    mkldnn: Any = torch.backends.mkldnn
+    cudnn, mha = torch.backends.cudnn, torch.backends.mha
+    before = mkldnn.enabled, cudnn.enabled, mha.get_fastpath_enabled()
+    try:
+        # Their flags() would set more than this, and warn of it.
+        mkldnn.enabled = cudnn.enabled = False
+        mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        mkldnn.enabled, cudnn.enabled = before[:2]
+        mha.set_fastpath_enabled(before[2])
+
+
 def multiply_adds(module: nn.Module, run: Callable[[], Any], needed: Collection[nn.Parameter]) -> int:
     """Count the multiply-adds of ``run``, without those of modules that have parameters but none of ``needed``.
 
@@ -66,7 +98,8 @@ def multiply_adds(module: nn.Module, run: Callable[[], Any], needed: Collection[
         >>> multiply_adds(layers, lambda: layers(torch.ones(10, 4)), list(layers[0].parameters()))
         320
     """
-    counter, begun, skipped = FlopCounterMode(display=False), [0], [0]
+    counter = FlopCounterMode(display=False, custom_mapping=dict(FORMULAS))
+    begun, skipped = [0], [0]
 
     def begin(*_: Any) -> None:  # noqa: ANN401
         begun[0] = counter.get_total_flops()
@@ -79,7 +112,8 @@ def multiply_adds(module: nn.Module, run: Callable[[], Any], needed: Collection[
         # None of them lies inside another, so that one beginning is enough to remember.
         for part in dict.fromkeys(_outermost_unneeded(module, set(needed))):
             handles += [part.register_forward_pre_hook(begin), part.register_forward_hook(end)]
-        with warnings.catch_warnings(), counter, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        eager = torch.compiler.set_stance("force_eager")
+        with warnings.catch_warnings(), without_fused_kernels(), counter, torch.no_grad(), eager:
             # The counter hooks all modules, and nothing of it counts twice where nothing is compiled.
             warnings.filterwarnings("ignore", message="Using `torch.compile\\(module\\)` when there are global hooks")
             run()

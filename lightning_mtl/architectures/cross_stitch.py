@@ -135,6 +135,12 @@ class CrossStitch(nn.Module):
         before = [self._stage(task, stage) for task in self.tasks for stage in range(self.after[-1] + 1)]
         return [*self.units, *dict.fromkeys(p for stage in before for p in stage.parameters())]
 
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """Return the parameters of the stages after the last unit; of all stages where there is none."""
+        first = self.after[-1] + 1 if self.after else 0
+        stages = [self._stage(task, stage) for stage in range(first, self.num_stages)]
+        return [parameter for stage in stages for parameter in stage.parameters()]
+
     def single_task(self, task: str) -> nn.Module:
         """Return the backbone of one task, without units.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.architectures.experts import Experts, expert_group, flattened, mix_experts
+from lightning_mtl.architectures.experts import Experts, expert_group, flattened, mix_for_each
 from lightning_mtl.architectures.mmoe import usage_of
-from lightning_mtl.architectures.stages import checked_tasks
+from lightning_mtl.architectures.stages import all_but_own, checked_tasks, wanted_tasks
 from lightning_mtl.monitors.gates import GateMeter, GateTable
 
 # Keeps logarithm and inverse of a probability of 0, which the smooth step reaches, finite.
@@ -111,7 +112,8 @@ class DSelectK(nn.Module):
         TypeError: If an argument is of the wrong kind.
 
     Every expert is computed, selected or not. Penalties of gates that depend on the sample are those of the forward
-    passes since they were last asked for, in training: a pass a task at most.
+    passes since they were last asked for, in training: a pass a task at most. The gate of a task that is absent from a
+    step has no penalty in it, and stays where it is.
 
     Source: Hazimeh et al., DSelect-k: Differentiable Selection in the Mixture of Experts with Applications to
     Multi-Task Learning, NeurIPS 2021, arXiv:2106.03760.
@@ -127,6 +129,8 @@ class DSelectK(nn.Module):
         >>> sorted(trunk.penalties())
         ['gate_entropy', 'gate_reachable']
     """
+
+    takes_tasks: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -162,44 +166,58 @@ class DSelectK(nn.Module):
                 for k in self.tasks
             }
         )
-        self._selectors: list[list[Tensor]] = []
+        self._selectors: list[dict[str, Tensor]] = []
 
     def __getstate__(self) -> dict[str, object]:
         # Selectors are parts of a graph, which can neither be copied nor saved.
         return self.__dict__ | {"_selectors": []}
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Mix the selected experts for each task."""
+    def forward(self, x: Tensor, *, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Mix the selected experts for each of ``tasks``, for all tasks where None."""
+        wanted = wanted_tasks("DSelectK", self.tasks, tasks)
         # Gates first, so that the layer that runs last is one that all tasks share.
-        found = [gate(x) for gate in self.gates.values()]
-        weights = [q for q, _ in found]
+        found = {task: gate(x) for task, gate in self.gates.items() if task in wanted}
+        weights = {task: q for task, (q, _) in found.items()}
         if self.training and self.gate_meter.gathering:
-            for task, q in zip(self.tasks, weights, strict=True):
+            for task, q in weights.items():
                 self.gate_meter.add(task, q)
         if self.depends_on_sample and self.training and torch.is_grad_enabled():
             # Bounded, so that a training without penalties keeps no more than a few graphs alive. No deque: torch 2.6
             # cannot compile one.
-            self._selectors = [*self._selectors, [r for _, r in found]][-len(self.tasks) :]
-        return dict(zip(self.tasks, mix_experts(weights, self.experts(x)), strict=True))
+            self._selectors = [*self._selectors, {task: r for task, (_, r) in found.items()}][-len(self.tasks) :]
+        return mix_for_each(weights, self.experts, x)
 
-    def penalties(self) -> dict[str, Tensor]:
-        """Compute the entropy and, unless E is a power of two, the reachability of the selectors."""
+    def penalties(self, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Compute the entropy and, unless E is a power of two, the reachability of the selectors.
+
+        Args:
+            tasks: The tasks of the step, whose gates alone are to be moved; None for all.
+        """
+        wanted = wanted_tasks("DSelectK", self.tasks, tasks)
         if self.depends_on_sample:
             passes, self._selectors = self._selectors, []
         else:
             nothing = next(self.experts.parameters()).new_zeros(1)
-            passes = [[gate(nothing)[1] for gate in self.gates.values()]]
-        if not passes:
+            passes = [{task: self.gates[task](nothing)[1] for task in wanted}]
+        # A task with a loader of its own has passes of its own; [B, k, E] for each task.
+        own = {task: [found[task] for found in passes if task in found] for task in wanted}
+        each = [torch.cat(found) for found in own.values() if found]
+        if not each:
             return {}
-        selectors = torch.cat([torch.cat(found, 1) for found in passes])  # [B, K k, E]
-        terms = {"gate_entropy": self.entropy * -(selectors * (selectors + EPSILON).log()).sum((1, 2)).mean()}
+        entropies = [-(r * (r + EPSILON).log()).sum((1, 2)).mean() for r in each]
+        terms = {"gate_entropy": self.entropy * torch.stack(entropies).sum()}
         if self.num_experts & (self.num_experts - 1):
-            terms["gate_reachable"] = (1 / (selectors.sum(2) + EPSILON)).sum(1).mean()
+            reachable = [(1 / (r.sum(2) + EPSILON)).sum(1).mean() for r in each]
+            terms["gate_reachable"] = torch.stack(reachable).sum()
         return terms
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Return the experts' parameters; each gate serves one task."""
-        return list(self.experts.parameters())
+        return all_but_own(self)
+
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """Return the parameters of a task's gate."""
+        return list(self.gates.get_submodule(task).parameters())
 
     def gate_statistics(self) -> dict[str, GateTable]:
         """Return each task's mean weights of the experts over the collected samples."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -203,6 +203,13 @@ def mix_experts(weights: Sequence[Tensor], outputs: Tensor) -> list[Tensor]:
         stacked = stacked.expand(outputs.shape[1], -1, -1)
     mixed = torch.bmm(stacked.to(flat.dtype), flat.transpose(0, 1)).unbind(1)
     return list(mixed) if outputs.ndim == 3 else [one.view(outputs.shape[1:]) for one in mixed]
+
+
+def mix_for_each(weights: Mapping[str, Tensor], experts: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
+    """Mix the outputs of the same experts by each task's weights; without a task nothing is computed."""
+    if not weights:
+        return {}
+    return dict(zip(weights, mix_experts(list(weights.values()), experts(x)), strict=True))
 
 
 Gate: TypeAlias = int | Callable[[int], nn.Module]

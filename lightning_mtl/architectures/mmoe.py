@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.architectures.experts import Experts, Gate, build_gate, expert_group, gate_weights, mix_experts
-from lightning_mtl.architectures.stages import checked_tasks
+from lightning_mtl.architectures.experts import Experts, Gate, build_gate, expert_group, gate_weights, mix_for_each
+from lightning_mtl.architectures.stages import all_but_own, checked_tasks, wanted_tasks
 from lightning_mtl.monitors.gates import GateMeter, GateTable
 
 
@@ -46,6 +47,8 @@ class MMoE(nn.Module):
         {'a': [5, 4], 'b': [5, 4]}
     """
 
+    takes_tasks: ClassVar[bool] = True
+
     def __init__(self, experts: Experts, tasks: Sequence[str], gate: Gate, *, num_experts: int | None = None) -> None:
         super().__init__()
         self.tasks = checked_tasks(tasks, "MMoE")
@@ -56,21 +59,27 @@ class MMoE(nn.Module):
         )
         self.gate_meter = GateMeter()
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Mix the experts for each task."""
+    def forward(self, x: Tensor, *, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Mix the experts for each of ``tasks``, for all tasks where None."""
+        wanted = wanted_tasks("MMoE", self.tasks, tasks)
         # Gates first, so that the layer that runs last is one that all tasks share.
         weights = {
             task: gate_weights(gate, x, self.num_experts, f"The gate of task {task!r} in MMoE")
             for task, gate in self.gates.items()
+            if task in wanted
         }
         if self.training and self.gate_meter.gathering:
             for task, found in weights.items():
                 self.gate_meter.add(task, found)
-        return dict(zip(weights, mix_experts(list(weights.values()), self.experts(x)), strict=True))
+        return mix_for_each(weights, self.experts, x)
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Return the experts' parameters; each gate serves one task."""
-        return list(self.experts.parameters())
+        return all_but_own(self)
+
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """Return the parameters of a task's gate."""
+        return list(self.gates.get_submodule(task).parameters())
 
     def gate_statistics(self) -> dict[str, GateTable]:
         """Return each task's mean weights of the experts over the collected samples."""

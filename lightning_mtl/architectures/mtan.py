@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_max_pool2d, interpolate
 
-from lightning_mtl.architectures.stages import call, checked_tasks
+from lightning_mtl.architectures.stages import all_but_own, call, checked_tasks, wanted_tasks
 from lightning_mtl.monitors.gates import GateMeter, GateTable
 
 Layout: TypeAlias = Literal["maps", "tokens"]
@@ -92,8 +92,7 @@ class MTAN(nn.Module):
         TypeError: If a stage is no module.
 
     Each task has an output of its own, so that ``at="features"`` finds gradients that never conflict; measure at the
-    trunk. :meth:`shared_parameters` are those of the backbone and of f. Where each task has a loader of its own, every
-    call computes the features of all tasks, whose batch norms see every task's inputs.
+    trunk. :meth:`shared_parameters` are those of the backbone and of f.
 
     Source: Liu, Johns and Davison, End-to-End Multi-Task Learning with Attention, CVPR 2019, arXiv:1803.10704.
 
@@ -106,6 +105,8 @@ class MTAN(nn.Module):
         >>> {task: list(z.shape) for task, z in trunk(torch.zeros(2, 3, 8, 8)).items()}
         {'depth': [2, 16, 4, 4], 'normals': [2, 16, 4, 4]}
     """
+
+    takes_tasks: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -135,12 +136,13 @@ class MTAN(nn.Module):
         self.passing = nn.ModuleList(Passing(layout, o, i) for o, i in zip(end[:-1], middle[1:], strict=True))
         self.gate_meter = GateMeter()
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Pass the input through the backbone, masked for each task."""
+    def forward(self, x: Tensor, *, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Pass the input through the backbone, masked for each of ``tasks``, for all tasks where None."""
+        wanted = wanted_tasks("MTAN", self.tasks, tasks)
         masked: dict[str, Tensor] = {}
         for number, stage in enumerate(self.stages):
             u, x = self._features(number, stage, x)
-            masked = {task: self._attend(task, number, u, x, masked.get(task)) for task in self.tasks}
+            masked = {task: self._attend(task, number, u, x, masked.get(task)) for task in wanted}
         return masked
 
     def _attend(self, task: str, number: int, u: Tensor, p: Tensor, before: Tensor | None) -> Tensor:
@@ -193,7 +195,11 @@ class MTAN(nn.Module):
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the backbone and of f, which passes masked features on."""
-        return [*self.stages.parameters(), *self.passing.parameters()]
+        return all_but_own(self)
+
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """Return the parameters of a task's attention."""
+        return list(self.attention.get_submodule(task).parameters())
 
     def gate_statistics(self) -> dict[str, Tensor | GateTable]:
         """Return each mask's mean by task and stage, and for each task the share of its masks below 0.1."""

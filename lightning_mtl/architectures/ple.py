@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mtl.architectures.experts import Gate, build_gate, expert_group, gate_weights, mix_experts
-from lightning_mtl.architectures.stages import checked_tasks
+from lightning_mtl.architectures.stages import all_but_own, checked_tasks, wanted_tasks
 from lightning_mtl.monitors.gates import GateMeter, GateTable
 
 SHARED = "shared"
@@ -73,21 +73,27 @@ class Extraction(nn.Module):
     def _gate_name(self, stream: str) -> str:
         return f"The gate for {stream!r} in {self.who}"
 
-    def forward(self, streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the streams of all tasks and the shared stream for the next level."""
+    def read_by(self, wanted: Collection[str]) -> Collection[str]:
+        """Return the streams that this level reads to compute those that are wanted."""
+        return self.numbers if SHARED in wanted else {*wanted, SHARED}
+
+    def forward(self, streams: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+        """Compute those streams for the next level, of tasks or the shared one, that are wanted."""
         weights = {
             stream: gate_weights(gate, streams[stream], self.choices(stream), self._gate_name(stream))
             for stream, gate in self.gates.items()
+            if stream in wanted
         }
         if self.training and self.gate_meter.gathering:
             for stream, found in weights.items():
                 self.gate_meter.add(self._gate_name(stream), found)
-        outputs = {stream: group(streams[stream]) for stream, group in self.experts.items()}
+        read = self.read_by(wanted)
+        outputs = {stream: group(streams[stream]) for stream, group in self.experts.items() if stream in read}
         self._check(outputs)
         mixed = {}
         for stream, found in weights.items():
-            read = outputs.values() if stream == SHARED else (outputs[stream], outputs[SHARED])
-            (mixed[stream],) = mix_experts([found], torch.cat(list(read)))
+            mine = outputs.values() if stream == SHARED else (outputs[stream], outputs[SHARED])
+            (mixed[stream],) = mix_experts([found], torch.cat(list(mine)))
         return mixed
 
     def _check(self, outputs: Mapping[str, Tensor]) -> None:
@@ -158,6 +164,8 @@ class PLE(nn.Module):
         {'a': [5, 4], 'b': [5, 4]}
     """
 
+    takes_tasks: ClassVar[bool] = True
+
     def __init__(
         self,
         experts: Sequence[LevelExperts],
@@ -189,24 +197,36 @@ class PLE(nn.Module):
             for number, (level, gate) in enumerate(zip(experts, gates, strict=True), 1)
         )
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Pass the input through all levels."""
+    def forward(self, x: Tensor, *, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Pass the input through all levels, as far as ``tasks`` need them, all tasks where None."""
+        wanted = wanted_tasks(type(self).__name__, self.tasks, tasks)
+        if not wanted:
+            return {}
+        needed: list[Collection[str]] = [wanted]
+        for level in self._extractions[:0:-1]:
+            needed.insert(0, level.read_by(needed[0]))
         streams = dict.fromkeys((*self.tasks, SHARED), x)
-        for level in self.levels:
-            streams = level(streams)
+        for level, streams_after in zip(self._extractions, needed, strict=True):
+            streams = level(streams, streams_after)
         return streams
+
+    @property
+    def _extractions(self) -> list[Extraction]:
+        return list(self.levels)  # type: ignore[arg-type]  # they are what __init__ makes
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Return all parameters that more than one task reaches."""
-        own = [self.levels[-1].get_submodule(f"{part}.{k}") for part in ("experts", "gates") for k in self.tasks]
-        if len(self.levels) > 1:
-            own += [self.levels[-2].get_submodule(f"gates.{k}") for k in self.tasks]
-        theirs = {parameter for module in own for parameter in module.parameters()}
-        return [parameter for parameter in self.parameters() if parameter not in theirs]
+        return all_but_own(self)
+
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """Return what a single task reaches: its last experts and gate, and its gate in the level before."""
+        own = [self.levels[-1].get_submodule(f"{part}.{task}") for part in ("experts", "gates")]
+        own += [level.get_submodule(f"gates.{task}") for level in self._extractions[-2:-1]]
+        return [parameter for module in own for parameter in module.parameters()]
 
     def gate_statistics(self) -> dict[str, GateTable]:
         """Return each stream's mean weights of the experts over the collected samples, a table for each level."""
-        levels = [level for level in self.levels if isinstance(level, Extraction)]
+        levels = self._extractions
         single = len(levels) == 1
         return {"gates" if single else f"gates_{i}": level.usage() for i, level in enumerate(levels, 1)}
 

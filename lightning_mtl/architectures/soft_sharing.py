@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mtl.architectures.stages import backbone_per_task, wanted_tasks
+from lightning_mtl.devices import WITHOUT_FLOAT64
 from lightning_mtl.gradients.micro_batch import surrogate
 
 # Below this ratio to the largest eigenvalue of W W^T, in float64, a singular value of W is rounding.
@@ -71,8 +72,9 @@ def trace_norm(networks: Sequence[Sequence[Tensor]], strengths: Sequence[float])
         (tensor(7.), [[tensor([1., 0.])], [tensor([0., 1.])]])
     """
     stacked = [torch.stack([tensor.flatten() for tensor in layer]) for layer in zip(*networks, strict=True)]
-    exact = torch.float32 if stacked[0].device.type == "mps" else torch.float64
-    wide = [matrix.to(exact) for matrix in stacked]
+    # MPS has neither float64 nor this decomposition.
+    at_home = stacked[0].device.type not in WITHOUT_FLOAT64
+    wide = [(matrix if at_home else matrix.cpu()).double() for matrix in stacked]
     eigenvalues, vectors = torch.linalg.eigh(torch.stack([matrix @ matrix.T for matrix in wide]))
     singular = eigenvalues.clamp(min=0).sqrt()
     known = eigenvalues > RANK_TOLERANCE * eigenvalues[:, -1:]
@@ -86,7 +88,7 @@ def trace_norm(networks: Sequence[Sequence[Tensor]], strengths: Sequence[float])
         [move[k].view_as(tensor) for move, tensor in zip(moves, tensors, strict=True)]
         for k, tensors in enumerate(networks)
     ]
-    return value.to(stacked[0].dtype), gradients
+    return value.to(stacked[0]), gradients
 
 
 Penalty = Literal["distance_to_mean", "pairwise", "trace_norm"]
@@ -199,6 +201,10 @@ class SoftSharing(nn.Module):
         moved = list(_flat_where(networks, trained))
         known = list(_flat_where(gradients, trained))
         return {"soft_sharing": surrogate(value, moved, lambda outer: torch._foreach_mul(known, outer))}
+
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """Return the parameters of a task's backbone, which no other task's loss depends on."""
+        return list(self.backbones[task].parameters())
 
     def single_task(self, task: str) -> nn.Module:
         """Return the backbone of one task.

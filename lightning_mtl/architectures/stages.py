@@ -117,6 +117,12 @@ def wanted_tasks(owner: str, own: Sequence[str], tasks: Sequence[str] | None) ->
     return tasks
 
 
+def all_but_own(trunk: Any) -> list[nn.Parameter]:  # noqa: ANN401 - an Owned module
+    """Return the parameters of a trunk that belong to no single task."""
+    own = {parameter for task in trunk.tasks for parameter in trunk.own_parameters(task)}
+    return [parameter for parameter in trunk.parameters() if parameter not in own]
+
+
 def check_alike(owner: str, stage: int, values: Sequence[Any], sources: Sequence[str]) -> None:
     """Check that what a stage's modules returned can be added up.
 

@@ -13,11 +13,14 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import Dataset
 
+from lightning_mtl.data.arguments import check_data_arguments, check_names, value_for_task
+from lightning_mtl.data.division import ShardIterables
 from lightning_mtl.data.loaders import EvaluationLoader, MixedLoader
 from lightning_mtl.data.mixing import Joint, Mixing
+from lightning_mtl.data.opening import open_stream
 from lightning_mtl.data.order import Shard
-from lightning_mtl.data.sources import check_data_arguments, check_names, number_for_task, read_source
-from lightning_mtl.data.streams import Stream, open_stream
+from lightning_mtl.data.sources import read_source
+from lightning_mtl.data.streams import Stream
 from lightning_mtl.distributed import of_each, sum_over
 from lightning_mtl.task.batches import as_pair
 from lightning_mtl.task.module import TaskModule
@@ -42,36 +45,44 @@ class MultiTaskDataModule(pl.LightningDataModule):
     keep the tasks' names: ``val/loss/<task>``, ``trainer.predict(...)[0]["<task>"]``.
 
     On R ranks each sees other samples: together, those of one process with R times the batch size, and none twice.
-    (``Trainer(use_distributed_sampler=...)`` makes no difference: the samplers are ours.) The order of tasks and
-    samples is a function of the seed alone; a run that is resumed from a checkpoint, in the midst of an epoch, too,
-    goes on with the batches that the uninterrupted one would have had, with any number of workers.
+    (``Trainer(use_distributed_sampler=...)`` makes no difference: the samplers are ours.) Evaluation and prediction
+    take each sample exactly once. Who makes batches, and who divides which data, is in ``docs/data.md``. The order of
+    tasks and samples is a function of the seed alone; a run that is resumed from a checkpoint, in the midst of an
+    epoch, too, goes on with the batches that the uninterrupted one would have had, with any number of workers.
 
     Args:
         train: ``{task: data}`` for all tasks of the module, the data being a map-style or iterable dataset that yields
             ``(inputs, target)``, or a DataLoader, of which dataset and settings are taken, or any loader of batches
-            with an order of its own, which is used as it is.
+            with an order of its own (``StatefulDataLoader``, ``WebLoader``, a list of batches in
+            ``DataLoader(batches, batch_size=None)``), which is used as it is.
         val: The same for validation, for some of the tasks or all.
         test: The same for testing.
         predict: The same for prediction, where inputs alone suffice.
         mixing: Which tasks a training step takes: ``Joint()``, ``RoundRobin()``, ``Proportional()``, ``Ratios(...)`` or
             ``Schedule(...)`` of :mod:`lightning_mtl.data`.
-        batch_size: Samples a batch of each rank, one number or ``{task: number}``; loaders bring their own.
+        batch_size: Samples a batch of each rank, one number or ``{task: number}``; None where the elements of a dataset
+            are batches already. Loaders bring their own.
         steps_per_epoch: Training steps an epoch; by default the mode's number. A task's next epoch goes on where the
             last one stopped.
-        drop_last: Leave the incomplete batch at the end of a training pass out.
+        drop_last: Leave the incomplete batch at the end of a training pass out; evaluation leaves nothing out.
         num_workers: Processes that load each task's data. Those of training live as long as the training; all end with
             the Trainer's function.
         pin_memory: Copy batches to page-locked memory, from where a GPU fetches them faster.
         persistent_workers: Keep the workers of validation and test from one validation to the next.
-        shard_iterables: How several ranks or workers read an iterable dataset: True, each keeps every n-th sample of
-            the whole; False, the dataset tells them apart itself. Without an answer they are refused.
+        shard_iterables: What is divided here of iterable datasets, and over ranks of a loader's batches: True, each
+            rank and worker keeps every n-th of the whole; False, the data tell them apart themselves; ``"ranks"`` or
+            ``"workers"``, only these are divided here; or ``{task: answer}``. Hugging Face's and webdataset's datasets
+            and ``DistributedSampler`` are known and need none; without an answer others are refused.
         seed: Of the order of samples and tasks; by default that of ``seed_everything``, or 0. A resumed run
             goes on with the seed of its checkpoint.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If an argument is out of range, data are empty, or names differ; at setup, if the names are not
-            those of the module's tasks.
+        ValueError: If an argument is out of range, data are empty, names differ, or evaluation would repeat samples or
+            leave some out; at setup, if the names are not those of the module's tasks, or nobody divides the data.
+
+    Warns:
+        UserWarning: If ranks or workers begin with the same batch, or ranks that share one order with different ones.
 
     Resuming: map-style data go on at the next unseen sample, on another number of ranks or with another batch size,
     too. An iterable dataset with ``state_dict`` and ``load_state_dict`` (of tensors and plain numbers) goes on from its
@@ -97,13 +108,13 @@ class MultiTaskDataModule(pl.LightningDataModule):
         predict: TaskData | None = None,
         *,
         mixing: Mixing | None = None,
-        batch_size: int | Mapping[str, int] = 32,
+        batch_size: int | Mapping[str, int | None] | None = 32,
         steps_per_epoch: int | None = None,
         drop_last: bool = False,
         num_workers: int | Mapping[str, int] = 0,
         pin_memory: bool = False,
         persistent_workers: bool = False,
-        shard_iterables: bool | None = None,
+        shard_iterables: ShardIterables | Mapping[str, ShardIterables] = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -117,10 +128,10 @@ class MultiTaskDataModule(pl.LightningDataModule):
         self.shard_iterables = shard_iterables
         self.seed = seed
         self._given: dict[str, TaskData | None] = {"train": train, "val": val, "test": test, "predict": predict}
-        check_data_arguments(self._given, self.mixing, batch_size, num_workers, steps_per_epoch, seed)
+        check_data_arguments(self._given, self.mixing, batch_size, num_workers, steps_per_epoch, shard_iterables, seed)
         for stage, data in self._given.items():
             for task, own in (data or {}).items():
-                read_source(task, stage, own, number_for_task(batch_size, task), {})
+                read_source(task, stage, own, batch_size, {})
         self._loader: MixedLoader | None = None
         self._opened: WeakSet[Stream] = WeakSet()
         self._restored: dict[str, Any] | None = None
@@ -174,10 +185,17 @@ class MultiTaskDataModule(pl.LightningDataModule):
         streams = self._streams("train", seed, shuffle=not overfit)
         self.mixing.check(list(streams))
         steps = self.steps_per_epoch or self.mixing.steps({task: stream.batches for task, stream in streams.items()})
-        self._loader = MixedLoader(streams, self.mixing, steps, seed, self._shard(), of_each, same_epoch=overfit)
+        self._loader = MixedLoader(
+            streams, self.mixing, steps, seed, self._shard(), of_each, same_epoch=overfit, one_pass=self._pass_beside
+        )
         if state:
             self._loader.load_state_dict(state)
         return self._loader
+
+    def _pass_beside(self) -> EvaluationLoader:
+        """All training samples once, of the tasks whose data do not come but once."""
+        streams = self._streams("train", self._seed(), shuffle=False)
+        return EvaluationLoader({task: stream for task, stream in streams.items() if stream.alike_on_ranks})
 
     def val_dataloader(self) -> EvaluationLoader:
         """Make the loader of all tasks' validation data."""
@@ -207,19 +225,20 @@ class MultiTaskDataModule(pl.LightningDataModule):
                 f"{type(self).__name__} has no data for this stage; give it {stage}={{task: dataset}}, or override "
                 "task_data."
             )
-        streams = {}
+        streams, shard = {}, self._shard()
         for task, given in data.items():
-            workers = number_for_task(self.num_workers, task) or 0
+            workers = value_for_task(self.num_workers, task, 0)
             options = {
                 "num_workers": workers,
                 "pin_memory": self.pin_memory,
                 "persistent_workers": self.persistent_workers and workers > 0,
             }
-            source = read_source(task, stage, given, number_for_task(self.batch_size, task), options, self.drop_last)
-            streams[task] = open_stream(
-                source, self._shard(), seed, shuffle=shuffle, shard_iterables=self.shard_iterables
-            )
+            source = read_source(task, stage, given, self.batch_size, options, self.drop_last, shard.ranks)
+            answer = value_for_task(self.shard_iterables, task, None)
+            streams[task] = open_stream(source, shard, seed, shuffle=shuffle, shard_iterables=answer)
         self._opened.update(streams.values())
+        if shard.ranks > 1:
+            _agree_on_lengths(streams)
         return streams
 
     @property
@@ -244,6 +263,23 @@ class MultiTaskDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next training loader continue after what was consumed."""
         self._loader, self._restored = None, state_dict
+
+
+def _agree_on_lengths(streams: Mapping[str, Stream]) -> None:
+    """Let every rank count a pass as long as the rank with the most batches does; all ranks call this together.
+
+    Raises:
+        ValueError: If a map-style dataset is not the same on all ranks, which divide its samples.
+    """
+    of_ranks = of_each({task: (stream.batches, stream.samples) for task, stream in streams.items()})
+    for task, stream in streams.items():
+        lengths, sizes = zip(*(found[task] for found in of_ranks), strict=True)
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"The data of {task!r} have {list(sizes)} samples on the ranks, which each take a share of them: give "
+                "every rank the whole dataset, not its part."
+            )
+        stream.batches = None if None in lengths else max(lengths)
 
 
 def _anyone(trainer: pl.Trainer, more: bool) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from lightning_mtl.data.mixing import Mixing
 from lightning_mtl.data.order import Shard, generator_for
 from lightning_mtl.data.streams import Stream
+from lightning_mtl.distributed import of_each
 
 
 class MixedLoader:
@@ -26,6 +27,7 @@ class MixedLoader:
         shard: Which rank this is, of how many.
         gather: Collects a value from all ranks, for a checkpoint.
         same_epoch: Repeat the first epoch for ever, for a Trainer that overfits batches.
+        one_pass: Makes a loader that reads all samples once, beside this one.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class MixedLoader:
         gather: Callable[[Any], list[Any]],
         *,
         same_epoch: bool = False,
+        one_pass: Callable[[], Iterable[Any]] | None = None,
     ) -> None:
+        self.one_pass = one_pass
         self.streams = dict(streams)
         self.mixing = mixing
         self.steps = steps
@@ -74,6 +78,8 @@ class MixedLoader:
                 stream.rewind()
         for number, tasks in enumerate(itertools.islice(self._order(epoch), first, None), start=first + 1):
             batch = {task: self.streams[task].next() for task in tasks}
+            for task in tasks:
+                self.streams[task].check_ranks(self._gather)
             self._consumed = (epoch, number)
             yield batch
 
@@ -167,6 +173,8 @@ class EvaluationLoader:
                     batch[task] = self._prepared(found)
             if not (self._anyone(bool(batch)) if self._anyone is not None else batch):
                 return
+            for stream in self.streams.values():
+                stream.check_ranks(of_each)
             yield batch or dict.fromkeys(self.streams)
 
     def _prepared(self, batch: Any) -> Any:  # noqa: ANN401 - whatever the dataset yields, collated

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +17,16 @@ def generator_for(seed: int, *words: int | str) -> torch.Generator:
     entropy = [seed, *(zlib.crc32(word.encode()) if isinstance(word, str) else word for word in words)]
     low, high = np.random.SeedSequence(entropy).generate_state(2).tolist()
     return torch.Generator().manual_seed(low + (high << 32))
+
+
+Draw = Callable[[int, int, torch.Generator], torch.Tensor]
+"""Draws a pass's indices: of how many samples, how many, by which random numbers."""
+
+
+def permutations(size: int, number: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw every index once, and again where more are asked for, as ``RandomSampler`` does."""
+    drawn = [torch.randperm(size, generator=generator) for _ in range(-(-number // size))]
+    return torch.cat(drawn)[:number]
 
 
 class DataPosition(NamedTuple):
@@ -43,6 +53,8 @@ class PassOrder:
     smaller, on some ranks by one sample, or empty there.
 
     Attributes:
+        draw: Draws the indices of a pass, where it is shuffled.
+        population: The samples that are drawn from; None, as many as a pass has.
         global_batch: B x R.
         used: The samples of a pass that are in a batch.
         batches: The global batches of a pass.
@@ -55,6 +67,8 @@ class PassOrder:
     name: str
     shuffle: bool
     drop_last: bool = False
+    draw: Draw = permutations
+    population: int | None = None
     global_batch: int = field(init=False)
     used: int = field(init=False)
     batches: int = field(init=False)
@@ -82,7 +96,8 @@ class PassOrder:
             return list(share)
         if self._permuted_pass != position.passes:
             generator = generator_for(self.seed, "order", self.name, position.passes)
-            self._permutation = torch.randperm(self.size, generator=generator).numpy()
+            population = self.size if self.population is None else self.population
+            self._permutation = self.draw(population, self.size, generator).numpy()
             self._permuted_pass = position.passes
         found: list[int] = self._permutation[share.start : share.stop : share.step].tolist()
         return found
@@ -106,3 +121,13 @@ class Batches(Sampler[list[int]]):
             if indices := self.order.indices(position):
                 yield indices
             position = self.order.after(position)
+
+
+class Singles(Sampler[int]):
+    """Yields the indices of batches of one sample, without the lists around them."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[int]:
+        return (index for (index,) in self.batches)

@@ -1,10 +1,10 @@
-"""Reads what a user gives for each task, a dataset or a loader, and refuses wrong names and numbers."""
+"""Reads what a user gives for each task: a dataset, or a loader, which is taken apart where that is possible."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch.utils.data import (
     BatchSampler,
@@ -12,12 +12,13 @@ from torch.utils.data import (
     Dataset,
     DistributedSampler,
     IterableDataset,
-    RandomSampler,
-    SequentialSampler,
+    Subset,
 )
 
-from lightning_mtl.data.mixing import Mixing
-from lightning_mtl.data.order import Shard
+from lightning_mtl.data.order import Draw, permutations
+from lightning_mtl.data.samplers import distributed_sampler, known_order
+
+BatchSizes: TypeAlias = int | Mapping[str, int | None] | None
 
 # What a DataLoader does with the batches that it is told to load; all of them are attributes of it, too.
 OPTIONS = (
@@ -47,22 +48,24 @@ class Source:
 
 @dataclass(frozen=True)
 class DatasetSource(Source):
-    """Holds a map-style dataset, whose order this package decides."""
+    """Holds a map-style dataset, whose order this package decides; without a batch size its elements are batches."""
 
     dataset: Any
-    batch_size: int
+    batch_size: int | None
     options: Mapping[str, Any]
     drop_last: bool = False
     shuffle: bool = True
     whole_batches: bool = False  # the dataset is asked for a list of indices at once
+    draw: Draw = permutations
+    draws: int | None = None  # samples of a pass, where they are not those of the dataset
 
 
 @dataclass(frozen=True)
 class IterableSource(Source):
-    """Holds an iterable dataset."""
+    """Holds an iterable dataset; without a batch size its elements are batches."""
 
     samples: IterableDataset[Any]
-    batch_size: int
+    batch_size: int | None
     options: Mapping[str, Any]
     drop_last: bool = False
 
@@ -83,9 +86,10 @@ def read_source(
     task: str,
     stage: str,
     given: Any,  # noqa: ANN401 - told apart here
-    batch_size: int | None,
+    batch_size: BatchSizes,
     options: Mapping[str, Any],
     drop_last: bool = False,
+    ranks: int | None = None,
 ) -> DatasetSource | IterableSource | LoaderSource:
     """Tell a dataset from a loader, and a loader that is a dataset and settings from one to be used as it is.
 
@@ -95,16 +99,22 @@ def read_source(
         given: What the user gave.
         batch_size: That of datasets; a loader brings its own.
         options: Arguments of DataLoader for datasets; a loader brings its own.
-        drop_last: Whether datasets leave an incomplete batch out; a loader brings its own.
+        drop_last: Whether datasets leave an incomplete batch out in training; a loader brings its own.
+        ranks: How many ranks there are; None before that is known.
 
     Raises:
         TypeError: If it is neither.
-        ValueError: If it is empty, or a dataset has no batch size.
+        ValueError: If it is empty, a dataset has no batch size or makes batches already, or a loader does not give
+            each sample once where that is wanted.
     """
+    drop_last = drop_last and stage == "train"
     if isinstance(given, DataLoader):
-        return _of_loader(task, stage, given)
+        return _of_loader(task, stage, given, ranks)
+    if inner_loader(given) is not None:
+        return _complete(LoaderSource(task, stage, given))
     if isinstance(given, IterableDataset):
-        return IterableSource(task, stage, given, _needed(batch_size, task), options, drop_last)
+        samples = IterableSource(task, stage, given, _needed(batch_size, task), options, drop_last)
+        return _batched_once(samples, f"batch_size={{{task!r}: None}}")
     if isinstance(given, Dataset) or (hasattr(given, "__getitem__") and hasattr(given, "__len__")):
         _size(given, f"{stage}[{task!r}]")
         return DatasetSource(task, stage, given, _needed(batch_size, task), options, drop_last)
@@ -114,10 +124,24 @@ def read_source(
     raise TypeError(f"{stage}[{task!r}] must be {wanted}; found {type(given).__name__}.")
 
 
-def _needed(batch_size: int | None, task: str) -> int:
-    if batch_size is None:
-        raise ValueError(f"batch_size has no entry for the task {task!r}; give it one, or one number for all tasks.")
-    return batch_size
+def inner_loader(data: object) -> DataLoader[Any] | None:
+    """Return the DataLoader that data are, or that a webdataset pipeline (``WebLoader``) begins with."""
+    if isinstance(data, DataLoader):
+        return data
+    stages = getattr(data, "pipeline", None)
+    first = stages[0] if isinstance(stages, list) and stages else None
+    return first if isinstance(first, DataLoader) else None
+
+
+def _needed(batch_size: BatchSizes, task: str) -> int | None:
+    if not isinstance(batch_size, Mapping):
+        return batch_size
+    if task not in batch_size:
+        raise ValueError(
+            f"batch_size has no entry for the task {task!r}; give it one, or one number for all tasks, or None if its "
+            "elements are batches."
+        )
+    return batch_size[task]
 
 
 def _size(sized: Any, name: str) -> int:  # noqa: ANN401 - any dataset
@@ -133,126 +157,82 @@ def _size(sized: Any, name: str) -> int:  # noqa: ANN401 - any dataset
     return size
 
 
-def _of_loader(task: str, stage: str, loader: DataLoader[Any]) -> DatasetSource | IterableSource | LoaderSource:
+def _batched_once(source: IterableSource, fix: str) -> IterableSource:
+    """Refuse to make batches of a webdataset pipeline's batches."""
+    names = [getattr(getattr(stage, "f", None), "__name__", "") for stage in getattr(source.samples, "pipeline", ())]
+    last = next((name for name in reversed(names) if name in ("_batched", "_unbatched", "_unlisted")), None)
+    if last == "_batched" and source.batch_size is not None:
+        raise ValueError(
+            f"{source.name} makes batches itself ({type(source.samples).__name__}.batched), of which there would be "
+            f"batches of {source.batch_size}. Say {fix}, or leave .batched out."
+        )
+    return source
+
+
+def _of_loader(
+    task: str, stage: str, loader: DataLoader[Any], ranks: int | None
+) -> DatasetSource | IterableSource | LoaderSource:
     """Take a plain loader apart, so that ranks and resuming are served as for a dataset; leave others as they are."""
     options = {option: getattr(loader, option) for option in OPTIONS}
-    as_it_is = LoaderSource(task, stage, loader)
+    as_it_is, training = LoaderSource(task, stage, loader), stage == "train"
     plain = type(loader) is DataLoader
     if isinstance(loader.dataset, IterableDataset):
-        if not plain or loader.batch_size is None:
-            return as_it_is
-        return IterableSource(task, stage, loader.dataset, loader.batch_size, options, loader.drop_last)
+        drop_last = loader.drop_last and training
+        samples = IterableSource(task, stage, loader.dataset, loader.batch_size, options, drop_last)
+        samples = _batched_once(samples, f"{type(loader).__name__}(..., batch_size=None)")
+        return samples if plain else _complete(as_it_is)
     size = _size(loader.dataset, as_it_is.name)
     whole_batches = loader.batch_size is None and type(loader.sampler) is BatchSampler
-    batches = loader.sampler if whole_batches else loader.batch_sampler
-    if not plain or type(batches) is not BatchSampler:
-        return as_it_is
-    sampler = batches.sampler
-    drawn = type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == size
-    if not drawn and type(sampler) is not SequentialSampler:
-        return as_it_is
+    batches: Any = loader.sampler if whole_batches else loader.batch_sampler
+    single = batches is None  # the dataset's elements are batches
+    if not plain or not (single or type(batches) is BatchSampler):
+        return _complete(as_it_is)
+    order = known_order(loader.sampler if single else batches.sampler, ranks)
+    if order is None:
+        return _complete(as_it_is)
+    draws = size if order.draws is None else order.draws
+    if not training and (order.draw is not permutations or draws != size):
+        raise _draws(as_it_is)
+    dataset = loader.dataset if order.indices is None else Subset(loader.dataset, order.indices)
+    _size(dataset, as_it_is.name)
     return DatasetSource(
-        task, stage, loader.dataset, batches.batch_size, options, batches.drop_last, drawn, whole_batches
+        task,
+        stage,
+        dataset,
+        None if single else batches.batch_size,
+        options,
+        not single and batches.drop_last and training,
+        order.shuffle,
+        whole_batches,
+        order.draw,
+        order.draws,
     )
 
 
-def check_shards(source: Source, shard: Shard, shard_iterables: bool | None) -> None:
-    """Refuse data that several ranks or workers would read twice.
-
-    Raises:
-        ValueError: If nobody said how to divide an iterable dataset, or a loader's own sampler does not divide it.
-    """
-    if isinstance(source, IterableSource) and shard_iterables is None and shard.ranks * max(1, source.num_workers) > 1:
+def _complete(source: LoaderSource) -> LoaderSource:
+    """Refuse an evaluation that leaves samples out, or repeats some for ranks to have as many as others."""
+    loader = inner_loader(source.loader)
+    if source.stage == "train" or loader is None:
+        return source
+    if loader.drop_last:
         raise ValueError(
-            f"{source.name} is an iterable dataset, read by {shard.ranks} ranks with {source.num_workers} workers "
-            "each. Set shard_iterables=True to give each of them every n-th sample, or shard_iterables=False if the "
-            "dataset itself tells ranks and workers (get_worker_info) apart."
+            f"{source.name} is a {type(source.loader).__name__} with drop_last=True, which leaves samples out; "
+            "evaluation takes each sample once. Use drop_last=False there."
         )
-    if isinstance(source, LoaderSource) and shard.ranks > 1:
-        if isinstance(getattr(source.loader, "sampler", None), DistributedSampler):
-            return
+    if getattr(loader.sampler, "replacement", False):
+        raise _draws(source)
+    sampler = distributed_sampler(loader)
+    if isinstance(sampler, DistributedSampler) and len(loader.dataset) % sampler.num_replicas:  # type: ignore[arg-type]
         raise ValueError(
-            f"{source.name} is a loader with an order of its own, which {shard.ranks} ranks would all read alike. Give "
-            "the dataset itself, a DataLoader without a sampler of your own, or one with a DistributedSampler."
+            f"{source.name} divides {len(loader.dataset)} samples over {sampler.num_replicas} ranks by a "  # type: ignore[arg-type]
+            f"{type(sampler).__name__}, which repeats samples or drops some; evaluation takes each sample once. Give "
+            "the dataset itself, or a DataLoader without a sampler."
         )
+    return source
 
 
-def number_for_task(value: int | Mapping[str, int], task: str) -> int | None:
-    """Return a task's number from one number for all tasks or from ``{task: number}``.
-
-    Example:
-        >>> number_for_task(32, "a"), number_for_task({"a": 16}, "a"), number_for_task({"a": 16}, "b")
-        (32, 16, None)
-    """
-    return value.get(task) if isinstance(value, Mapping) else value
-
-
-def check_data_arguments(
-    given: Mapping[str, Any],
-    mixing: object,
-    batch_size: int | Mapping[str, int],
-    num_workers: int | Mapping[str, int],
-    steps_per_epoch: int | None,
-    seed: int | None,
-) -> None:
-    """Check the arguments of :class:`~lightning_mtl.data.MultiTaskDataModule`, the data themselves aside."""
-    for stage, data in given.items():
-        if data is None:
-            continue
-        if not isinstance(data, Mapping) or not data:
-            raise TypeError(f"{stage} must be {{task: dataset or loader}} with an entry or more, found {data!r}.")
-        for task in data:
-            if not isinstance(task, str):
-                raise TypeError(f"{stage} names the task {task!r}, which is no string.")
-    tasks = dict.fromkeys(task for data in given.values() if data for task in data)
-    train = given["train"]
-    for stage, data in given.items():
-        if train is not None and data is not None and (unknown := [task for task in data if task not in train]):
-            raise ValueError(
-                f"{stage} has data of {unknown}, which train does not know: its tasks are {list(train)}. Name them "
-                "alike, or evaluate other tasks with a data module of their own."
-            )
-    _check_numbers("batch_size", batch_size, tasks, 1)
-    _check_numbers("num_workers", num_workers, tasks, 0)
-    if steps_per_epoch is not None:
-        _check_number("steps_per_epoch", steps_per_epoch, 1)
-    if seed is not None:
-        _check_number("seed", seed, 0)
-    if not isinstance(mixing, Mixing):
-        raise TypeError(
-            f"mixing must be Joint(), RoundRobin(), Proportional(), Ratios({{task: number}}) or Schedule({{epoch: "
-            f"mode}}) from lightning_mtl.data, found {mixing!r}."
-        )
-    if train is not None:
-        mixing.check(list(train))
-
-
-def _check_numbers(name: str, value: int | Mapping[str, int], tasks: Mapping[str, None], least: int) -> None:
-    if not isinstance(value, Mapping):
-        _check_number(name, value, least)
-        return
-    if tasks and (unknown := [task for task in value if task not in tasks]):
-        raise ValueError(f"{name} names {unknown}, but the tasks of the data are {list(tasks)}.")
-    for task, number in value.items():
-        _check_number(f"{name}[{task!r}]", number, least)
-
-
-def _check_number(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, found {value!r}.")
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}.")
-
-
-def check_names(stage: str, found: Sequence[str], tasks: Sequence[str], *, complete: bool) -> None:
-    """Refuse data whose names are not those of the module's tasks."""
-    if unknown := [task for task in found if task not in tasks]:
-        raise ValueError(
-            f"{stage} has data of {unknown}, but the module's tasks are {list(tasks)}. Name both alike, or leave these "
-            "data out."
-        )
-    if complete and (missing := [task for task in tasks if task not in found]):
-        raise ValueError(
-            f"{stage} has no data of the module's tasks {missing}, only of {list(found)}. Add a dataset for each, or "
-            "give the module those tasks alone."
-        )
+def _draws(source: Source) -> ValueError:
+    return ValueError(
+        f"{source.name} is a loader that draws samples at random, some of them twice or never; evaluation takes each "
+        "sample once. Give the dataset itself, or torch.utils.data.Subset of it."
+    )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_mtl.finetuning import onnx_files
 from lightning_mtl.module import MultiTaskModule, call_trunk
-from lightning_mtl.task.batches import takes_tasks
+from lightning_mtl.trunk import TrunkParts
 
 Format = Literal["torch.export", "onnx"]
 SUFFIXES = {"torch.export": ".pt2", "onnx": ".onnx"}
-ONNX = ("onnx", "onnxscript", "onnxruntime")
+SHORTEST = 4  # of a dynamic dimension in the example, whose half is tried, too; tracing takes 1 for a constant
 
 
 class Predictor(nn.Module):
@@ -37,14 +37,15 @@ class Predictor(nn.Module):
     def __init__(self, module: MultiTaskModule, tasks: Sequence[str]) -> None:
         super().__init__()
         self.trunk = copy.deepcopy(_uncompiled(module.trunk))
+        self.parts = TrunkParts(self.trunk, module.tasks)
         self.heads = nn.ModuleDict({task: copy.deepcopy(_uncompiled(module.heads[task])) for task in tasks})
         # What a trunk's dict has to hold to count as features for each head, as in MultiTaskModule.
-        self.needed = set(tasks) if takes_tasks(self.trunk) else set(module.heads.keys())
+        self.needed = set(tasks) if self.parts.per_task else set(module.heads.keys())
         self.requires_grad_(False).eval()
 
-    def forward(self, inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401 - whatever the trunk takes
+    def forward(self, inputs: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever the trunk takes
         """Predict ``{task: head(trunk(inputs))}``."""
-        features = call_trunk(self.trunk, inputs, list(self.heads))
+        features = call_trunk(self.parts, inputs, list(self.heads))
         split = isinstance(features, Mapping) and features.keys() >= self.needed
         return {task: head(features[task] if split else features) for task, head in self.heads.items()}
 
@@ -57,11 +58,12 @@ def export(
     tasks: Iterable[str] | None = None,
     format: Format = "torch.export",  # noqa: A002 - what it is called everywhere
     dynamic_batch: bool = True,
+    dynamic_dims: Collection[int] | Mapping[str, Collection[int]] = (),
     tolerance: float = 1e-4,
 ) -> Path:
     r"""Write the trunk and all heads, or some, to a file for inference, and check that it predicts the same.
 
-    The file is read back and asked for predictions of the example, and of its first half where the batch is dynamic;
+    The file is read back and asked for predictions of the example, and of half of it along each dynamic dimension;
     they have to be within ``tolerance`` of the model's, in evaluation mode: :math:`|y - y'| \le t (1 + |y|)`.
 
     Args:
@@ -72,17 +74,22 @@ def export(
         tasks: The tasks to predict; None for all.
         format: ``"torch.export"``, for torch from Python or C++, or ``"onnx"``, which asks for the extra ``onnx``.
         dynamic_batch: Let the file take any number of samples, not just the example's.
+        dynamic_dims: Dimensions of the inputs, from 1 on, that may have other sizes than the example's, such as
+            ``[1]`` for the length of sequences, or ``[2, 3]`` for images of any size: of all tensors that have them, or
+            ``{"input_ids": [1]}`` of some, named as an ONNX file's inputs.
         tolerance: t above.
 
     Returns:
         The path. ``torch.export.load(path).module()`` takes one argument, the inputs, in the form of the example, and
-        returns ``{task: prediction}``. An ONNX file's outputs are named as the tasks, its inputs ``input``
-        (``input_0``, ... for a tuple) or as the dict's keys.
+        returns ``{task: prediction}``, a head's dicts and tuples included. An ONNX file's outputs are named as the
+        tasks, ``<task>.<key>`` or ``<task>.<index>`` where a head returns several; its inputs ``input`` (``input_0``,
+        ... for a tuple) or as the dict's keys, ``<key>.input`` where an output has that name.
 
     Raises:
         ImportError: For ONNX without its packages.
         ValueError: If a task or the format is unknown, if the module has a ``forward`` of its own, which the file would
-            not follow, if the model cannot be traced, or if the file predicts something else; no file is left then.
+            not follow, if a head returns what is no tensor, if the model cannot be traced, or if the file predicts
+            something else; no file is left then.
 
     Example:
         >>> import tempfile
@@ -94,25 +101,35 @@ def export(
         >>> predict(torch.zeros(7, 4))["age"].shape
         torch.Size([7, 1])
     """
+    if isinstance(example_inputs, Mapping):  # a tokenizer's mapping is no dict, and tracing looks into dicts
+        example_inputs = dict(example_inputs)
     wanted = list(module.tasks) if tasks is None else list(tasks)
     path = Path(path)
     _check_predictions(module, wanted, path, format)
     predictor = Predictor(module, wanted)
-    examples = [example_inputs]
+    # Tracing takes a dimension of 1 for a constant, so that there are two samples at least in either check.
+    whole = _resized(example_inputs, lambda _, x: torch.cat([x] * 4)) if dynamic_batch else example_inputs
+    dims = _dims_of(whole, dynamic_dims)
+    examples = [whole]
     if dynamic_batch:
-        # Tracing takes a dimension of 1 for a constant, so that there are two samples at least in either check.
-        whole = _samples(example_inputs, lambda x: torch.cat([x] * 4))
-        examples = [whole, _samples(whole, lambda x: x[: len(x) // 2])]
+        examples.append(_resized(whole, lambda _, x: x[: len(x) // 2]))
+    if any(dims.values()):
+        examples.append(_resized(whole, lambda name, x: _halved(x, dims[name])))
     partial = path.with_name(f".partial-{path.name}")
     try:
         with torch.no_grad():
+            outputs = _outputs(predictor, example_inputs)
             if format == "onnx":
-                _write_onnx(predictor, examples[0], partial, dynamic_batch=dynamic_batch)
+                program = _trace(onnx_files.Flat(predictor), whole, dims, wanted, dynamic_batch=dynamic_batch)
+                onnx_files.write(program, partial, list(onnx_files.input_names(whole, outputs)), list(outputs))
             else:
-                torch.export.save(_trace(predictor, examples[0], dynamic_batch=dynamic_batch), partial)
+                _save(_trace(predictor, whole, dims, wanted, dynamic_batch=dynamic_batch), partial)
             for given in examples:
-                found = _run_onnx(partial, wanted, given) if format == "onnx" else _run_exported(partial, given)
-                _compare(predictor(given), found, path, tolerance)
+                if format == "onnx":
+                    found = onnx_files.run(partial, given, list(outputs))
+                else:
+                    found = _outputs(torch.export.load(partial).module(), given)
+                _compare(_outputs(predictor, given), found, path, tolerance)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -133,8 +150,8 @@ def _check_predictions(module: MultiTaskModule, tasks: Sequence[str], path: Path
             f"{type(module).__name__} has a forward of its own, and export writes the trunk and the heads; move what "
             "forward adds into them, or call torch.export.export(module, ...) by hand."
         )
-    if format == "onnx" and (lacking := [name for name in ONNX if find_spec(name) is None]):
-        raise ImportError(f"export(format='onnx') needs {' and '.join(lacking)}; pip install 'lightning-mtl[onnx]'.")
+    if format == "onnx":
+        onnx_files.check_packages()
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
@@ -142,30 +159,112 @@ def _uncompiled(module: nn.Module) -> nn.Module:
     return original if isinstance(original, nn.Module) else module
 
 
-def _samples(example: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401
-    """The example with its samples changed; numbers, and tensors without a dimension, stay as they are."""
+def _resized(example: Any, change: Callable[[str, Tensor], Tensor]) -> Any:  # noqa: ANN401
+    """The example with its tensors changed; numbers, and tensors without a dimension, stay as they are."""
+    names = iter(onnx_files.input_names(example))
 
     def changed(x: Tensor) -> Tensor:
-        return change(x) if x.ndim else x
+        name = next(names)
+        return change(name, x) if x.ndim else x
 
     return pytree.tree_map_only(Tensor, changed, example)
 
 
-def _trace(predictor: Predictor, example: Any, *, dynamic_batch: bool) -> torch.export.ExportedProgram:  # noqa: ANN401
+def _dims_of(example: Any, dims: Collection[int] | Mapping[str, Collection[int]]) -> dict[str, tuple[int, ...]]:  # noqa: ANN401
+    """The dynamic dimensions of each of the example's tensors, beside that of the samples."""
+    inputs = onnx_files.input_names(example)
+    if isinstance(dims, Mapping):
+        asked = {name: tuple(dims.get(name, ())) for name in inputs}
+        wrong = [name for name in dims if name not in inputs]
+        wrong += [name for name, own in asked.items() if not all(0 < dim < inputs[name].ndim for dim in own)]
+    else:
+        asked = {name: tuple(dim for dim in dims if dim < value.ndim) for name, value in inputs.items()}
+        wrong = [str(dim) for dim in dims if dim < 1 or all(dim not in own for own in asked.values())]
+    if wrong:
+        raise ValueError(
+            f"export(dynamic_dims={dims}) names {', '.join(wrong)}, which the example's inputs do not have, "
+            f"{ {name: list(value.shape) for name, value in inputs.items()} }; dimensions count from 1 on, 0 being "
+            "dynamic_batch's."
+        )
+    short = [
+        f"{name} {list(inputs[name].shape)}"
+        for name, own in asked.items()
+        for dim in own
+        if inputs[name].shape[dim] < SHORTEST
+    ]
+    if short:
+        raise ValueError(
+            f"export(dynamic_dims={dims}) needs an example of {SHORTEST} or more along each of them, found "
+            f"{', '.join(short)}."
+        )
+    return asked
+
+
+def _halved(x: Tensor, dims: Iterable[int]) -> Tensor:
+    for dim in dims:
+        x = x.narrow(dim, 0, x.shape[dim] // 2)
+    return x
+
+
+def _outputs(predict: Callable[[Any], Mapping[str, Any]], example: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """Predict, each tensor by its name.
+
+    Raises:
+        ValueError: If something else is predicted.
+    """
+    found = {
+        name: leaf
+        for task, tree in predict(example).items()
+        for name, leaf in onnx_files.named_leaves(tree, task).items()
+    }
+    if others := [f"{name} ({type(leaf).__name__})" for name, leaf in found.items() if not isinstance(leaf, Tensor)]:
+        raise ValueError(
+            f"export writes tensors, and dicts, lists and tuples of them, and the heads return {', '.join(others)}; "
+            "have them return the others apart from forward."
+        )
+    return found
+
+
+def _trace(
+    predictor: nn.Module,
+    example: Any,  # noqa: ANN401
+    dims: Mapping[str, Iterable[int]],
+    tasks: Sequence[str],
+    *,
+    dynamic_batch: bool,
+) -> torch.export.ExportedProgram:
     shapes = None
-    if dynamic_batch:
-        batch = torch.export.Dim("batch")
-        of_each = pytree.tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim else None, example)
-        shapes = {"inputs": of_each}
+    if dynamic_batch or any(dims.values()):
+        names = iter(dims)
+        batch = {0: torch.export.Dim("batch")} if dynamic_batch else {}
+
+        def shape(x: Any) -> dict[int, Any] | None:  # noqa: ANN401
+            if not isinstance(x, Tensor):
+                return None
+            # Which sizes are the same, and how large they may be, the tracer finds out by itself.
+            others = dict.fromkeys(dims[next(names)], torch.export.Dim.DYNAMIC)
+            return batch | others if x.ndim else None
+
+        shapes = {"inputs": pytree.tree_map(shape, example)}
     try:
         # Not strict, as is the default from torch 2.7 on: the strict tracer fails at some of this package's code.
         return torch.export.export(predictor, (example,), dynamic_shapes=shapes, strict=False)
     # The tracer raises RuntimeErrors; before torch 2.7, AssertionErrors for a number of samples built in.
     except (RuntimeError, ValueError, AssertionError) as error:
-        fixed = ", or has a number of samples built in (dynamic_batch=False keeps the example's)" if shapes else ""
+        fixed = ", or has a size built in (dynamic_batch=False keeps the example's samples)" if shapes else ""
         raise ValueError(
-            f"torch.export cannot trace the trunk and the heads of {list(predictor.heads)}: {_first_line(error)} A "
+            f"torch.export cannot trace the trunk and the heads of {list(tasks)}: {_first_line(error)} A "
             f"forward that branches on values{fixed}, has to be rewritten."
+        ) from error
+
+
+def _save(program: torch.export.ExportedProgram, path: Path) -> None:
+    try:
+        torch.export.save(program, path)
+    except NotImplementedError as error:  # a named tuple, for instance
+        raise ValueError(
+            f"torch.export cannot write what a head returns: {_first_line(error)} Return a dict, a list or a tuple, or "
+            "export to ONNX."
         ) from error
 
 
@@ -173,48 +272,20 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _write_onnx(predictor: Predictor, example: Any, path: Path, *, dynamic_batch: bool) -> None:  # noqa: ANN401
-    program = _trace(predictor, example, dynamic_batch=dynamic_batch)
-    torch.onnx.export(
-        program,
-        f=path,
-        input_names=_input_names(example),
-        output_names=list(predictor.heads),
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
-
-
-def _input_names(example: Any) -> list[str]:  # noqa: ANN401
-    if isinstance(example, Mapping):
-        return list(example)
-    number = len(example) if isinstance(example, tuple | list) else 1
-    return ["input"] if number == 1 else [f"input_{index}" for index in range(number)]
-
-
-def _run_exported(path: Path, example: Any) -> dict[str, Tensor]:  # noqa: ANN401
-    found: dict[str, Tensor] = torch.export.load(path).module()(example)
-    return found
-
-
-def _run_onnx(path: Path, tasks: Sequence[str], example: Any) -> dict[str, Tensor]:  # noqa: ANN401
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    values = [value.cpu().numpy() for value in pytree.tree_leaves(example) if isinstance(value, Tensor)]
-    names = [given.name for given in session.get_inputs()]
-    found = session.run(list(tasks), dict(zip(names, values, strict=True)))
-    return {task: torch.from_numpy(value) for task, value in zip(tasks, found, strict=True)}
-
-
 def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path, tolerance: float) -> None:
-    for task, value in expected.items():
-        other = found[task].to(value.device)
-        if other.shape != value.shape or not torch.allclose(other, value, rtol=tolerance, atol=tolerance):
-            far = "" if other.shape != value.shape else f", at most {(other - value).abs().max():.2g} apart"
+    for name, value in expected.items():
+        other = found[name].to(value.device)
+        alike = other.shape == value.shape
+        if not alike or not _is_close(other, value, tolerance):
+            far = f", at most {(other.double() - value.double()).abs().max():.2g} apart" if alike else ""
             raise ValueError(
-                f"The file predicts something else for {task!r} than the model: shape {list(other.shape)} for "
+                f"The file predicts something else for {name!r} than the model: shape {list(other.shape)} for "
                 f"{list(value.shape)}{far}. {path} was not written. A forward that draws random numbers in evaluation "
                 "mode, or branches on values, cannot be exported; raise tolerance for low precision."
             )
+
+
+def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    if not expected.is_floating_point() and not expected.is_complex():
+        return torch.equal(found, expected)
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task import Task
-from lightning_mtl.task.batches import takes_tasks
 from lightning_mtl.task.task import check_task_names
 from lightning_mtl.training.checks import check_arguments
 from lightning_mtl.training.logging import Recorder
@@ -55,6 +56,7 @@ def add_task(module: MultiTaskModule, name: str, head: nn.Module, task: Task) ->
     check_arguments(module.trunk, {name: head}, {name: task}, 1, None, "norm")
     module.tasks[name] = task
     module.heads[name] = head
+    module.target_units.add(name, task.standardize, module.heads)
     if isinstance(task.loss, nn.Module):
         module.loss_modules[name] = task.loss
     if task.metrics is not None:
@@ -98,6 +100,9 @@ def drop_task(module: MultiTaskModule, name: str) -> tuple[nn.Module, Task]:
     _check_trunk(module, f"would keep that of {name!r}")
     task, head = module.tasks.pop(name), module.heads[name]
     del module.heads[name]
+    module._head_lr.pop(name, None)
+    if (units := module.target_units.drop(name, head)) is not None and units.known and not units.running:
+        task = replace(task, standardize=(units.mean.tolist(), units.std.tolist()))  # the head goes on in these units
     for stored in (module.loss_modules, *(getattr(module, f"{stage}_metrics") for stage in METRIC_STAGES)):
         if name in stored:
             del stored[name]
@@ -117,9 +122,10 @@ def _check_idle(what: str, module: MultiTaskModule) -> None:
 
 
 def _check_trunk(module: MultiTaskModule, consequence: str) -> None:
-    if takes_tasks(module.trunk) or hasattr(module.trunk, "tasks"):
+    parts = [module.trunk] if hasattr(module.trunk, "tasks") else module.trunk_parts.per_task
+    if parts:
         raise ValueError(
-            f"The trunk, {type(module.trunk).__name__}, has an output for each task and {consequence}. Build a module "
+            f"The trunk, {type(parts[0]).__name__}, has an output for each task and {consequence}. Build a module "
             "with a trunk for the new set of tasks, and take over what they have in common: "
             "load_trunk(new, old.state_dict(), strict=False)."
         )

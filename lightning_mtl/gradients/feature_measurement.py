@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.gradients.graph import Above, above_split, check_repeatable
-from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian, row_norms
+from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.gradients.one_pass import EntersTrunkError, one_pass
 from lightning_mtl.gradients.rows import Rows, as_real, by_parameter
@@ -99,8 +99,8 @@ class FeatureMeasurement:
             blocks, share = self._feature_rows(), 1 / ranks.size**2
         summed = ranks if layer is None else None
         if wanted == "gramian":
-            return Measured.of_products(gramian(blocks, summed, share=share), scale)
-        return Measured.of_norms(row_norms(blocks, summed, share=share), scale, blocks if wanted == "rows" else ())
+            return Measured.of_products(gramian(blocks, summed, share=share, scale=scale))
+        return Measured.of_rows(blocks, summed, keeps=wanted == "rows", share=share, scale=scale)
 
     def _feature_rows(self) -> list[Tensor]:
         """The cotangents as ``[K, n]`` matrices, complex numbers as pairs of real ones."""
@@ -163,6 +163,9 @@ def check_outputs_read(reached: Collection[Tensor], shared: Collection[Tensor]) 
 def feature_blocks(read: Sequence[Output], cotangents: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
     """The tasks' gradients at each output as a ``[K, n]`` matrix, complex where the output is.
 
+    Numbers come in the order in which they lie in the output's memory: images may be ``channels_last``, and would have
+    to be copied into another order, here and in the trunk's backward pass.
+
     Raises:
         ValueError: If an output is a nested tensor.
     """
@@ -175,8 +178,20 @@ def feature_blocks(read: Sequence[Output], cotangents: Sequence[Sequence[Tensor 
     for i, output in enumerate(read):
         zero = torch.zeros_like(output.z)
         found = [zero if (gradient := own[i]) is None else gradient for own in cotangents]
-        blocks.append(torch.stack(found).reshape(len(found), -1))
+        order = _memory_order(output.z)
+        blocks.append(torch.stack([gradient.permute(order) for gradient in found]).reshape(len(found), -1))
     return blocks
+
+
+def as_output(flat: Tensor, z: Tensor) -> Tensor:
+    """Give ``[n]`` numbers that lie in the order of :func:`feature_blocks` an output's shape, and its strides."""
+    order = _memory_order(z)
+    return flat.view([z.shape[dim] for dim in order]).permute([order.index(dim) for dim in range(z.ndim)])
+
+
+def _memory_order(z: Tensor) -> list[int]:
+    """The dimensions from the one with the largest steps in memory to the one with the smallest."""
+    return sorted(range(z.ndim), key=lambda dim: -z.stride()[dim])
 
 
 def groups_read(batch: MicroBatch) -> list[list[Tensor]]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_mtl.gradients.feature_measurement import FeatureMeasurement
+from lightning_mtl.gradients.feature_measurement import FeatureMeasurement, as_output
 from lightning_mtl.gradients.graph import Above, above_split, check_repeatable
 from lightning_mtl.gradients.micro_batch import surrogate, unscaled
-from lightning_mtl.gradients.rows import add_gradients, by_parameter, weighted_sums
+from lightning_mtl.gradients.rows import add_gradients, by_parameter, weighed_sum, weighted_sums
 from lightning_mtl.gradients.torch_internals import parameter_hooks_off
 
 
@@ -52,7 +52,7 @@ class FeatureGradients(FeatureMeasurement):
         if directions is None or not self.read:  # a rank whose batch is empty has no outputs
             return [self._combined(i, weights) for i in range(len(self.read))]
         return [
-            (torch.view_as_complex(direction.view(-1, 2)) if output.z.is_complex() else direction).view(output.z.shape)
+            as_output(torch.view_as_complex(direction.view(-1, 2)) if output.z.is_complex() else direction, output.z)
             for output, direction in zip(self.read, directions, strict=True)
         ]
 
@@ -60,12 +60,13 @@ class FeatureGradients(FeatureMeasurement):
         """Compute Σ w_k c_k for one output, from the stacked rows where measuring has made them."""
         z = self.read[i].z
         if self._rows:
-            return (weights.to(self._rows[i]) @ self._rows[i]).view(z.shape)
+            return as_output(weighed_sum(weights, self._rows[i]), z)
         total: Tensor | None = None
-        for own, weight in zip(self._cotangents, weights.to(z).unbind(), strict=True):
+        wide = torch.promote_types(z.dtype, torch.float32)  # half precision would round the weights
+        for own, weight in zip(self._cotangents, weights.to(z.device, wide).unbind(), strict=True):
             if (cotangent := own[i]) is not None:
-                total = cotangent * weight if total is None else total.addcmul_(cotangent, weight)
-        return torch.zeros_like(z) if total is None else total
+                total = cotangent.to(wide) * weight if total is None else total.addcmul_(cotangent, weight)
+        return torch.zeros_like(z) if total is None else total.to(z.dtype)
 
     def _known(self, weights: Tensor, head_weights: Tensor | None, directions: Sequence[Tensor] | None) -> Tensor:
         """The short way's loss: everything is known down to the trunk's outputs, and autograd goes on from there."""

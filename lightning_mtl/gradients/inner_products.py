@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_mtl.devices import WITHOUT_FLOAT64, fetch, numbers, widest
 from lightning_mtl.distributed import Ranks
 
 Wanted = Literal["nothing", "norms", "gramian", "rows"]
@@ -32,27 +33,54 @@ class Measured:
         gramian: ``[K, K]``, float64, on the CPU.
         norms: ``[K]``.
         rows: ``[K, n]`` matrices whose columns together make up the gradients.
+        sizes: ``[K]``, the norms on the CPU, where they have been read.
     """
 
     gramian: Tensor | None = None
     norms: Tensor | None = None
     rows: Sequence[Tensor] = ()
+    sizes: Tensor | None = None
 
     @classmethod
-    def of_products(cls, products: Tensor, scale: Tensor | None, *, norms_only: bool = False) -> Measured:
-        """A Gramian and the norms on its diagonal, a scaler's factor taken off."""
-        if scale is not None:
-            products = products / scale.detach().cpu().double().square()
+    def of_products(cls, products: Tensor, *, norms_only: bool = False) -> Measured:
+        """A Gramian and the norms on its diagonal."""
         norms = products.diagonal().sqrt()
         return cls(norms=norms) if norms_only else cls(gramian=products, norms=norms)
 
     @classmethod
-    def of_norms(cls, norms: Tensor, scale: Tensor | None, rows: Sequence[Tensor] = ()) -> Measured:
-        """Norms alone, a scaler's factor taken off, and the rows where they are asked for."""
-        return cls(norms=norms if scale is None else norms / scale, rows=rows)
+    def of_rows(
+        cls,
+        rows: Sequence[Tensor],
+        ranks: Ranks | None = None,
+        *,
+        keeps: bool,
+        share: float = 1.0,
+        scale: Tensor | None = None,
+    ) -> Measured:
+        """The norms of K gradients, with these where ``keeps`` says so; other arguments as in :func:`gramian`."""
+        if keeps and not rows[0].is_cpu:
+            # Methods that read rows need no norms, which are logged: nobody waits for them. Float64 costs a GPU nothing
+            # here, for reading the rows takes longer.
+            parts = [torch.linalg.vector_norm(row, dim=1, dtype=widest(row.device)).to(rows[0].device) for row in rows]
+            squares = torch.stack(parts).square().sum(0)
+            norms = ((squares if ranks is None else ranks.sum(squares)) * share).sqrt().to(torch.float32)
+            return cls(norms=norms if scale is None else norms / scale, rows=rows)
+        norms, sizes = known_norms(rows, ranks, share=share, scale=scale)
+        return cls(norms=norms, rows=rows if keeps else (), sizes=sizes)
+
+    def in_order(self, slots: Sequence[int]) -> Measured:
+        """Norms and rows in the order of these positions."""
+
+        def of(values: Tensor) -> Tensor:
+            return values[numbers(slots, values.device)]
+
+        norms, sizes = (None if values is None else of(values) for values in (self.norms, self.sizes))
+        return Measured(norms=norms, rows=[of(block) for block in self.rows], sizes=sizes)
 
 
-def gramian(rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: float = 1.0) -> Tensor:
+def gramian(
+    rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: float = 1.0, scale: Tensor | None = None
+) -> Tensor:
     r"""Compute the Gramian of K gradients.
 
     .. math:: G_{ij} = \langle g_i, g_j \rangle
@@ -65,6 +93,7 @@ def gramian(rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: float 
         ranks: Where each rank holds columns of its own, so that the products add up; None where each has them all.
         share: What the sum over the ranks is multiplied by: 1 / R² where each rank's columns belong to its own samples,
             and the loss is the mean over the ranks.
+        scale: A gradient scaler's factor in the rows, which is taken off; it travels to the host with the products.
 
     Returns:
         ``[K, K]``, float64, on the CPU.
@@ -74,16 +103,32 @@ def gramian(rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: float 
         [[6.0, 4.0], [4.0, 10.0]]
     """
     with torch.autocast(rows[0].device.type, enabled=False):
-        products = _sum_of_products(rows, torch.float32, ranks, share).cpu()
+        products, scale = _on_host(_sum_of_products(rows, torch.float32, ranks, share), scale)
         if not _is_accurate(products):
-            products = _sum_of_products(rows, torch.float64, ranks, share).cpu()
-    return products
+            if rows[0].device.type in WITHOUT_FLOAT64:
+                rows = [block.cpu() for block in rows]
+            products, _ = _on_host(_sum_of_products(rows, torch.float64, ranks, share), None)
+    return unscaled_products(products, scale)
+
+
+def _on_host(products: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if scale is None:
+        return products.cpu(), None
+    products, scale = fetch(products, scale)
+    return products, scale
+
+
+def unscaled_products(products: Tensor, scale: Tensor | None) -> Tensor:
+    """The inner products, on the host, without a gradient scaler's factor."""
+    return products if scale is None else products / scale.detach().cpu().double().square()
 
 
 def _is_accurate(products: Tensor) -> bool:
     """Whether float32 was enough: nothing over- or underflowed, and no combination of unit rows nearly vanishes."""
     matrix = products.numpy()  # a fraction of torch's time on so few numbers
     squares = matrix.diagonal()
+    if np.isnan(squares).any():
+        return True  # a row holds no number, which float64 does not change; squares that overflow are infinite
     if not np.isfinite(matrix).all() or squares.min() < _SMALLEST_SQUARE:
         return False
     norms = np.sqrt(squares)
@@ -91,8 +136,10 @@ def _is_accurate(products: Tensor) -> bool:
 
 
 def _sum_of_products(rows: Sequence[Tensor], at_least: torch.dtype, ranks: Ranks | None, share: float) -> Tensor:
-    num_rows = rows[0].shape[0]
-    total = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=rows[0].device)
+    num_rows, device = rows[0].shape[0], rows[0].device
+    # Blocks may lie on several devices, and some devices have no float64: partial results are few numbers to move.
+    home = torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+    total = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=home)
     for block in rows:
         dtype = torch.promote_types(block.dtype, at_least)
         for span in block.split(block.shape[1] if block.dtype == dtype else _SPAN, dim=1):
@@ -100,10 +147,10 @@ def _sum_of_products(rows: Sequence[Tensor], at_least: torch.dtype, ranks: Ranks
             whole = wide.shape[1] // _CHUNK * _CHUNK
             if whole:
                 chunks = wide[:, :whole].unflatten(1, (-1, _CHUNK)).transpose(0, 1)
-                total += torch.bmm(chunks, chunks.mT).sum(0, dtype=torch.float64)
+                total += torch.bmm(chunks, chunks.mT).to(home).sum(0, dtype=torch.float64)
             if whole < wide.shape[1]:
                 rest = wide[:, whole:]
-                total += rest @ rest.mT
+                total += (rest @ rest.mT).to(home)
     return total if ranks is None or ranks.size == 1 else ranks.sum(total) * share
 
 
@@ -114,18 +161,48 @@ def row_norms(rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: floa
         >>> row_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([[4.0], [2.0]])])
         tensor([5., 2.])
     """
-    parts = torch.stack([_norms_of(block) for block in rows])
-    if len(parts) == 1 and (ranks is None or ranks.size == 1):
-        return parts[0]
-    squares = parts.to(torch.float32 if parts.device.type == "mps" else torch.float64).square().sum(0)
-    total = squares if ranks is None else ranks.sum(squares) * share
-    return total.sqrt().to(parts.dtype)
+    return known_norms(rows, ranks, share=share)[0]
+
+
+def known_norms(
+    rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: float = 1.0, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same norms without a gradient scaler's factor, and what the host knows of them: one wait for a device."""
+    parts = torch.stack([_norms_of(block).to(rows[0].device) for block in rows])
+    norms, known = _over_all(parts, ranks, share, scale)
+    if known[-1]:
+        # Squares beyond float32 make a norm 0 or infinite; float64 for all rows would take thirty times as long.
+        parts = torch.stack([_norms_again(block, own) for block, own in zip(rows, parts, strict=True)])
+        norms, known = _over_all(parts, ranks, share, scale)
+    return norms, known[:-1]
+
+
+def _over_all(parts: Tensor, ranks: Ranks | None, share: float, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The norms over all blocks and ranks; on the host the same, and how many ranks have a doubtful one."""
+    norms, doubtful = parts[0], _doubtful(parts).any().to(parts.dtype)
+    if len(parts) > 1 or (ranks is not None and ranks.size > 1):
+        squares = parts.to(widest(parts.device)).square().sum(0)
+        if ranks is not None and ranks.size > 1:
+            # All ranks have to compute again if one has: they learn of it by the same sum.
+            both = ranks.sum(torch.cat([squares, doubtful.to(squares).reshape(1)]))
+            squares, doubtful = both[:-1] * share, both[-1]
+        norms = squares.sqrt().to(parts.dtype)
+    norms = norms if scale is None else norms / scale
+    return norms, torch.cat([norms, doubtful.to(norms.dtype).reshape(1)]).cpu()
 
 
 def _norms_of(block: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(block, dim=1, dtype=torch.promote_types(block.dtype, torch.float32))
-    # Squares beyond float32 make a norm 0 or infinite; float64 for all rows would take thirty times as long.
-    doubtful = torch.logical_not(torch.isfinite(norms) & (norms > _SMALLEST_SQUARE**0.5))
-    for row in doubtful.nonzero().flatten().tolist():
-        norms[row] = torch.linalg.vector_norm(block[row].double())
+    return norms
+
+
+def _doubtful(norms: Tensor) -> Tensor:
+    return torch.logical_not(torch.isfinite(norms) & (norms > _SMALLEST_SQUARE**0.5))
+
+
+def _norms_again(block: Tensor, norms: Tensor) -> Tensor:
+    norms = norms.clone()
+    for row in _doubtful(norms).nonzero().flatten().tolist():
+        found = block[row].cpu() if block.device.type in WITHOUT_FLOAT64 else block[row]
+        norms[row] = torch.linalg.vector_norm(found.double())
     return norms

@@ -76,7 +76,7 @@ class ShardedTrunkGradients:
         if wanted == "nothing" or not self._batch.names:
             return Measured()
         products = gramian(self.rows.matrices(), self._batch.ranks)
-        return Measured.of_products(products, None, norms_only=wanted == "norms")
+        return Measured.of_products(products, norms_only=wanted == "norms")
 
     def surrogate_loss(
         self, weights: Tensor, head_weights: Tensor | None = None, directions: Sequence[Tensor] | None = None

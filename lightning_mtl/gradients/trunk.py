@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_mtl.devices import numbers
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.feature_measurement import check_outputs_read, feature_blocks, outputs_read
 from lightning_mtl.gradients.graph import above_split, check_nothing_hidden, check_repeatable, reached_leaves
-from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian, row_norms
+from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian, unscaled_products
 from lightning_mtl.gradients.micro_batch import MicroBatch, surrogate
 from lightning_mtl.gradients.rows import (
     Rows,
@@ -151,7 +152,7 @@ class TrunkGradients:
             self._own[slot] = weighted_sums([self._own[slot]], [factor])
         if self._products is not None:
             at = torch.tensor([self._tasks.index(task) for task in self.present])
-            both = factors.double().cpu()
+            both = factors.cpu().double()
             self._products[at[:, None], at] *= both[:, None] * both
 
     def _agree_on_reached(self) -> None:
@@ -172,17 +173,16 @@ class TrunkGradients:
         if self._products is not None:
             # Each rank has the products of its own samples, and those of different samples are orthogonal: they add up.
             at = torch.tensor([self._tasks.index(task) for task in self.present])
-            products = self._products[at[:, None], at].to(self._losses.device)
-            products = self.ranks.sum(products).cpu()
-            return Measured.of_products(products, scale, norms_only=wanted == "norms")
+            products = self._products[at[:, None], at]
+            if self.ranks.size > 1:  # which sum where their losses lie
+                products = self.ranks.sum(products.to(self._losses.device)).cpu()
+            return Measured.of_products(unscaled_products(products, scale), norms_only=wanted == "norms")
         blocks = self.rows.matrices() if layer is None else self._blocks_of(layer)
         if wanted == "gramian":
-            return Measured.of_products(gramian(blocks)[slots][:, slots], scale)
-        norms = row_norms(blocks)[slots]
+            return Measured.of_products(gramian(blocks, scale=scale)[slots][:, slots])
+        measured = Measured.of_rows(blocks, keeps=wanted == "rows", scale=scale)
         # Rows lie in the order in which tasks came; methods read them in the module's. Most steps have one order.
-        in_order = slots == list(range(len(slots)))
-        rows = [block if in_order else block[slots] for block in blocks] if wanted == "rows" else ()
-        return Measured.of_norms(norms, scale, rows)
+        return measured if slots == list(range(len(slots))) else measured.in_order(slots)
 
     def _blocks_of(self, layer: Sequence[Tensor]) -> list[Tensor]:
         """The gradients of some parameters, ``[K, n]``; those outside of the trunk are not summed over ranks yet."""
@@ -219,10 +219,12 @@ class TrunkGradients:
         def gradients(scaled: Tensor) -> list[Tensor]:
             outer = scaled if scale is None else scaled / scale
             if directions is not None:
-                pieces = self.rows.split([direction * outer for direction in directions])
+                pieces = self.rows.split([direction * outer.to(direction.device) for direction in directions])
             elif slots:
-                in_slots = torch.zeros_like(weights)
-                in_slots[slots] = weights * outer
+                in_slots = weights * outer
+                if slots != list(range(len(slots))):
+                    order = sorted(range(len(slots)), key=slots.__getitem__)
+                    in_slots = in_slots[numbers(order, in_slots.device)]
                 pieces = self.rows.combine(in_slots)
             else:
                 pieces = [None] * len(self.shared)

@@ -16,7 +16,7 @@ from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.batched import all_at_once
 from lightning_mtl.gradients.compressed import Convolution, Cotangents, Embedding, Layer, Linear
 from lightning_mtl.gradients.graph import check_nothing_hidden, check_repeatable
-from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian, row_norms
+from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian
 from lightning_mtl.gradients.micro_batch import MicroBatch, surrogate
 from lightning_mtl.gradients.rows import Rows, add_gradients, by_parameter, in_order, rows_for, weighted_sums
 from lightning_mtl.gradients.torch_internals import ACCUMULATE_GRAD, CAST, TRANSPOSE, hooks_of, parameter_hooks_off
@@ -119,8 +119,8 @@ class TrunkGramian:
         if made := self._compressed():
             blocks = _Blocks(blocks, made)
         if wanted == "gramian":
-            return Measured.of_products(gramian(blocks), self._batch.scale)
-        return Measured.of_norms(row_norms(blocks), self._batch.scale)
+            return Measured.of_products(gramian(blocks, scale=self._batch.scale))
+        return Measured.of_rows(blocks, keeps=False, scale=self._batch.scale)
 
     def _compressed(self) -> list[Callable[[], Tensor]]:
         """What makes the layers' compressed rows."""

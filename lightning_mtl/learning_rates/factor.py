@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_mtl.devices import send
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.method.task_state import TaskState
 from lightning_mtl.task.module import TaskModule
@@ -86,6 +87,6 @@ def moved(before: Tensor, newest: Tensor, decay: float) -> Tensor:
         >>> moved(torch.tensor([1.0, torch.nan, 1.0]), torch.tensor([2.0, 2.0, torch.nan]), decay=0.9)
         tensor([1.1000, 2.0000, 1.0000])
     """
-    newest = newest.to(before)
+    newest = send(newest, before.device, before.dtype)
     mixed = decay * before + (1 - decay) * newest
     return torch.where(newest.isnan(), before, torch.where(before.isnan(), newest, mixed))

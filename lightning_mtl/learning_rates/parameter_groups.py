@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_mtl.learning_rates.given_rates import KEY
 from lightning_mtl.task.module import Depth, TaskModule
 
 Rate = float | Tensor
@@ -44,17 +45,21 @@ def parameter_groups(
     heads = own_parameters(module)
     taken = {*trunk, *(parameter for parameters in heads.values() for parameter in parameters)}
     parts: list[tuple[str, Iterable[nn.Parameter], Rate | None]] = [
-        ("trunk", trunk, lr if trunk_lr is None else trunk_lr),
-        *((f"head/{task}", parameters, head_lr.get(task, lr)) for task, parameters in heads.items()),
-        ("rest", [parameter for parameter in module.parameters() if parameter not in taken], lr),
+        ("trunk", trunk, trunk_lr),
+        *((f"head/{task}", parameters, head_lr.get(task)) for task, parameters in heads.items()),
+        ("rest", [parameter for parameter in module.parameters() if parameter not in taken], None),
     ]
     groups: list[dict[str, Any]] = []
-    for name, parameters, rate in parts:
+    for name, parameters, own in parts:
+        rate = lr if own is None else own
         for suffix, factor, members in _by_depth(list(parameters), module.depths):
             group: dict[str, Any] = {"params": members, "name": name + suffix}
             if rate is not None:
                 # A tensor of its own for each group: schedulers write into it.
                 group["lr"] = rate * factor if factor != 1 or isinstance(rate, Tensor) else rate
+                if trunk_lr is not None or head_lr or module.depths:
+                    # Schedulers overwrite "lr": configure_optimizers looks whether they have kept this.
+                    group[KEY] = (float(rate * factor), own is not None or factor != 1)
             elif factor != 1:
                 group["lr_factor"] = factor
             if weight_decay is not None:
@@ -83,6 +88,7 @@ def apply_lr_factors(optimizer: torch.optim.Optimizer) -> None:
         factor = group.pop("lr_factor", None)
         if factor is not None:
             group["lr"] = group["lr"] * factor
+            group[KEY] = (float(group["lr"]), True)
 
 
 def groups_of_heads(module: TaskModule, optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:

@@ -188,7 +188,7 @@ class Relatedness(Factor):
         if samples < 2:
             raise ValueError(f"Relatedness(samples={samples}) must be at least 2.")
         self.measure, self.power, self.decay, self.samples = measure, power, decay, samples
-        self.add_state("similarity", torch.tensor(torch.nan), per_pair=True)
+        self.add_state("similarity", torch.tensor(torch.nan), per_pair=True, on_cpu=True)
         self.similarity: Tensor
         self.seen: Tensor
         self.taken: Tensor
@@ -233,7 +233,7 @@ class Relatedness(Factor):
     def update_samples(self, what: Collected, values: Tensor) -> None:
         """Keep the samples: the first ones of the targets, the newest ones of the predictions."""
         # A ring: predictions go on at its beginning when it is full, targets stop there.
-        newest, taken = values.to(self.seen), int(self.taken)
+        newest, taken = values.cpu().to(self.seen), int(self.taken)  # MPS has no float64 to convert to
         newest = newest[:, : self.samples - taken] if what == "targets" else newest[:, -self.samples :]
         places = (taken + torch.arange(newest.shape[1])) % self.samples
         self.seen[:, places] = newest
@@ -252,13 +252,13 @@ class Relatedness(Factor):
             compare = mutual_information
             self._check_classes()
         labeled = ~self.seen.isnan()
-        similarity = self.similarity.cpu()
+        similarity = self.similarity.clone()
         for i in range(len(self.tasks)):
             for j in range(i):
                 both = labeled[i] & labeled[j]
                 if int(both.sum()) > 1:
                     similarity[i, j] = similarity[j, i] = compare(self.seen[i, both], self.seen[j, both])
-        self.similarity = similarity.to(self.similarity)
+        self.similarity = similarity
 
     def _check_classes(self) -> None:
         whole = self.seen.isnan() | (self.seen == self.seen.round())

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_mtl.devices import send, widest
 from lightning_mtl.learning_rates.factor import Collected, Factor
 from lightning_mtl.method.aggregator import Aggregator
 from lightning_mtl.method.holder import Holder
@@ -29,15 +30,17 @@ def multipliers(
         bounds: The smallest and the largest multiplier.
 
     Returns:
-        ``[K]``, float64, on the CPU.
+        ``[K]``, float64 where the device of the factors has it; on a device if one of them is.
 
     Example:
         >>> multipliers([torch.tensor([2.0, 0.5]), torch.tensor([3.0, 1.0])])
         tensor([6.0000, 0.5000], dtype=torch.float64)
     """
-    product = torch.stack([factor.detach().cpu().double() for factor in factors]).prod(0)
-    if normalize and product.mean() > 0:
-        product = product / product.mean()
+    device = next((factor.device for factor in factors if not factor.is_cpu), torch.device("cpu"))
+    product = torch.stack([send(factor.detach(), device, widest(device)) for factor in factors]).prod(0)
+    if normalize:
+        mean = product.mean()
+        product = torch.where(mean > 0, product / mean, product)
     return product if bounds is None else product.clamp(*bounds)
 
 
@@ -116,7 +119,7 @@ class TaskLearningRate(Holder):
         self.multipliers: Tensor
 
     def current(self, step: int) -> Tensor:
-        """Return the multipliers of this step; compute them where they are due."""
+        """Return the multipliers of this step, ``[K]`` and not waited for; compute them where they are due."""
         if step != self._step:
             if step % self.every_n_steps == 0:
                 values = [self._checked(factor) for factor in self.factors]
@@ -125,13 +128,23 @@ class TaskLearningRate(Holder):
         return self.multipliers
 
     def _checked(self, factor: Factor) -> Tensor:
-        values = factor.values().detach().cpu().double()
-        if values.shape != (len(self.tasks),) or not bool((values >= 0).all() and torch.isfinite(values).all()):
-            raise ValueError(
-                f"{type(factor).__name__}.values returned {values.tolist()}; {len(self.tasks)} tasks need a finite "
-                "number each that is not negative."
-            )
+        values = factor.values().detach()
+        if values.shape != (len(self.tasks),) or (values.is_cpu and not _are_factors(values.tolist())):
+            raise self._refused(f"{type(factor).__name__}.values returned {values.tolist()}")
         return values
+
+    def check_known(self, found: Sequence[float]) -> None:
+        """Refuse multipliers that no learning rate can have; those of a device are known only when a step reads them.
+
+        Raises:
+            ValueError: If one is negative or not finite.
+        """
+        if not _are_factors(found):
+            names = " and ".join(type(factor).__name__ for factor in self.factors)
+            raise self._refused(f"The factors of {names} multiply to {list(found)}")
+
+    def _refused(self, found: str) -> ValueError:
+        return ValueError(f"{found}; {len(self.tasks)} tasks need a finite number each that is not negative.")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Read the module's tasks; refuse settings that cannot work.
@@ -215,6 +228,10 @@ class TaskLearningRate(Holder):
         """
         super().load_state_dict(state_dict)
         self._step = None
+
+
+def _are_factors(values: Sequence[float]) -> bool:
+    return all(math.isfinite(value) and value >= 0 for value in values)
 
 
 def task_rates_of(trainer: pl.Trainer) -> TaskLearningRate | None:

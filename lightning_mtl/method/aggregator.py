@@ -39,6 +39,9 @@ class Aggregator(Weighting):
 
     measures: ClassVar[Measure] = "rows"
     weighs_heads: ClassVar[bool] = False
+    takes_any_rows: ClassVar[bool] = False
+    """Whether :meth:`combine` makes of rows that are not finite a direction that is not: such a step is skipped after
+    it. All other methods are spared such rows, which takes a look at the device before."""
 
     def __init__(
         self,
@@ -68,10 +71,11 @@ class Aggregator(Weighting):
         ones, widest = torch.ones_like(signals.losses), rows[0].dtype
         for block in rows[1:]:
             widest = torch.promote_types(widest, block.dtype)
-        whole = rows[0] if len(rows) == 1 else torch.cat([block.to(widest) for block in rows], dim=1)
+        home = rows[0].device  # of blocks that may lie on several
+        whole = rows[0] if len(rows) == 1 else torch.cat([block.to(home, widest) for block in rows], dim=1)
         if self.importance:
             whole = whole * self.with_importance(whole.new_ones(len(whole)), signals)[:, None]
         with self._cut_to(present):
             direction = self.combine(signals, whole).detach()
         parts = direction.split([block.shape[1] for block in rows])
-        return Decision(ones, ones, [part.to(block.dtype) for part, block in zip(parts, rows, strict=True)])
+        return Decision(ones, ones, [part.to(block) for part, block in zip(parts, rows, strict=True)])

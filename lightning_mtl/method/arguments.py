@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict, get_args, get_type_hints
 
+import lightning.pytorch as pl
 from typing_extensions import Self
 
 
@@ -34,6 +36,66 @@ class AggregatorArguments(TypedDict, total=False):
     importance: Mapping[str, float] | None
     start_step: int
     at: Literal["trunk", "features"]
+
+
+def check_common_arguments(
+    method: str,
+    importance: Mapping[str, float] | None,
+    start_step: int,
+    total: float | None,
+    at: str | Sequence[str],
+    every_n_steps: int,
+    gradients: str,
+) -> None:
+    """Check the arguments that all methods have.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+    for task, factor in (importance or {}).items():
+        if not (math.isfinite(factor) and factor >= 0):
+            raise ValueError(
+                f"{method}(importance=...) gives task {task!r} the factor {factor}; use a finite number >= 0."
+            )
+    if start_step < 0:
+        raise ValueError(f"{method}(start_step={start_step}) must be at least 0.")
+    if total is not None and not (math.isfinite(total) and total > 0):
+        raise ValueError(f"{method}(total={total}) must be above 0 and finite; None leaves the weights as they are.")
+    if every_n_steps < 1:
+        raise ValueError(f"{method}(every_n_steps={every_n_steps}) must be at least 1.")
+    if gradients not in ("automatic", "rows"):
+        raise ValueError(f"{method}(gradients={gradients!r}) must be 'automatic' or 'rows'.")
+    if not at:
+        raise ValueError(f"{method}(at={at!r}) must be 'trunk', 'features', 'last_layer' or names of modules.")
+
+
+def check_tasks(
+    method: str, methods: Sequence[str], module: pl.LightningModule, named: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return the tasks of a module that a method is about to train.
+
+    Args:
+        method: The method's name.
+        methods: All methods in the Trainer.
+        module: The module.
+        named: Arguments of the method; those that map tasks to something must name the module's.
+
+    Raises:
+        TypeError: If the module has no tasks.
+        ValueError: If there is another method, or an argument names an unknown task.
+    """
+    if len(methods) > 1:
+        raise ValueError(f"The Trainer holds {len(methods)} weightings, {' and '.join(methods)}; keep one of them.")
+    tasks = getattr(module, "tasks", None)
+    if not isinstance(tasks, Mapping):
+        raise TypeError(
+            f"{method} balances the tasks of a lightning_mtl.MultiTaskModule, found {type(module).__name__}; subclass "
+            "MultiTaskModule."
+        )
+    for argument, given in named.items():
+        if unknown := [task for task in given if task not in tasks] if isinstance(given, Mapping) else []:
+            raise ValueError(f"{method}({argument}=...) names {unknown}, but the tasks are {list(tasks)}.")
+    return tasks
 
 
 class NamedArguments:

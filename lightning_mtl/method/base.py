@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import nan
 from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_mtl.method.arguments import NamedArguments
+from lightning_mtl.devices import numbers, send
+from lightning_mtl.method.arguments import NamedArguments, check_common_arguments, check_tasks
+from lightning_mtl.method.complaints import log_zero_gradients, negative_losses
 from lightning_mtl.method.search_space import SearchSpace
 from lightning_mtl.method.signals import Decision, Signals
 from lightning_mtl.method.task_state import TaskState
 
 Measure = Literal["losses", "norms", "gramian", "rows"]
+NEGLIGIBLE = 1e-5
+"""A gradient this short beside the longest counts as zero for the methods that solve for weights."""
 
 
 class Weighting(NamedArguments, TaskState, ABC):
@@ -28,9 +32,12 @@ class Weighting(NamedArguments, TaskState, ABC):
     applies and logs; a weighting never touches a gradient, an optimizer, a device or a process group.
 
     A method that measures gradients is not asked about a task whose gradient is zero in a step, because it has no
-    labels in it or its loss does not reach where gradients are measured: the others get the weights that they would get
-    without it, its state stays as it is, and its weight, which scales its head at most, is the mean of theirs. Where
-    all gradients are zero, all weights are 1.
+    labels in it, is learned, or its loss does not reach where gradients are measured: the others get the weights that
+    they would get without it, its state stays as it is and its weight is 0. Its head, where heads are weighed, trains
+    with the mean of the others' weights. :attr:`zero_gradient_steps` counts such steps, and the first of each task is
+    logged. Most methods that solve for weights count a gradient below :attr:`negligible` of the longest as zero, so
+    that a vanishing gradient and a vanished one are the same to the other tasks. Where all gradients are zero, all
+    weights are 1.
 
     Args:
         importance: ``{task: factor}``, multiplied into the weights; tasks not named keep 1.
@@ -61,9 +68,8 @@ class Weighting(NamedArguments, TaskState, ABC):
     measures: ClassVar[Measure] = "losses"
     """What :meth:`weigh` needs: losses alone, gradient norms, their Gramian, or the gradients themselves."""
     reads_losses: ClassVar[bool] = True
-    """Whether :meth:`weigh` reads the losses of the step it weighs, or nothing but the state. With gradient
-    accumulation, weights that depend on a step's losses are known at its end only, so that the tasks' gradients are
-    kept until then, as for methods that measure gradients."""
+    """Whether :meth:`weigh` reads the losses of the step it weighs, or nothing but the state. Under accumulation,
+    weights that read losses are known at a step's end only: the tasks' gradients are kept until then."""
     weighs_heads: ClassVar[bool] = True
     """Whether a task's weight also scales the gradients of its own head, not those of the shared parameters alone."""
     search_space: ClassVar[SearchSpace] = {}
@@ -71,12 +77,15 @@ class Weighting(NamedArguments, TaskState, ABC):
     takes_logarithms: bool = False
     """Whether the method takes the losses' logarithms; a negative loss then ends the training with an error."""
     by_task: ClassVar[tuple[str, ...]] = ()
-    """Arguments, kept as attributes of the same names, that map tasks to something, besides ``importance``: at setup,
-    names of unknown tasks are refused."""
+    """Arguments, kept as attributes of the same names, that map tasks to something; unknown names are refused."""
     step_metric: str | None = None
     """The metric whose value on each training batch :attr:`Signals.scores` must hold."""
     wants_losses_after: bool = False
     """Whether :meth:`update` needs :attr:`Signals.losses_after`, for which the window's batches are passed again."""
+    negligible: float = 0.0
+    """A gradient that is not longer than this share of the longest counts as zero."""
+    zero_gradient_steps: Tensor
+    """``[K]``, the steps in which a task's gradient was zero, where the method measures norms or a Gramian."""
 
     def __init__(
         self,
@@ -89,22 +98,7 @@ class Weighting(NamedArguments, TaskState, ABC):
         gradients: Literal["automatic", "rows"] = "automatic",
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        for task, factor in (importance or {}).items():
-            if not (math.isfinite(factor) and factor >= 0):
-                raise ValueError(
-                    f"{name}(importance=...) gives task {task!r} the factor {factor}; use a finite number >= 0."
-                )
-        if start_step < 0:
-            raise ValueError(f"{name}(start_step={start_step}) must be at least 0.")
-        if total is not None and not (math.isfinite(total) and total > 0):
-            raise ValueError(f"{name}(total={total}) must be above 0 and finite; None leaves the weights as they are.")
-        if every_n_steps < 1:
-            raise ValueError(f"{name}(every_n_steps={every_n_steps}) must be at least 1.")
-        if gradients not in ("automatic", "rows"):
-            raise ValueError(f"{name}(gradients={gradients!r}) must be 'automatic' or 'rows'.")
-        if not at:
-            raise ValueError(f"{name}(at={at!r}) must be 'trunk', 'features', 'last_layer' or names of modules.")
+        check_common_arguments(type(self).__name__, importance, start_step, total, at, every_n_steps, gradients)
         self.importance = dict(importance or {})
         self.start_step = start_step
         self.total = total
@@ -112,9 +106,14 @@ class Weighting(NamedArguments, TaskState, ABC):
         self.every_n_steps = every_n_steps
         self.gradients = gradients
         self._newest: tuple[list[int], Tensor] | None = None
+        # Of the newest step: where tasks without a gradient stand among the present ones, and all heads' weights.
+        self._idle: list[int] = []
+        self._heads: Tensor | None = None
         self.held_weights: Tensor
         if every_n_steps > 1:
-            self.add_state("held_weights", torch.tensor(math.nan))
+            self.add_state("held_weights", torch.tensor(nan))
+        if self.measures in ("norms", "gramian"):
+            self.add_state("zero_gradient_steps", torch.tensor(0), on_cpu=True)
 
     @abstractmethod
     def weigh(self, signals: Signals) -> Tensor:
@@ -152,24 +151,11 @@ class Weighting(NamedArguments, TaskState, ABC):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Meet the module's tasks; refuse what cannot work."""
         others = [callback for callback in trainer.callbacks if isinstance(callback, Weighting)]  # type: ignore[attr-defined]
-        if len(others) > 1:
-            names = " and ".join(type(callback).__name__ for callback in others)
-            raise ValueError(f"The Trainer holds {len(others)} weightings, {names}; keep one of them.")
-        tasks = getattr(pl_module, "tasks", None)
-        if not isinstance(tasks, Mapping):
-            raise TypeError(
-                f"{type(self).__name__} balances the tasks of a lightning_mtl.MultiTaskModule, found "
-                f"{type(pl_module).__name__}; subclass MultiTaskModule."
-            )
-        for argument in ("importance", *self.by_task):
-            given = getattr(self, argument)
-            if unknown := [task for task in given if task not in tasks] if isinstance(given, Mapping) else []:
-                raise ValueError(
-                    f"{type(self).__name__}({argument}=...) names {unknown}, but the tasks are {list(tasks)}."
-                )
+        named = {argument: getattr(self, argument) for argument in ("importance", *self.by_task)}
+        tasks = list(check_tasks(type(self).__name__, [type(other).__name__ for other in others], pl_module, named))
         self.check(pl_module)
         if stage == "fit":  # as Lightning makes its optimizers anew; a resumed run restores the state after this
-            self.reset(list(tasks))
+            self.reset(tasks)
 
     def measures_in(self, step: int) -> bool:
         """Whether the method looks at optimizer step ``step``, or lets the last weights serve."""
@@ -188,10 +174,11 @@ class Weighting(NamedArguments, TaskState, ABC):
             measured: Whether the step measured what the method needs.
         """
         like = signals.losses
+        self._idle, self._heads = [], None
         if signals.step < self.start_step:
             return self.with_importance(torch.ones_like(like), signals)
         if not measured:
-            held = self.held_weights[list(present)].to(like)
+            held = send(self.held_weights[numbers(present, self.held_weights.device)], like.device, like.dtype)
             known = ~held.isnan()
             return self.with_importance(torch.where(known, self._with_total(held), torch.ones_like(held)), signals)
         asked = self._asked_about(signals)
@@ -202,21 +189,26 @@ class Weighting(NamedArguments, TaskState, ABC):
             if asked:
                 found = self._weighed(signals.cut(asked), [present[position] for position in asked])
                 weights *= found.mean()
-                weights[asked] = found
+                weights.index_copy_(0, numbers(asked, weights.device), found)
+                self._idle = [position for position in range(len(present)) if position not in asked]
         self._newest = (list(present), weights)
-        if self.total is not None:
-            weights = self._with_total(weights)
-        return self.with_importance(weights, signals) if self.importance else weights
+        applied = weights if not self._idle else weights.index_fill(0, like.new_tensor(self._idle).long(), 0.0)
+        applied = self._with_total(applied)
+        if self._idle:
+            heads = applied.clone()
+            heads[self._idle] = applied.sum() / len(asked)
+            self._heads = self.with_importance(heads, signals)
+        return self.with_importance(applied, signals) if self.importance else applied
 
     def _asked_about(self, signals: Signals) -> list[int]:
-        """The tasks that the method sees, as positions in the signals: not those whose gradient is zero.
-
-        Some methods have no solution with such a task, others one in which the shared parameters stand still.
-        """
-        sizes = signals.norms if signals.gramian is None else signals.gramian.diagonal()
+        """The tasks that the method sees, as positions in the signals: not those whose gradient counts as zero."""
+        known = signals.norms if signals.host_norms is None else signals.host_norms
+        sizes = known if signals.gramian is None else signals.gramian.diagonal().sqrt()
         if sizes is None or self.measures not in ("norms", "gramian"):
             return list(range(len(signals.tasks)))
-        return [position for position, size in enumerate(sizes.tolist()) if size != 0]
+        norms = sizes.tolist()
+        least = self.negligible * max(norms)
+        return [position for position, norm in enumerate(norms) if norm > least]
 
     def _weighed(self, signals: Signals, present: Sequence[int]) -> Tensor:
         """What the method says, checked."""
@@ -227,7 +219,8 @@ class Weighting(NamedArguments, TaskState, ABC):
                 f"{type(self).__name__}.weigh returned shape {list(weights.shape)}; "
                 f"{signals.num_tasks} tasks are present, so it must be [{signals.num_tasks}]."
             )
-        return weights.detach().to(signals.losses)
+        weights, like = weights.detach(), signals.losses
+        return weights.to(like) if weights.device == like.device else send(weights, like.device, like.dtype)
 
     def decide(
         self, signals: Signals, present: Sequence[int], *, measured: bool, rows: Sequence[Tensor] = ()
@@ -244,7 +237,7 @@ class Weighting(NamedArguments, TaskState, ABC):
         weights = self.current_weights(signals, present, measured=measured)
         if type(self).head_weights is not Weighting.head_weights:
             return self.with_heads(weights, signals.step, present)
-        return Decision(weights, None if self.weighs_heads else torch.ones_like(weights))
+        return Decision(weights, self._heads if self.weighs_heads else torch.ones_like(weights))
 
     def with_heads(self, weights: Tensor, step: int, present: Sequence[int]) -> Decision:
         """Add to the weights of a step what scales the gradients of the tasks' own heads in it."""
@@ -254,41 +247,44 @@ class Weighting(NamedArguments, TaskState, ABC):
                 own = self.head_weights()
         if own is None:
             return Decision(weights, None if self.weighs_heads else torch.ones_like(weights))
-        return Decision(weights, own.detach().to(weights))
+        return Decision(weights, send(own.detach(), weights.device, weights.dtype))
 
     def _cut_to(self, present: Sequence[int]) -> AbstractContextManager[None]:
         return nullcontext() if len(present) == len(self.tasks) else self.only(present)
 
     def observe(self, signals: Signals, present: Sequence[int]) -> None:
         """Let the method update its state for the present tasks, after a step that was not skipped."""
-        if self.takes_logarithms and bool((signals.losses < 0).any()):
-            found = dict(zip(signals.tasks, signals.losses.tolist(), strict=True))
-            raise ValueError(
-                f"{type(self).__name__} takes the logarithm of each loss, and the losses are {found} at step "
-                f"{signals.step}; add to the negative ones the constant that makes them 0 at best."
+        if self.takes_logarithms and bool(((losses := signals.losses_on_cpu()) < 0).any()):
+            raise negative_losses(
+                type(self).__name__, dict(zip(signals.tasks, losses.tolist(), strict=True)), signals.step
             )
         if self.every_n_steps > 1 and self._newest is not None:
             positions, weights = self._newest
-            self.held_weights[positions] = weights.to(self.held_weights)
+            self.held_weights[numbers(positions, self.held_weights.device)] = weights.to(self.held_weights)
         self._newest = None
+        if self._idle and "zero_gradient_steps" in self._states:
+            self._count_idle([present[position] for position in self._idle], signals.step)
         if type(self).update is not Weighting.update and signals.step >= self.start_step:
             asked = self._asked_about(signals)
             if asked:
-                whole = len(asked) == len(signals.tasks)
                 with self.only([present[position] for position in asked]):
-                    self.update(signals if whole else signals.cut(asked))
+                    self.update(signals if len(asked) == len(signals.tasks) else signals.cut(asked))
+
+    def _count_idle(self, positions: list[int], step: int) -> None:
+        new = [self.tasks[position] for position in positions if self.zero_gradient_steps[position] == 0]
+        self.zero_gradient_steps[positions] += 1
+        if new:
+            log_zero_gradients(type(self).__name__, new, step)
 
     def _with_total(self, weights: Tensor) -> Tensor:
-        if self.total is None:
-            return weights
         found = weights.nansum()
-        return torch.where(found > 0, weights * (self.total / found), weights)
+        return weights if self.total is None else torch.where(found > 0, weights * (self.total / found), weights)
 
     def with_importance(self, weights: Tensor, signals: Signals) -> Tensor:
         """Multiply the weights of the present tasks by their importance."""
         if not self.importance:
             return weights
-        return self.scaled(weights, weights.new_tensor([self.importance.get(task, 1.0) for task in signals.tasks]))
+        return self.scaled(weights, self.of_tasks(self.importance, 1.0, signals, weights))
 
     def scaled(self, weights: Tensor, importance: Tensor) -> Tensor:
         """Scale the weights of the present tasks by their importance, both ``[K]``."""
@@ -297,5 +293,4 @@ class Weighting(NamedArguments, TaskState, ABC):
 
 def weighting_of(trainer: pl.Trainer) -> Weighting | None:
     """The weighting among a Trainer's callbacks, if there is one."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, Weighting)), None)
+    return next((c for c in trainer.callbacks if isinstance(c, Weighting)), None)  # type: ignore[attr-defined]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
+
+from lightning_mtl.devices import numbers
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Signals:
             methods that asked for them through ``wants_losses_after``.
         losses_ahead: ``[K, K]``, L_j after a trial step along task i's gradient alone, in row i, for monitors
             that ``looks_ahead``.
+        host_losses: ``[K]``, the losses on the CPU, where the step has read them: in ``update``, and for monitors.
+        host_norms: ``[K]``, the norms on the CPU, likewise.
 
     Example:
         >>> import torch
@@ -42,11 +47,17 @@ class Signals:
     scores: Tensor | None = None
     losses_after: Tensor | None = None
     losses_ahead: Tensor | None = None
+    host_losses: Tensor | None = None
+    host_norms: Tensor | None = None
 
     @property
     def num_tasks(self) -> int:
         """K, the number of present tasks."""
         return len(self.tasks)
+
+    def losses_on_cpu(self) -> Tensor:
+        """Return the losses on the CPU; the host waits for a device only where the step has not read them before."""
+        return self.losses.cpu() if self.host_losses is None else self.host_losses.to(self.losses.dtype)
 
     def cut(self, positions: Sequence[int]) -> Signals:
         """Return the measurements of some of the tasks alone.
@@ -59,12 +70,12 @@ class Signals:
             >>> Signals(("a", "b"), torch.tensor([1.0, 2.0]), step=0, epoch=0).cut([1]).losses
             tensor([2.])
         """
-        chosen = list(positions)
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in found.items():
             if isinstance(value, Tensor):
+                chosen = numbers(positions, value.device, torch.long)
                 found[name] = value[chosen] if value.ndim == 1 else value[chosen][:, chosen]
-        return Signals(**found | {"tasks": tuple(self.tasks[position] for position in chosen)})
+        return Signals(**found | {"tasks": tuple(self.tasks[position] for position in positions)})
 
 
 @dataclass

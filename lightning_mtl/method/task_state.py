@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,6 +10,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+
+from lightning_mtl.devices import numbers
+from lightning_mtl.method.signals import Signals
 
 
 class Declared(NamedTuple):
@@ -39,7 +42,9 @@ class TaskState(Callback):
         self.tasks: tuple[str, ...] = ()
         self._states: dict[str, Declared] = {}
 
-    def add_state(self, name: str, default: Tensor, *, per_task: bool = True, per_pair: bool = False) -> None:
+    def add_state(
+        self, name: str, default: Tensor, *, per_task: bool = True, per_pair: bool = False, on_cpu: bool = False
+    ) -> None:
         """Declare what the method remembers; read and write it as the attribute ``name``.
 
         It is saved and restored with checkpoints, moved to the module's device, and, where it belongs to tasks, cut to
@@ -51,8 +56,9 @@ class TaskState(Callback):
                 attribute has shape ``[K, *default.shape]``.
             per_task: Whether the state belongs to the tasks or to the method as a whole.
             per_pair: Whether it belongs to pairs of tasks, so that the attribute has shape ``[K, K, *default.shape]``.
+            on_cpu: Whether it stays on the CPU, where Gramians are.
         """
-        self._declare(name, Declared(default, 2 if per_pair else int(per_task)))
+        self._declare(name, Declared(default, 2 if per_pair else int(per_task), on_cpu))
 
     def add_generator(self, name: str, seed: int) -> None:
         """Declare a source of random numbers, the same on every rank, that resumes where it was interrupted.
@@ -101,6 +107,10 @@ class TaskState(Callback):
         for name, declared in self._states.items():
             setattr(self, name, getattr(self, name).to("cpu" if declared.on_cpu else pl_module.device))
 
+    def of_tasks(self, given: Mapping[str, float], otherwise: float, signals: Signals, like: Tensor) -> Tensor:
+        """Return the numbers that a user gave the present tasks, ``[K]``, where another tensor is, and of its dtype."""
+        return numbers([given.get(task, otherwise) for task in signals.tasks], like.device, like.dtype)
+
     @contextmanager
     def only(self, present: Sequence[int]) -> Iterator[None]:
         """Cut the tasks' states to the present ones, and put what became of them back."""
@@ -108,7 +118,8 @@ class TaskState(Callback):
             yield
             return
         whole = {name: getattr(self, name) for name, declared in self._states.items() if declared.task_dims}
-        cut = {name: _grid(present, self._states[name].task_dims, value.device) for name, value in whole.items()}
+        places = {device: numbers(present, device, torch.long) for device in {value.device for value in whole.values()}}
+        cut = {name: _grid(places[value.device], self._states[name].task_dims) for name, value in whole.items()}
         for name, value in whole.items():
             setattr(self, name, value[cut[name]])
         try:
@@ -173,7 +184,6 @@ class TaskState(Callback):
             setattr(self, key, value.to(getattr(self, key).device))
 
 
-def _grid(present: Sequence[int], task_dims: int, device: torch.device) -> tuple[Tensor, ...]:
+def _grid(index: Tensor, task_dims: int) -> tuple[Tensor, ...]:
     """Indices that cut the present tasks out of that many leading dimensions."""
-    index = torch.tensor(list(present), device=device)
     return (index,) if task_dims == 1 else (index[:, None], index)

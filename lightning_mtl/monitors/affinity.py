@@ -75,9 +75,11 @@ class TaskAffinity(PairMonitor):
     random numbers of the step itself, after which parameters, buffers, plain
     attributes and random numbers are put back to the bit.
 
-    Logged at each measured step are ``affinity/mean`` and ``affinity/lowest`` over the pairs of different tasks; at
-    an epoch's end a heatmap, ``affinity/heatmap``, shows the epoch's mean. :attr:`affinity` is the mean over the whole
-    training, for :meth:`groups`. What a measured step costs is said at
+    Logged at each measured step are ``affinity/mean`` and ``affinity/lowest`` over the pairs of different tasks; at an
+    epoch's end a heatmap, ``affinity/heatmap``, shows the epoch's mean. :attr:`affinity` is the mean over the whole
+    training, for :meth:`groups`. Where some tasks are auxiliary (``Task(role="auxiliary")``), ``affinity/main/<task>``
+    is the mean of what a step for each does for the main tasks, and ``affinity/helped/<task>`` the share of the
+    measured steps so far in which it was above 0; :attr:`helped` has the shares. What a measured step costs is said at
     :class:`~lightning_mtl.monitors.GradientConflict`; the exact form adds K forward passes.
 
     Args:
@@ -157,6 +159,9 @@ class TaskAffinity(PairMonitor):
         else:
             return
         self.count(found, signals.tasks)
+        if 0 < len(self.main) < len(self.tasks):
+            main = [position for position, task in enumerate(signals.tasks) if task in self.main]
+            self.note_help(pl_module, found[:, main].nanmean(dim=1), signals.tasks)
         beside = found[~torch.eye(len(found), dtype=torch.bool)]
         if len(beside := beside[beside.isfinite()]):
             self.write(pl_module, {"mean": beside.mean(), "lowest": beside.min()})

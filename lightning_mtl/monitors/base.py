@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
+from lightning_mtl.devices import finish_queue
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import Task
 from lightning_mtl.task.module import TaskModule
@@ -58,6 +60,7 @@ class Monitor(Callback):
     _gone: bool = False  # off on all ranks, so that none of them waits for its measurements any more
     _began: float | None = None
     _spent: float = 0.0
+    _exact: bool = False  # whether what a device had queued before is kept out of the time
 
     def measures_in(self, step: int) -> bool:
         """Return whether the monitor looks at optimizer step ``step``."""
@@ -97,7 +100,7 @@ class Monitor(Callback):
         """Refuse settings that cannot work before training begins; turn the monitor on again for a new fit."""
         name = type(self).__name__
         self.off = self._gone = False
-        self._began, self._spent = None, 0.0
+        self._began, self._spent, self._exact = None, 0.0, False
         self.tasks_of(pl_module)
         if self.measures == "losses":
             return
@@ -117,8 +120,16 @@ class Monitor(Callback):
 
 
 @contextmanager
-def guarding(monitors: Sequence[Monitor]) -> Iterator[None]:
-    """Run a block for some monitors: count its time as theirs, and turn them off with a warning if it fails."""
+def guarding(monitors: Sequence[Monitor], device: torch.device | None = None) -> Iterator[None]:
+    """Run a block for some monitors: count its time as theirs, and turn them off with a warning if it fails.
+
+    Args:
+        monitors: Whose block it is.
+        device: Where it computes. What is queued there before the block is charged to them, unless they are near
+            being turned off: a wait in each step would cost more than the error.
+    """
+    if device is not None and any(monitor._exact for monitor in monitors):
+        finish_queue(device)
     began = time.perf_counter()
     try:
         yield
@@ -132,10 +143,14 @@ def guarding(monitors: Sequence[Monitor]) -> Iterator[None]:
             monitor._spent += (now - began) / len(monitors)
 
 
-def turn_off_if_slow(monitor: Monitor) -> None:
+def turn_off_if_slow(monitor: Monitor, device: torch.device) -> None:
     """Turn a monitor off that has taken too much of the time since it first looked."""
     passed = 0.0 if monitor._began is None else time.perf_counter() - monitor._began
     if monitor._spent > max(_SLOW_SECONDS, monitor.most_time * passed):
+        if device.type != "cpu" and not monitor._exact:
+            # The time may be the step's own, which the monitor has only waited for: measure anew, and exactly.
+            monitor._exact, monitor._began, monitor._spent = True, None, 0.0
+            return
         _turn_off(
             monitor,
             f"it took {100 * monitor._spent / passed:.0f} % of the time; raise every_n_steps={monitor.every_n_steps}, "

@@ -73,6 +73,10 @@ class GradientConflict(PairMonitor):
     (near 0: one task's gradient drowns the others'). At an epoch's end a heatmap, ``conflict/heatmap``, shows each
     pair's mean cosine over the epoch's measured steps.
 
+    Where some tasks are auxiliary (``Task(role="auxiliary")``), ``conflict/main/<task>`` is the cosine of each one's
+    gradient with the main one, the sum of the main tasks' gradients, and ``conflict/helped/<task>`` the share of the
+    measured steps so far in which it was above 0; :attr:`helped` has the shares.
+
     Where the weighting has measured a Gramian at the same place in the step, that one is used, for nothing. Else a
     measured step takes one more backward pass of the trunk a task, and for parameters K rows of them in memory while it
     does; the update itself is an ordinary step's, to the bit. With accumulated gradients the window's first micro-batch
@@ -127,3 +131,10 @@ class GradientConflict(PairMonitor):
             return
         self.write(pl_module, {k: v for k, v in conflict_measures(signals.gramian).items() if v.isfinite()})
         self.count(cosines(signals.gramian), signals.tasks)
+        if len(self.main) < len(self.tasks):
+            main = torch.tensor([task in self.main for task in signals.tasks], dtype=signals.gramian.dtype)
+            products = signals.gramian @ main
+            # Not a number where one of the two is zero: nothing is known then.
+            self.note_help(
+                pl_module, products / signals.gramian.diagonal().sqrt() / (main @ products).sqrt(), signals.tasks
+            )

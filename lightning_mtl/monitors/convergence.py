@@ -147,7 +147,7 @@ class Convergence(Monitor):
     ) -> None:
         """Keep the step's losses."""
         names = list(self.tasks)
-        self._history.add(signals.step, signals.losses.detach().cpu(), [names.index(task) for task in signals.tasks])
+        self._history.add(signals.step, signals.losses_on_cpu(), [names.index(task) for task in signals.tasks])
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the validation's losses and metrics."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -77,6 +78,8 @@ class PairMonitor(Monitor):
         self.figure = figure
         self.name = name
         self.tasks: tuple[str, ...] = ()
+        self.main: frozenset[str] = frozenset()
+        self.helps = torch.zeros(2, 0)  # of each task: in how many steps it helped the main ones, and of how many
         self.epoch, self.whole = PairMeans(0), PairMeans(0)
 
     def count(self, values: Tensor, tasks: Sequence[str]) -> None:
@@ -84,6 +87,32 @@ class PairMonitor(Monitor):
         present = [self.tasks.index(task) for task in tasks]
         self.epoch.add(values, present)
         self.whole.add(values, present)
+
+    @property
+    def helped(self) -> dict[str, float]:
+        """Return the share of the training's measured steps in which each auxiliary task helped the main tasks."""
+        shares = zip(self.tasks, *self.helps.tolist(), strict=True)
+        return {task: helped / known for task, helped, known in shares if known}
+
+    def note_help(self, pl_module: pl.LightningModule, values: Tensor, tasks: Sequence[str]) -> None:
+        """Count and log in which of the measured steps each auxiliary task helped the main ones.
+
+        Args:
+            pl_module: What is trained.
+            values: ``[K]``, what the present tasks do for the main ones in this step, above 0 where they help.
+            tasks: The present tasks.
+        """
+        found = {
+            task: value
+            for task, value in zip(tasks, values.tolist(), strict=True)
+            if task not in self.main and math.isfinite(value)
+        }
+        for task, value in found.items():
+            self.helps[:, self.tasks.index(task)] += torch.tensor([float(value > 0), 1.0])
+        shares = self.helped
+        scalars = {f"main/{task}": value for task, value in found.items()}
+        scalars |= {f"helped/{task}": shares[task] for task in found}
+        self.write(pl_module, {name: torch.tensor(value) for name, value in scalars.items()})
 
     def write(self, pl_module: pl.LightningModule, scalars: Mapping[str, Tensor]) -> None:
         """Log scalars at this step, also between the steps at which Lightning logs: they belong to this step."""
@@ -99,9 +128,11 @@ class PairMonitor(Monitor):
                 raise ValueError(
                     f"Two monitors log under {self.name!r}; give one another name: {type(self).__name__}(name=...)."
                 )
-        tasks = tuple(self.tasks_of(pl_module))
+        found = self.tasks_of(pl_module)
+        tasks = tuple(found)
+        self.main = frozenset(task for task in tasks if found[task].role == "main")
         if stage == "fit" and (trainer.global_step == 0 or tasks != self.tasks):
-            self.tasks = tasks
+            self.tasks, self.helps = tasks, torch.zeros(2, len(tasks))
             self.epoch, self.whole = PairMeans(len(tasks)), PairMeans(len(tasks))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -136,13 +167,15 @@ class PairMonitor(Monitor):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums so far, with the tasks' names."""
-        return {"tasks": list(self.tasks), "epoch": self.epoch.sums.clone(), "whole": self.whole.sums.clone()}
+        sums = {"epoch": self.epoch.sums.clone(), "whole": self.whole.sums.clone(), "helps": self.helps.clone()}
+        return {"tasks": list(self.tasks)} | sums
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the sums of an interrupted training; sums of other tasks are ignored."""
         if not self.tasks or state_dict["tasks"] == list(self.tasks):
             self.tasks = tuple(state_dict["tasks"])
             self.epoch.sums, self.whole.sums = state_dict["epoch"].clone(), state_dict["whole"].clone()
+            self.helps = state_dict["helps"].clone()
 
 
 def _symmetric(values: Tensor) -> tuple[float, float]:

@@ -107,12 +107,14 @@ def _escaped(text: str) -> str:
 def marked(
     interval: Interval, *, lower_is_better: bool = False, sign: str = "+", beyond: bool = True, digits: int = 1
 ) -> Cell:
-    """Write a mean with its interval, and mark it where zero lies outside of the interval.
+    """Write a mean with its interval, a dash where there is none, and mark it where zero lies outside of the interval.
 
     Example:
         >>> marked(Interval(2.0, 1.0, 3.0))
         Cell(text='+2.0 [+1.0, +3.0]', verdict='better')
     """
+    if math.isnan(interval.mean):
+        return Cell("–")
     mean, low, high = (round(value, digits) + 0.0 for value in interval)  # + 0.0 turns -0.0 into 0.0
     form = f"{sign}.{digits}f"
     if math.isnan(low):

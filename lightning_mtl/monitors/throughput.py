@@ -10,14 +10,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from lightning_mtl.devices import finish_queue
 from lightning_mtl.monitors.base import Monitor, guarding
 
 
 class Phases:
     """Splits time into named phases; a phase inside another is not counted for the outer one.
 
-    While nobody listens a phase costs an empty context. While somebody does, a CUDA device is waited for at each change
-    of phase, since its work would otherwise count where the processor happens to wait for it.
+    While nobody listens a phase costs an empty context. While somebody does, a GPU is waited for at each change of
+    phase, since its work would otherwise count where the processor happens to wait for it.
 
     Example:
         >>> phases = Phases()
@@ -73,8 +74,8 @@ class Phases:
         self._since = now
 
     def _now(self) -> float:
-        if self._device is not None and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._device is not None:
+            finish_queue(self._device)
         return time.perf_counter()
 
 
@@ -101,7 +102,7 @@ class Throughput(Monitor):
     and ``throughput/steps_per_second`` since the last measured step. A share that a step does not have is 0. With
     ``automatic_optimization = True`` backward pass and optimizer are Lightning's, and count to the rest.
 
-    On a CUDA device the measured step, one of n, waits for the device at each change of phase, or the time would count
+    On a GPU the measured step, one of n, waits for the device at each change of phase, or the time would count
     where the processor happens to wait; all other steps run as they would. Each rank looks at itself, rank 0 logs.
 
     Args:

@@ -12,6 +12,7 @@ from lightning_mtl.solvers.gramian import (
     Array,
     Solution,
     SolverError,
+    check_vector,
     is_stationary_normalized,
     min_norm_solution,
     normalize,
@@ -25,12 +26,12 @@ MAX_ITERATIONS = 1000
 FULL_STEP = 0.25
 
 
-def alpha_fair_weights(gramian: ArrayLike, alpha: float = 1.0) -> Solution:
+def alpha_fair_weights(gramian: ArrayLike, alpha: float = 1.0, preference: ArrayLike | None = None) -> Solution:
     r"""Weights of the alpha-fair combination of the gradients.
 
-    They satisfy :math:`G w = w^{-1/\alpha}`, elementwise, and are the only optimum of the convex problem
+    They satisfy :math:`G w = (p / w)^{1/\alpha}`, elementwise, and are the only optimum of the convex problem
 
-    .. math:: \min_{w > 0} \; \tfrac12 w^\top G w - \sum_k \frac{w_k^{1 - 1/\alpha}}{1 - 1/\alpha} ,
+    .. math:: \min_{w > 0} \; \tfrac12 w^\top G w - \sum_k p_k^{1/\alpha} \frac{w_k^{1 - 1/\alpha}}{1 - 1/\alpha} ,
 
     which has none at a Pareto-stationary point. With :math:`\alpha = 1`, a logarithm in place of the power, this is the
     Nash bargaining solution (Navon et al. 2022, arXiv:2202.01017, equation 2), whose combined gradient has norm
@@ -40,14 +41,15 @@ def alpha_fair_weights(gramian: ArrayLike, alpha: float = 1.0) -> Solution:
     Args:
         gramian: ``[K, K]``, inner products of the gradients.
         alpha: Fairness, positive. Between 0.1 and 10 is tested.
+        preference: ``[K]``, p, the positive factors of the tasks' utilities; None for ones.
 
     Returns:
         The weights, ``[K]``, positive. At a Pareto-stationary point, where there are none, the minimum-norm weights
         with ``stationary=True``.
 
     Raises:
-        ValueError: If ``gramian`` is not a square, finite matrix with a non-negative diagonal, or ``alpha`` is not
-            positive and finite.
+        ValueError: If ``gramian`` is not a square, finite matrix with a non-negative diagonal, or ``alpha`` or
+            ``preference`` is not positive and finite.
         SolverError: If Newton's method does not converge.
 
     Example:
@@ -68,7 +70,13 @@ def alpha_fair_weights(gramian: ArrayLike, alpha: float = 1.0) -> Solution:
     # of them stay in range.
     unit = math.sqrt(shortest) * math.sqrt(norms.max())
     norms = norms / unit
-    v, iterations, residual = _newton(cosines, norms ** (exponent - 1), exponent)
+    factors = norms ** (exponent - 1)
+    if preference is not None:
+        given = check_vector("preference", preference, len(norms))
+        if given.min() <= 0:
+            raise ValueError(f"preference must be positive, but preference[{given.argmin()}] is {given.min()}.")
+        factors = factors * given**exponent
+    v, iterations, residual = _newton(cosines, factors, exponent)
     if residual == math.inf or (_may_be_stationary(cosines, v) and is_stationary_normalized(normalized)):
         return min_norm_solution(gramian)
     if math.isnan(residual) and np.linalg.eigvalsh(cosines)[0] < -4 * len(norms) * EPS:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_mtl.task.task import TaskOutput
@@ -40,11 +42,6 @@ def _takes_one(trunk: nn.Module) -> bool:
     parameters = inspect.signature(trunk.forward).parameters.values()
     by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "tasks"]
     return len(by_place) == 1 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
-
-
-def takes_tasks(trunk: nn.Module) -> bool:
-    """Whether the trunk is a :class:`PerTask`."""
-    return bool(getattr(trunk, "takes_tasks", False))
 
 
 def is_joint(batch: Any, tasks: Collection[str]) -> bool:  # noqa: ANN401 - anything a loader may yield
@@ -154,8 +151,12 @@ def _form(batch: Any) -> str:  # noqa: ANN401
     return type(batch).__name__
 
 
-def present_outputs(returned: Mapping[str, Tensor | TaskOutput | None], tasks: Sequence[str]) -> dict[str, TaskOutput]:
+def present_outputs(
+    returned: Mapping[str, Tensor | TaskOutput | None], tasks: Sequence[str], device: torch.device
+) -> dict[str, TaskOutput]:
     """Check what ``task_losses`` returned and bring it into the tasks' order; None, or no sample, drops a task.
+
+    A loss from elsewhere comes to the module's device, be it a constant, or from a head on a device of its own.
 
     Raises:
         TypeError: If it is no mapping of tensors or task outputs.
@@ -173,6 +174,8 @@ def present_outputs(returned: Mapping[str, Tensor | TaskOutput | None], tasks: S
         output = value if isinstance(value, TaskOutput) else TaskOutput(value)
         if not isinstance(output.loss, Tensor):
             raise TypeError(f"The loss of task {task!r} must be a tensor, found {type(output.loss).__name__}.")
+        if output.loss.device != device:
+            output = replace(output, loss=output.loss.to(device))
         if output.loss.ndim > 0:
             if output.loss.numel() != 1:
                 raise ValueError(

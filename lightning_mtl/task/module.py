@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lightning_mtl.task.task import Task, TaskOutput
+from lightning_mtl.task.units import Standardizers
+from lightning_mtl.trunk import TrunkParts
 
 
 class Depth(NamedTuple):
@@ -34,21 +36,33 @@ class TaskModule(pl.LightningModule):
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
         max_skipped_steps: How many steps in a row may be skipped because something is not finite.
         schedules: The schedulers as they were asked for.
+        target_units: What standardizes targets, of the tasks that ask for it, by task.
         learned_tasks: The tasks that train; the others count as absent from every batch. None stands for all.
+        present_tasks: The tasks that some rank's micro-batch has; None outside of a training step.
+        delta_m_over: The tasks whose baselines ``val/delta_m`` compares with: ``"all"``, or the ``"main"`` ones alone.
         depths: Parts of the model with learning rates of their own, as a callback that unfreezes them gives them.
     """
 
     trunk: nn.Module
     heads: nn.ModuleDict
     tasks: dict[str, Task]
+    target_units: Standardizers
     accumulate_grad_batches: int
     gradient_clip_val: float | None
     gradient_clip_algorithm: str
     max_skipped_steps: int
     schedules: list[LRSchedulerConfig]
     learned_tasks: frozenset[str] | None = None
+    present_tasks: Sequence[str] | None = None
+    delta_m_over: Literal["all", "main"] = "all"
     depths: tuple[Depth, ...] = ()
     train_metrics: nn.ModuleDict
+    _trunk_parts: TrunkParts | None = None
+
+    @property
+    @abstractmethod
+    def trunk_parts(self) -> TrunkParts:
+        """What the trunk and its parts say of themselves."""
 
     @abstractmethod
     def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
@@ -57,6 +71,10 @@ class TaskModule(pl.LightningModule):
     @abstractmethod
     def penalties(self) -> dict[str, Tensor]:
         """Scalars added to the objective with weight 1."""
+
+    @abstractmethod
+    def penalties_with(self, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """The penalties in a step in which some rank has ``tasks``."""
 
     @abstractmethod
     def shared_parameters(self) -> list[nn.Parameter]:
@@ -75,6 +93,11 @@ class TaskModule(pl.LightningModule):
     @abstractmethod
     def opens_window(self) -> bool:
         """Whether the next micro-batch begins an optimizer step."""
+
+    @property
+    def gives_rates(self) -> bool:
+        """Whether the module's arguments give a part a learning rate of its own."""
+        return False
 
     @property
     def micro_batches_a_step(self) -> int:

@@ -6,13 +6,15 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_mtl.task.labels import MissingPer
+from lightning_mtl.task.units import Standardize, check_standardize
 
+Role = Literal["main", "auxiliary"]
 LossFunction = Callable[[Any, Any], Tensor]
 Metrics = Metric | MetricCollection | Mapping[str, Metric | MetricCollection] | Sequence[Metric | MetricCollection]
 
@@ -39,14 +41,30 @@ class Task:
             Looking costs a small selection a step, on a GPU a wait for its size; without it nothing is looked at.
         missing_per: ``"element"`` selects single numbers of targets that have several to a sample; ``"sample"`` leaves
             out samples with any number missing and keeps the others whole, as boxes have to be.
+        role: ``"main"``, or ``"auxiliary"`` for a task that is there to help the main ones. The methods for auxiliary
+            tasks (:class:`~lightning_mtl.weighting.MetaBalance`, :class:`~lightning_mtl.weighting.AuxiliaryCosine`)
+            read it, monitors say how often such a task has helped, and a module with ``delta_m_over = "main"`` leaves
+            it out of ``val/delta_m``; to all else tasks are alike.
         class_dim: Where labels of single pixels or tokens are missing, the dimension of the predictions that holds the
             classes: 1 for ``[B, C, H, W]`` and ``[B, C, T]``, -1 for ``[B, T, C]``. None infers it, and refuses shapes
             that can be read in two ways; give it where lengths vary, so that T may come to equal C.
+        loss_scale: What the loss L is divided by before a method sees it: a number; ``"initial"``, the absolute loss of
+            the task's first micro-batch; or ``"running"``, its exponential mean, 0.99 of the old and 0.01 of each step.
+            For losses in units that differ by orders of magnitude. ``loss/<task>`` and ``grad_norm/<task>`` stay those
+            of L, and ``weight/<task>`` is the method's weight over the scale: what multiplies L. Monitors see what
+            methods see.
+        standardize: Whether the targets of a regression are standardized in the loss, as the head then predicts them;
+            predictions, metrics and exports stay in the targets' own units. True takes one mean and standard deviation
+            of all the training data's labels, read once before a fit that does not know them yet; a pair ``(mean,
+            std)`` gives them, numbers, or sequences that fit the targets' last dimension; ``"running"`` follows the
+            batches and corrects the head's last layer (PopArt, 2016, arXiv:1602.07714), for data that can be read but
+            once. The targets have to be real numbers, of the predictions' shape.
 
     Raises:
         TypeError: If ``loss`` cannot be called, a metric does not come from torchmetrics, or ``missing`` is no
             number, or ``class_dim`` no int.
-        ValueError: If ``missing`` is not what the loss ignores, ``missing_per`` is neither of the two, or ``class_dim``
+        ValueError: If ``role`` is neither of the two, or ``missing`` is not what the loss ignores, ``missing_per`` is
+        neither of the two, or ``class_dim``
             is the samples' 0; or if
             ``baseline`` names a metric that the task does not have, or holds a zero, which no relative
             difference can be taken from; or if a metric is called ``loss`` or ``delta_m``.
@@ -65,14 +83,21 @@ class Task:
     missing: float | None = None
     missing_per: MissingPer = "element"
     class_dim: int | None = None
+    role: Role = "main"
+    loss_scale: float | Literal["initial", "running"] | None = None
+    standardize: Standardize = False
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
             raise TypeError(
                 f"Task(loss=...) must be a function (prediction, target) -> scalar, found {type(self.loss).__name__}."
             )
+        if self.role not in ("main", "auxiliary"):
+            raise ValueError(f"Task(role={self.role!r}) must be 'main' or 'auxiliary'.")
         self._check_metrics()
         self._check_missing()
+        _check_loss_scale(self.loss_scale)
+        self.standardize = check_standardize(self.standardize)
         for name, value in (self.baseline or {}).items():
             if not self.has_metric(name):
                 known = sorted({"loss", *self.metric_collection()})
@@ -177,6 +202,12 @@ class Task:
         if isinstance(given, Metric):
             given = [given]
         return MetricCollection(dict(given) if isinstance(given, Mapping) else list(given)).clone()
+
+
+def _check_loss_scale(found: object) -> None:
+    number = isinstance(found, float | int) and not isinstance(found, bool) and 0 < found < float("inf")
+    if not number and found not in (None, "initial", "running"):
+        raise ValueError(f"Task(loss_scale={found!r}) must be a positive number, 'initial' or 'running'.")
 
 
 RESERVED_METRICS = ("loss", "delta_m")  # val/loss/<task> and val/delta_m are logged without any metric

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.cast import Cast
-from lightning_mtl.training.window import Reduced, Window
+from lightning_mtl.training.reduced import Reduced
+from lightning_mtl.training.window import Window
 
 
 def standing_in(
@@ -96,8 +98,35 @@ def _ghost_of_outputs(outputs: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.stack([(output * 0).sum().to(like.dtype) for output in outputs]).sum()
 
 
-def forget_unreached(module: TaskModule, window: Window, *, sharded: bool) -> None:
+def forget_absent(module: TaskModule, window: Window, *, sharded: bool) -> None:
     """Leave parameters that no rank's loss depended on without gradients, so that no optimizer moves them."""
+    if window.ranks.size > 1:
+        _forget_unreached(module, window, sharded=sharded)
+    if not module.trunk_parts.owning:
+        return
+    # An operation on all tasks, and anything compiled, gives an absent task's parameters a gradient of zeros. Other
+    # numbers are somebody's who reaches them all the same, such as a penalty of the user's.
+    absent = set(module.tasks).difference(window.present)
+    owned = [p for p in module.trunk_parts.owned(absent) if sharded or p.grad is not None]
+    if not owned:
+        return
+    flags = torch.stack([_numbers(p.grad, module.device).any() for p in owned]).float()
+    total = window.ranks.sum(flags) if sharded else flags  # sharded, a rank has a part of each
+    for parameter, flag in zip(owned, total.tolist(), strict=True):
+        if not flag:
+            parameter.grad = None
+
+
+def _numbers(gradient: Tensor | None, device: torch.device) -> Tensor:
+    """What this rank holds of a gradient; an empty tensor where it is None."""
+    if gradient is None:
+        return torch.zeros(0, device=device)
+    if isinstance(gradient, DTensor):
+        return gradient.to_local()
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _forget_unreached(module: TaskModule, window: Window, *, sharded: bool) -> None:
     if window.gradients is not None and window.gradients.reached is not None:
         reached = window.gradients.reached
         unreached = [p for p in module.parameters() if p not in reached]

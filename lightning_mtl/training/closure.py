@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_mtl.gradients.torch_internals import KEEPING_BUFFERS
 from lightning_mtl.task.module import TaskModule
-from lightning_mtl.training.absent import forget_unreached
+from lightning_mtl.training.absent import forget_absent
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.update import Update, optimizer_of
 from lightning_mtl.training.window import Window
@@ -71,8 +71,8 @@ def pass_again(passing: Passing, module: TaskModule, window: Window, batch_idx: 
         passing.update.awaited = again
         losses = [loss for loss in passed if loss is not None]
         return torch.stack(losses).sum() if losses else None
-    if again.ranks.size > 1:
-        forget_unreached(module, again, sharded=False)
+    if again.ranks.size > 1 or len(again.present) < len(module.tasks):
+        forget_absent(module, again, sharded=False)
     return again.mean_loss()
 
 

@@ -12,9 +12,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_mtl.method.base import weighting_of
 from lightning_mtl.task.module import TaskModule
-from lightning_mtl.training.absent import forget_unreached
+from lightning_mtl.training.absent import forget_absent
 from lightning_mtl.training.checks import check_evaluation_loaders
 from lightning_mtl.training.step import Optimization
+from lightning_mtl.training.targets import follow_targets, measure_targets
 
 
 class StepHooks(Callback):
@@ -32,6 +33,7 @@ class StepHooks(Callback):
 
         Its estimate of a training's steps, its loggers' axis and its learning-rate finder go by it.
         """
+        pl_module._trunk_parts = None  # of the trunk as it is now
         if stage == "fit" and not pl_module.automatic_optimization:
             trainer.accumulate_grad_batches = pl_module.accumulate_grad_batches
 
@@ -48,6 +50,19 @@ class StepHooks(Callback):
         """Look at who takes part, and forget what an earlier fit left unfinished."""
         self.optimization.begin(pl_module)
 
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
+        """Measure the targets that are to be standardized before the first prediction."""
+        measure_targets(pl_module, trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
+        """Measure the targets where no sanity check came before."""
+        measure_targets(pl_module, trainer)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: TaskModule, batch: Any, batch_idx: int) -> None:  # type: ignore[override]  # noqa: ANN401
+        """Let running statistics of targets follow the step's first batch."""
+        if pl_module.opens_window:
+            follow_targets(pl_module, trainer, batch)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Follow a module that changes its number of micro-batches; not in an epoch in which nothing is trained."""
         if not trainer.fit_loop._skip_backward:
@@ -61,11 +76,13 @@ class StepHooks(Callback):
         batch: Any,  # noqa: ANN401
         batch_idx: int,
     ) -> None:
-        """Refuse a training step that replaces the module's own.
+        """Refuse a training step that replaces the module's own, and losses that pass standardized units by.
 
         Raises:
-            ValueError: If the first batch has passed without a step of the module's.
+            ValueError: If the first batch has passed without a step of the module's, or so computed a loss.
         """
+        if pl_module.target_units:
+            pl_module.target_units.check_used(self.optimization.recorder.latest_tasks)
         if self.optimization.ran or batch is None or _names_the_step(pl_module):
             return
         raise _replaced(pl_module)
@@ -106,8 +123,7 @@ class AutomaticStepHooks(StepHooks):
         update, cast = self.optimization.update, self.optimization.cast
         if update.awaited is None:
             return
-        if cast.ranks.size > 1:
-            forget_unreached(pl_module, update.awaited, sharded=cast.sharded)
+        forget_absent(pl_module, update.awaited, sharded=cast.sharded)
         update.awaited.gradients = None
         update.awaited = None
 

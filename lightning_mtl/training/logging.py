@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_mtl.devices import fetch, numbers, send, widest
 from lightning_mtl.distributed import sum_over
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import Task
@@ -22,6 +23,7 @@ from lightning_mtl.task.shapes import SeenShapes
 from lightning_mtl.training.checks import check_model, check_trainer
 from lightning_mtl.training.losses import LabelCounts
 from lightning_mtl.training.reduced import log_reduced
+from lightning_mtl.training.scales import LossScales, warn_of_units
 from lightning_mtl.training.schedulers import step_schedulers
 from lightning_mtl.training.scores import Scores, StageMetrics, change_from_baselines
 from lightning_mtl.training.window import Window
@@ -38,24 +40,28 @@ class LossMeans:
 
     def add(self, losses: Tensor, samples: Tensor | float, names: Sequence[str]) -> None:
         """Count the losses of the tasks with these names, in the module's order, as means over so many samples each."""
-        if self.totals.device != losses.device:
-            # MPS has no float64; the sums of an epoch fit float32 there.
-            dtype = torch.float32 if losses.device.type == "mps" else torch.float64
-            self.totals, self.counts = self.totals.to(losses.device, dtype), self.counts.to(losses.device, dtype)
+        self._move(losses.device)
         if len(names) == len(self.totals):
             self.totals += losses * samples
             self.counts += samples
         else:
-            index = torch.tensor([self._position[name] for name in names], device=losses.device)
+            index = numbers([self._position[name] for name in names], losses.device)
             self.totals.index_add_(0, index, (losses * samples).to(self.totals))
             self.counts.index_add_(0, index, torch.ones_like(losses).mul(samples).to(self.totals))
 
     def means(self, module: pl.LightningModule) -> list[float | None]:
         """The mean losses over all ranks, None for a task without a sample, and begin anew."""
+        # A rank without a loss so far, or after a resume, has its sums on the CPU, where NCCL reduces nothing.
+        self._move(module.device)
         sums = sum_over(module.trainer, torch.stack([self.totals, self.counts]))
         self.totals.zero_()
         self.counts.zero_()
         return [total / count if count else None for total, count in sums.T.tolist()]
+
+    def _move(self, device: torch.device) -> None:
+        if self.totals.device != device:  # where there is no float64, the sums of an epoch fit float32
+            dtype = widest(device)
+            self.totals, self.counts = send(self.totals, device, dtype), send(self.counts, device, dtype)
 
 
 class Recorder(Callback):
@@ -72,6 +78,7 @@ class Recorder(Callback):
         self.labels = LabelCounts(tasks)
         self.scores: dict[str, Scores] = {stage: {} for stage in self.losses}
         self.shapes = SeenShapes()
+        self.scales = LossScales.of_tasks(tasks)
         self._metrics = StageMetrics()
         self._vectors: dict[str, tuple[Sequence[str], Tensor]] = {}
         self._penalties: Mapping[str, Tensor] = {}
@@ -80,6 +87,11 @@ class Recorder(Callback):
         self.plateau_due: tuple[str, int] | None = None
 
     # Steps
+
+    @property
+    def latest_tasks(self) -> Sequence[str]:
+        """The tasks of the newest step."""
+        return self._vectors["loss"][0] if self._vectors else ()
 
     def record_step(
         self,
@@ -100,37 +112,39 @@ class Recorder(Callback):
         """
         for names, losses, samples in window.local:
             self.losses["train"].add(losses, samples, names)
-        tasks = signals.tasks
-        self._vectors = {"loss": (tasks, signals.losses)}
-        if signals.norms is not None:
-            self._vectors["grad_norm"] = (tasks, signals.norms)
+        tasks, losses, norms = signals.tasks, signals.losses, signals.norms
+        if weights is not None and len(positions) < len(weights):
+            weights = weights[numbers(positions, weights.device)]
+        if signals.step == 0:
+            warn_of_units(tasks, losses, weights)
+        if window.scales is not None:
+            # Users see losses in the tasks' own units, and what multiplied them.
+            scales = window.scales.of(positions)
+            losses = losses * scales
+            norms = None if norms is None else norms * scales
+            weights = None if weights is None else weights / scales
+            window.scales.follow(positions, losses)
+        self._vectors = {"loss": (tasks, losses)}
+        if norms is not None:
+            self._vectors["grad_norm"] = (tasks, norms)
         if weights is not None:
-            self._vectors["weight"] = (tasks, weights[positions])
+            self._vectors["weight"] = (tasks, weights)
         if rates is not None:
             self._vectors["lr"] = rates
         self._penalties = window.penalties
         self.unlogged = True
         # Where ModelCheckpoint, EarlyStopping and schedulers look, whenever they do: the values stay on their device.
-        self._callback_metrics.update(self._latest())
+        self._callback_metrics.update(_scalars(self._vectors, self._penalties))
 
     def log_step(self, module: pl.LightningModule) -> None:
         """Log the newest vectors as scalars: called where the Trainer is about to write to its loggers."""
         self._log_latest(module, on_step=True)
 
-    def _latest(self, device: str | None = None) -> dict[str, Tensor]:
-        """The newest vectors as scalars, on their own device or another."""
-        scalars: dict[str, Tensor] = {}
-        for name, (tasks, vector) in self._vectors.items():
-            values = vector.detach().to(device, torch.float32).unbind()
-            scalars.update(zip(_keys(name, tuple(tasks)), values, strict=True))
-        scalars.update((f"penalty/{name}", value.to(device, torch.float32)) for name, value in self._penalties.items())
-        losses = self._vectors["loss"][1]
-        weighted = losses * self._vectors["weight"][1] if "weight" in self._vectors else losses
-        scalars["loss/total"] = weighted.sum()
-        return scalars
-
     def _log_latest(self, module: pl.LightningModule, *, on_step: bool) -> None:
-        scalars = self._latest("cpu")
+        vectors, penalties = list(self._vectors.items()), list(self._penalties)
+        found = fetch(*(vector for _, (_, vector) in vectors), *self._penalties.values())  # all that lies on a device
+        by_name = {name: (tasks, vector) for (name, (tasks, _)), vector in zip(vectors, found, strict=False)}
+        scalars = _scalars(by_name, dict(zip(penalties, found[len(vectors) :], strict=True)))
         # Not self.log, which makes a metric object of every scalar: 0.6 ms each, and keeps it from step to step.
         # An epoch's end belongs to the last batch's place on the axis, as where Lightning logs it.
         step = None if on_step else module.trainer.fit_loop.epoch_loop._batches_that_stepped - 1
@@ -146,6 +160,8 @@ class Recorder(Callback):
         if stage == "fit":
             check_trainer(pl_module, trainer)
             self.labels.reset()
+            if self.scales is not None:
+                self.scales.reset()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Lay out TensorBoard's custom scalars: all tasks' weights on one chart, all losses on another."""
@@ -227,8 +243,9 @@ class Recorder(Callback):
             values.update((f"{stage}/{name}/{task}", value) for name, value in own.items())
             scores.setdefault(task, {}).update(own)
         self.scores[stage] = scores
-        if stage != "train" and (compared := change_from_baselines(self.tasks, scores)) is not None:
-            values[f"{stage}/delta_m"] = compared
+        if stage != "train":
+            compared = change_from_baselines(self.tasks, scores, module.delta_m_over)
+            values |= {} if compared is None else {f"{stage}/delta_m": compared}
         log_reduced(module, values)
 
     # Checkpoints
@@ -240,6 +257,7 @@ class Recorder(Callback):
             "loss_sums": torch.stack([train.totals, train.counts]),
             "labels": self.labels.state_dict(),
             "plateau_due": self.plateau_due,
+            "loss_scales": None if self.scales is None else self.scales.values,
             "scores": {stage: {task: dict(of) for task, of in found.items()} for stage, found in self.scores.items()},
         }
 
@@ -248,7 +266,20 @@ class Recorder(Callback):
         self.losses["train"].totals, self.losses["train"].counts = state_dict["loss_sums"].clone().unbind()
         self.labels.load_state_dict(state_dict["labels"])
         self.plateau_due = state_dict["plateau_due"]
+        if self.scales is not None and (scales := state_dict.get("loss_scales")) is not None:
+            self.scales.load(scales)
         self.scores.update(state_dict.get("scores", {}))
+
+
+def _scalars(vectors: Mapping[str, tuple[Sequence[str], Tensor]], penalties: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Vectors over tasks as scalars by name, with the penalties and the total, where the vectors are."""
+    scalars: dict[str, Tensor] = {}
+    for name, (tasks, vector) in vectors.items():
+        scalars.update(zip(_keys(name, tuple(tasks)), vector.detach().to(torch.float32).unbind(), strict=True))
+    scalars.update((f"penalty/{name}", value.to(torch.float32)) for name, value in penalties.items())
+    losses = vectors["loss"][1]
+    scalars["loss/total"] = (losses * vectors["weight"][1] if "weight" in vectors else losses).sum()
+    return scalars
 
 
 @functools.cache

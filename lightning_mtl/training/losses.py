@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_mtl.devices import numbers, widest
 from lightning_mtl.distributed import Ranks, sum_over
 from lightning_mtl.gradients.graph import reached_leaves
 from lightning_mtl.gradients.micro_batch import MicroBatch, stack_losses, starts_of
@@ -17,8 +20,8 @@ from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import TaskOutput
 from lightning_mtl.training.absent import standing_in
 from lightning_mtl.training.cast import Cast
-from lightning_mtl.training.reduced import log_reduced
-from lightning_mtl.training.window import Reduced, Window
+from lightning_mtl.training.reduced import Reduced, log_reduced
+from lightning_mtl.training.window import Window
 
 
 def reduce_losses(
@@ -48,9 +51,8 @@ def reduce_losses(
     position = {task: index for index, task in enumerate(tasks)}
     samples = torch.ones_like(losses) if counts is None else counts
     # One dtype on all ranks, whatever the losses that each of them has.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    table = torch.zeros(3, len(tasks), dtype=dtype, device=device)
-    own = torch.tensor([position[task] for task in names], dtype=torch.long, device=device)
+    table = torch.zeros(3, len(tasks), dtype=widest(device), device=device)
+    own = numbers([position[task] for task in names], device, torch.long)
     table[0, own] = (losses * samples).to(table)
     table[1, own] = samples.to(table)
     if values is not None:
@@ -59,19 +61,42 @@ def reduce_losses(
     ranks.sum(table)
     if len(names) < len(tasks):  # only a rank that lacks a task has to wait for what the others have
         names = [task for task, count in zip(tasks, table[1].tolist(), strict=True) if count > 0]
-        index = torch.tensor([position[task] for task in names], dtype=torch.long, device=device)
+        index = numbers([position[task] for task in names], device, torch.long)
         table, own_counts = table[:, index], own_counts[index]
     means = table / table[1]
     return Reduced(names, means[0], losses, table[1], own_counts, None if scores is None else means[2])
 
 
+def over_scales(
+    window: Window, outputs: dict[str, TaskOutput], reduced: Reduced
+) -> tuple[dict[str, TaskOutput], Reduced]:
+    """Divide a micro-batch's losses by their tasks' scales, which a task's first losses may set."""
+    if window.scales is None or not reduced.names:
+        return outputs, reduced
+    positions = window.positions(reduced.names)
+    if not window.repeats:
+        window.scales.learn(positions, reduced.losses)
+    scales, own = window.scales.of(positions), window.scales.of(window.positions(list(outputs)))
+    scaled = {
+        task: replace(output, loss=output.loss / scale)
+        for (task, output), scale in zip(outputs.items(), own.unbind(), strict=True)
+    }
+    return scaled, replace(reduced, losses=reduced.losses / scales, own=reduced.own / own)
+
+
 def _counts(given: Sequence[int | Tensor | None], losses: Tensor) -> Tensor:
     """Counts, of which numbers travel to the device in one piece, and in float32: pixels are too many for float16."""
     counts = [1 if count is None else count for count in given]
-    dtype, device = torch.promote_types(losses.dtype, torch.float32), losses.device
-    if not any(isinstance(count, Tensor) for count in counts):
-        return torch.tensor(counts, dtype=dtype, device=device)
-    return torch.stack([torch.as_tensor(count, device=device).to(dtype) for count in counts])
+    return _stacked(counts, losses.device, torch.promote_types(losses.dtype, torch.float32))
+
+
+def _stacked(counts: Sequence[float | Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Counts as one tensor; where some are tensors, a number becomes one on the device itself."""
+    known = [count for count in counts if not isinstance(count, Tensor)]
+    if len(known) == len(counts):
+        return numbers(known, device, dtype)
+    filled = functools.partial(torch.full, (), dtype=dtype, device=device)
+    return torch.stack([c.to(device, dtype) if isinstance(c, Tensor) else filled(c) for c in counts])
 
 
 def micro_batch_of(
@@ -98,7 +123,7 @@ def micro_batch_of(
         unseen: Whether the graph is to be looked at for what cannot be measured.
     """
     ranks, zero = window.ranks, reduced.losses.new_zeros(())
-    penalty = torch.stack(list(penalties.values())).sum() if penalties else None
+    penalty = torch.stack([value.to(module.device) for value in penalties.values()]).sum() if penalties else None
     losses = {task: output.loss for task, output in outputs.items()}
     absent = [task for task in module.tasks if task not in outputs]
     if ranks.size > 1:
@@ -133,12 +158,9 @@ def sample_counts(outputs: Sequence[TaskOutput]) -> Tensor | float:
     """How many samples each task's loss is a mean over, for the means of an epoch: one number if all agree."""
     # Most batches have one size for all tasks; then the count stays a number of the host.
     counts = [_count(output) for output in outputs]
-    if any(isinstance(count, Tensor) for count in counts):
-        device = next(output.loss.device for output in outputs)
-        return torch.stack([torch.as_tensor(count, dtype=torch.float32, device=device) for count in counts])
-    if len(set(counts)) == 1:
+    if not any(isinstance(count, Tensor) for count in counts) and len(set(counts)) == 1:
         return float(counts[0])
-    return torch.tensor(counts, dtype=torch.float32, device=outputs[0].loss.device)
+    return _stacked(counts, outputs[0].loss.device, torch.float32)
 
 
 def _count(output: TaskOutput) -> Tensor | float:
@@ -189,7 +211,7 @@ class LabelCounts:
 
     def add_whole(self, outputs: Mapping[str, TaskOutput]) -> None:
         """Count a training step's batch for the tasks whose labels nobody looked for: they all count as there."""
-        for task, output in outputs.items():
+        for task, output in outputs.items() if self.counting else ():
             if output.num_samples is None:
                 size = float(_batch_size(output))
                 self._add(task, size, size, looked=False)
@@ -216,9 +238,7 @@ class LabelCounts:
     def log(self, module: pl.LightningModule) -> None:
         """Log ``labeled/<task>`` over all ranks for each task that might lack labels."""
         self.counting = False
-        # MPS has no float64.
-        dtype = torch.float32 if module.device.type == "mps" else torch.float64
-        own = torch.tensor(self.sums, dtype=dtype, device=module.device)
+        own = torch.tensor(self.sums, dtype=widest(module.device), device=module.device)
         total = sum_over(module.trainer, own)
         fractions = self.fractions(total.tolist())
         log_reduced(module, {f"labeled/{task}": fraction for task, fraction in fractions.items()})

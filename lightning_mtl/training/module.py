@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
-import torch
+from torch import Tensor
 
+from lightning_mtl.gradients.micro_batch import stack_losses
 from lightning_mtl.learning_rates.parameter_groups import Rate, parameter_groups
 from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.task.batches import is_per_task, under_its_name
@@ -83,6 +84,24 @@ class SteppedModule(OptimizerHooks):
         """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""
         return weighting_of(self.trainer)
 
+    def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The shared parameters that need gradients now, and all other parameters that do."""
+        shared: list[Tensor] = [p for p in self.shared_parameters() if p.requires_grad]
+        known = set(shared)
+        return shared, [p for p in self.parameters() if p.requires_grad and p not in known]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
+        """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
+        return self.optimization.run(self, batch, batch_idx)
+
+    def penalties_with(self, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """The penalties in a step in which some rank has ``tasks``: what only others use is left where it is."""
+        self.present_tasks = tasks
+        try:
+            return self.penalties()
+        finally:
+            self.present_tasks = None
+
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
         """Count the batch into ``val/loss/<task>`` and ``val/<metric>/<task>``."""
         self._evaluate("val", batch, dataloader_idx)
@@ -104,7 +123,7 @@ class SteppedModule(OptimizerHooks):
         if not outputs:
             return
         update_metrics(self, stage, outputs)
-        losses = torch.stack([output.loss.detach() for output in outputs.values()])
+        losses = stack_losses([output.loss.detach() for output in outputs.values()], self.device)
         self.recorder.losses[stage].add(losses, sample_counts(list(outputs.values())), list(outputs))
 
     def parameter_groups(

@@ -21,8 +21,9 @@ from lightning_mtl.gradients.side_pass import gradients_beside
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.monitors.base import Monitor, guarding, turn_off_if_slow, turned_off_elsewhere
 from lightning_mtl.task.module import TaskModule
+from lightning_mtl.training.reduced import Reduced
 from lightning_mtl.training.snapshots import Snapshot
-from lightning_mtl.training.window import Reduced, Window
+from lightning_mtl.training.window import Window
 
 Place = str | tuple[str, ...]
 
@@ -54,7 +55,7 @@ class Observation:
         self._found: dict[Monitor, Signals] = {}
         self._before: Snapshot | None = None
         for monitor in self.due:
-            turn_off_if_slow(monitor)
+            turn_off_if_slow(monitor, module.device)
         # A weighting that measures a Gramian at the same place has it for the monitor, too: no pass of its own.
         beside = [m for m in self.due if m.measures != "losses" and not self._supplied(m)]
         if beside and window.ranks.size > 1:
@@ -95,13 +96,12 @@ class Observation:
         seeds = list((shares if scale is None else shares * scale).unbind())
         for place, members in self._beside.items():
             rows = None
-            with guarding(members), _leaving_no_trace(module):
+            with guarding(members, module.device), _leaving_no_trace(module):
                 rows = _rows_at(place, module, batch, seeds)
             if not _everywhere(rows is not None, members, batch.ranks, module.device) or rows is None:
                 continue
-            with guarding(members):
-                products = _sum_and_multiply(rows, batch.ranks)
-                measured = Measured.of_products(products, scale)
+            with guarding(members, module.device):
+                measured = Measured.of_products(_sum_and_multiply(rows, batch.ranks, scale))
                 losses = reduced.losses.to(torch.promote_types(reduced.losses.dtype, torch.float32))
                 window = self._window
                 signals = Signals(
@@ -121,7 +121,7 @@ class Observation:
                 continue
             if monitor.measures != "losses" and (seen.gramian is None or not bool(seen.gramian.isfinite().all())):
                 continue
-            with guarding([monitor]):
+            with guarding([monitor], module.device):
                 monitor.observe(module.trainer, module, seen, self._window.applied_weights)
 
     def _supplied(self, monitor: Monitor) -> bool:
@@ -144,11 +144,13 @@ class Observation:
         given: Any,  # noqa: ANN401
     ) -> None:
         table, ranks = None, self._window.ranks
-        with guarding([monitor]), _leaving_no_trace(module):
+        with guarding([monitor], module.device), _leaving_no_trace(module):
             # Rows have the scaler's factor still, and the trial step must not.
             rate = monitor.lookahead_rate(module) / (1.0 if scale is None else float(scale))
             dtype = self._found[monitor].losses.dtype
             table = self._losses_ahead(module, rows, rate, names, given, dtype) * shares
+            if self._window.scales is not None:
+                table = table / self._window.scales.of(self._window.positions(names))
         if _everywhere(table is not None, [monitor], ranks, module.device) and table is not None:
             self._found[monitor] = replace(self._found[monitor], losses_ahead=ranks.sum(table))
 
@@ -245,12 +247,12 @@ def _parameters_at(place: Place, module: TaskModule, batch: MicroBatch) -> list[
     return parameters_at(place, module, groups_read(batch), batch.ranks, among=module.trunk.parameters())
 
 
-def _sum_and_multiply(rows: Rows | list[Tensor], ranks: Ranks) -> Tensor:
+def _sum_and_multiply(rows: Rows | list[Tensor], ranks: Ranks, scale: Tensor | None) -> Tensor:
     """The Gramian over all ranks' samples: rows of parameters are summed, products of the samples' own features are."""
     if not isinstance(rows, Rows):
-        return gramian(rows, ranks)
+        return gramian(rows, ranks, scale=scale)
     rows.sum_over(ranks)
-    return rows.gramian()
+    return gramian(rows.matrices(), scale=scale)
 
 
 def _everywhere(succeeded: bool, members: Sequence[Monitor], ranks: Ranks, device: torch.device) -> bool:

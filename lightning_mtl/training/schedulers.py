@@ -13,6 +13,7 @@ from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_s
 from lightning.pytorch.utilities.types import LRSchedulerConfig, LRSchedulerPLType
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_mtl.learning_rates.given_rates import check_given_rates, take_given_rates
 from lightning_mtl.task.module import TaskModule
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -99,6 +100,15 @@ def keeping_schedules(configure: Hook) -> Hook:
         if depth or self._trainer is None:  # a call of super(), or by hand
             return returned
         optimizer, self.schedules = parse_optimizer_config(returned)
+        parts = take_given_rates(optimizer)
+        if not parts and self.gives_rates:
+            raise ValueError(
+                f"The rates that trunk_lr and head_lr give {type(self).__name__} do not reach the optimizer, because "
+                "configure_optimizers is not MultiTaskModule's own; build the optimizer there from "
+                "self.parameter_groups(lr, trunk_lr=..., head_lr=...), or leave the arguments out."
+            )
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        check_given_rates(parts, [config.scheduler for config in self.schedules], callbacks)
         return returned if self.automatic_optimization else for_manual_optimization(optimizer, self.schedules)
 
     return cast("Hook", configure_optimizers)

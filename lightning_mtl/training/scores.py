@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -105,11 +105,14 @@ def _check_baseline(task: str, declared: Task, scores: Mapping[str, float]) -> N
             )
 
 
-def change_from_baselines(tasks: Mapping[str, Task], scores: Scores) -> float | None:
+def change_from_baselines(
+    tasks: Mapping[str, Task], scores: Scores, over: Literal["all", "main"] = "all"
+) -> float | None:
     """Compare scores with single-task baselines: delta_m in percent, None where there is nothing to compare."""
     compared = [
         (scores[name][metric], baseline, task.higher_is_better(metric))
         for name, task in tasks.items()
+        if over == "all" or task.role == "main"
         for metric, baseline in (task.baseline or {}).items()
         if metric in scores.get(name, {})
     ]

@@ -52,7 +52,7 @@ class Snapshot:
         # All generators that a forward pass may draw from: augmentations use Python's and NumPy's, dropout torch's.
         self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state others draw from
         self._torch = torch.get_rng_state()
-        self._on_device = None if device.type == "cpu" else _generators(device).get_rng_state()
+        self._on_device = None if device.type == "cpu" else _generators(device).get_rng_state(*_which(device))
 
     def put_back(self) -> None:
         """Make everything what it was.
@@ -69,7 +69,7 @@ class Snapshot:
         np.random.set_state(self._numpy)  # noqa: NPY002
         torch.set_rng_state(self._torch)
         if self._on_device is not None:
-            _generators(self._device).set_rng_state(self._on_device)
+            _generators(self._device).set_rng_state(self._on_device, *_which(self._device))
         for attributes in self._attributes:
             attributes.put_back()
 
@@ -122,6 +122,11 @@ def _generators(device: torch.device) -> Any:  # noqa: ANN401 - a module of torc
     return torch.get_device_module(device)
 
 
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    """Which of several devices is meant, where torch can be told: the current one need not be the module's."""
+    return () if device.type == "mps" else (device,)
+
+
 @torch.no_grad()
 def losses_after(module: TaskModule, window: Window, names: Sequence[str]) -> Tensor:
     """Compute the window's mean losses again, under the parameters as they are now, and leave no trace of it.
@@ -137,4 +142,5 @@ def losses_after(module: TaskModule, window: Window, names: Sequence[str]) -> Te
                 again.note(reduce_losses(outputs, again.tasks, again.ranks, module.device), {})
     finally:
         before.put_back()
-    return again.mean_losses(names)
+    losses = again.mean_losses(names)
+    return losses if window.scales is None else losses / window.scales.of(window.positions(names))

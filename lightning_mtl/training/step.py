@@ -24,19 +24,20 @@ from lightning_mtl.gradients.trunk import TrunkGradients
 from lightning_mtl.gradients.trunk_gramian import TrunkGramian
 from lightning_mtl.monitors.throughput import Phases
 from lightning_mtl.task.module import TaskModule
-from lightning_mtl.training.absent import forget_unreached
+from lightning_mtl.training.absent import forget_absent
 from lightning_mtl.training.cast import Cast
 from lightning_mtl.training.checks import check_accumulation, collects_shards, no_shared_parameters
 from lightning_mtl.training.closure import forward_alone, pass_again
 from lightning_mtl.training.features import features_of, find_layer
 from lightning_mtl.training.logging import Recorder
-from lightning_mtl.training.losses import micro_batch_of, reduce_losses, sample_counts
+from lightning_mtl.training.losses import micro_batch_of, over_scales, reduce_losses, sample_counts
 from lightning_mtl.training.observation import Observation
+from lightning_mtl.training.reduced import Reduced
 from lightning_mtl.training.scores import update_metrics
 from lightning_mtl.training.snapshots import losses_after
 from lightning_mtl.training.synchronization import learns_graph, synchronizing
 from lightning_mtl.training.update import Update
-from lightning_mtl.training.window import Collection, Reduced, Window
+from lightning_mtl.training.window import Collection, Window
 
 _SILENT: AbstractContextManager[None] = nullcontext()
 _NOWHERE = Split()  # the trunk's outputs where nobody asks for them
@@ -59,19 +60,17 @@ class Optimization:
         self._observation: Observation | None = None  # of the open window
         self._rows: list[Rows] = []  # at most one, its matrix used from step to step
         self._closed: tuple[int, Window] | None = None  # the newest step, which Lightning may ask for again
-        self.ran = False  # whether this fit has taken a batch
-        self._looked = False  # whether a graph of this fit was looked at for what cannot be measured
+        self.ran = self._looked = False  # whether this fit took a batch, and looked for what cannot be measured
 
     def __reduce__(self) -> tuple[type[Optimization], tuple[Recorder]]:
-        # A module that is copied, for weight averaging for instance, or pickled has no step under way, and needs no
-        # second matrix of rows.
+        # A module that is copied (by weight averaging) or pickled has no step under way, and needs no second matrix.
         return Optimization, (self.recorder,)
 
     def begin(self, module: TaskModule) -> None:
         """Begin a fit: nothing of a step that another one left unfinished goes on."""
         self.window = self._callbacks = self._closed = None
-        self.find_cast(module)
         self._looked = self.ran = False
+        self.find_cast(module)
         self.update.begin()
 
     def run(self, module: TaskModule, batch: object, batch_idx: int) -> Tensor | None:
@@ -138,10 +137,10 @@ class Optimization:
             # Until a callback unfreezes some of what is shared there is nothing to balance but the heads.
             able = weighting is not None and weighting.measures == "losses" and weighting.weighs_heads
             weighting, shares = weighting if able else None, None
-        window = Window(tuple(module.tasks), weighting, step, epoch, size, cast.ranks, shares)
+        window = Window(tuple(module.tasks), weighting, step, epoch, size, cast.ranks, shares, self.recorder.scales)
         if not module.automatic_optimization:
             self.zero_gradients(module, batch_idx)
-        if window.way == "rows":
+        if window.way == "rows" and cast.sharded:
             # Before the forward pass: after it, a sharded module lists other tensors, which get no gradients.
             window.gradients = self._collection(module, window)
         window.keeps_batches = cast.asks_again or (weighting is not None and weighting.wants_losses_after)
@@ -185,39 +184,39 @@ class Optimization:
         if observation is not None:
             observation.before_forward(module)
         split = Split() if cast.sharded or self._needs_split(window) else _NOWHERE
-        with self.phases.during("forward"), split.watching(module.heads) if cast.sharded else _SILENT:
-            with _SILENT if split is _NOWHERE else split.applied_to(module.trunk):
-                outputs = module.present_outputs(batch)
-            penalties = module.penalties()
-        if window.keeps_batches:
-            window.batches.append(batch)
+        watching = split.watching(module.heads) if cast.sharded else _SILENT
+        with self.phases.during("forward"), watching, _SILENT if split is _NOWHERE else split.applied_to(module.trunk):
+            outputs = module.present_outputs(batch)
+        window.batches += [batch] if window.keeps_batches else []
         scores = None
         if len(module.train_metrics) and not window.repeats:
             step_metric = None if weighting is None else weighting.step_metric
             scores = update_metrics(module, "train", outputs, step_metric)
         if cast.steering is not None and not window.repeats:
             cast.steering.collect(module, window, batch, outputs)
-        device, kind = module.device, module.device.type
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT:
-            reduced = reduce_losses(outputs, window.tasks, window.ranks, device, scores)
-            window.note(reduced, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
+        kind = module.device.type
+        off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT
+        with off:
+            reduced = reduce_losses(outputs, window.tasks, window.ranks, module.device, scores)
+        with self.phases.during("forward"):
+            penalties = module.penalties_with(reduced.names)
+        with off:
             if outputs:
                 window.local.append((list(outputs), reduced.own, sample_counts(list(outputs.values()))))
-                if recorder.labels.counting:
-                    recorder.labels.add_whole(outputs)
-            unseen = not self._looked
-            micro_batch = micro_batch_of(module, window, cast, reduced, outputs, penalties, split, unseen=unseen)
+                recorder.labels.add_whole(outputs)
+            outputs, reduced = over_scales(window, outputs, reduced)
+            window.note(reduced, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
+            found = micro_batch_of(module, window, cast, reduced, outputs, penalties, split, unseen=not self._looked)
             if observation is not None and window.micro_batches == 1:
                 with self.phases.during("monitors"):
-                    observation.measure(module, reduced, micro_batch, batch)
-        return micro_batch, reduced
+                    observation.measure(module, reduced, found, batch)
+        return found, reduced
 
     def _needs_split(self, window: Window) -> bool:
         """Whether the trunk's outputs have to be known: to measure there, or to stand in for absent tasks."""
         stands_in = window.ranks.size > 1 and (window.way == "rows" or window.size > 1)
         at_features = window.wanted != "nothing" and window.measures_at != "trunk"
-        observes = self._observation is not None and self._observation.measures
-        return window.way == "features" or at_features or stands_in or observes
+        return window.way == "features" or at_features or stands_in or getattr(self._observation, "measures", False)
 
     # Gradients and weights
 
@@ -269,21 +268,21 @@ class Optimization:
     def _close(self, module: TaskModule, window: Window, batch_idx: int) -> None:
         """Step the optimizer, unless something is not finite, and tell weighting, monitors and loggers."""
         cast, update, automatic = self.cast, self.update, module.automatic_optimization
-        steering = cast.steering
+        steering, weights = cast.steering, window.applied_weights
         signals = window.summary()
         positions = [] if signals is None else window.positions(signals.tasks)
-        weights = window.applied_weights
         if automatic:
             update.awaited, update.seen = window, False
             if cast.asks_again:
                 self._closed = module.trainer.fit_loop.epoch_loop.total_batch_idx, window
         else:
-            if window.ranks.size > 1:
-                forget_unreached(module, window, sharded=cast.sharded)
+            if window.ranks.size > 1 or len(window.present) < len(module.tasks):
+                forget_absent(module, window, sharded=cast.sharded)
             window.gradients = None  # K gradients of each head need not outlive the step
-        finite = update.is_finite(module, signals)
+        multipliers = None if steering is None else steering.rates.current(window.step)
+        finite, signals, known = update.look(module, signals, multipliers)
         if steering is not None:
-            steering.choose(module, window)
+            steering.choose(module, known)
         if not automatic:
             with self.phases.during("optimizer"):
                 again = functools.partial(pass_again, self, module, window, batch_idx)
@@ -295,10 +294,10 @@ class Optimization:
             return
         if steering is not None:
             steering.observe(window, signals)
-        if window.weighting is not None:
-            if window.weighting.wants_losses_after and window.batches:
+        if (weighting := window.weighting) is not None:
+            if weighting.wants_losses_after and window.batches:
                 signals = replace(signals, losses_after=losses_after(module, window, signals.tasks))
-            window.weighting.observe(signals, positions)
+            weighting.observe(signals, positions)
         if self._observation is not None:
             with self.phases.during("monitors"):
                 self._observation.hand_over(module, signals)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_mtl.devices import numbers, send
 from lightning_mtl.learning_rates.parameter_groups import Rate, groups_of_heads, own_parameters
 from lightning_mtl.learning_rates.relatedness import aligned, of_all_ranks
 from lightning_mtl.learning_rates.task_learning_rate import TaskLearningRate
@@ -66,7 +67,9 @@ class GroupRates:
         rates = [(task, optimizer.param_groups[indices[0]]["lr"]) for task, indices in places.items() if indices]
         effective = [rate * factors[task] for task, rate in rates]
         if any(isinstance(rate, Tensor) for rate in effective):
-            return [task for task, _ in rates], torch.stack([torch.as_tensor(rate).reshape(()) for rate in effective])
+            # Tensors may lie with the parameters of their groups, on several devices.
+            own = [torch.as_tensor(rate).reshape(()).to(module.device) for rate in effective]
+            return [task for task, _ in rates], torch.stack(own)
         return [task for task, _ in rates], torch.tensor(effective)
 
     def apply(self, optimizer: torch.optim.Optimizer) -> None:
@@ -112,8 +115,8 @@ class GroupRates:
         # nan, not 0, for a head without a gradient: it was not measured, and factors leave it out.
         squares = torch.full((len(module.tasks),), torch.nan, device=module.device)
         if gradients:
-            index = torch.tensor(owners, device=module.device)
-            parts = torch.stack(_norms(gradients)).square().to(squares)
+            index = numbers(owners, module.device)
+            parts = torch.stack([norm.to(module.device) for norm in _norms(gradients)]).square().to(squares)
             squares = squares.index_fill(0, index, 0.0).index_add(0, index, parts)
         return squares.sqrt()
 
@@ -149,7 +152,7 @@ class Steering:
 
     def shares(self, module: TaskModule, step: int) -> Tensor | None:
         """What multiplies the tasks' weights in the shared gradient of a step, ``[K]``; None for 1."""
-        return self.rates.current(step).to(module.device, torch.float32) if self.rates.shares_trunk else None
+        return send(self.rates.current(step), module.device, torch.float32) if self.rates.shares_trunk else None
 
     def collect(self, module: TaskModule, window: Window, batch: object, outputs: Mapping[str, TaskOutput]) -> None:
         """Keep what is asked for of a micro-batch's targets and predictions."""
@@ -164,9 +167,9 @@ class Steering:
             newest = aligned(outputs, tuple(module.tasks), what, limit, module.device)
             window.samples.setdefault(what, []).append(newest)
 
-    def choose(self, module: TaskModule, window: Window) -> None:
-        """Decide what the step that ends this window multiplies."""
-        multipliers = self.rates.current(window.step).tolist()
+    def choose(self, module: TaskModule, multipliers: Sequence[float]) -> None:
+        """Decide what the next step multiplies."""
+        self.rates.check_known(multipliers)
         self.effective = self.groups.choose(module, optimizer_of(module).optimizer, multipliers)
 
     def before_step(self, module: TaskModule, optimizer: torch.optim.Optimizer) -> None:

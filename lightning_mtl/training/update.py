@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar, cast
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_mtl.devices import fetch
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.schedulers import step_schedulers
@@ -26,6 +28,10 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 def optimizer_of(module: TaskModule) -> LightningOptimizer:
     """The one optimizer: several are refused at setup."""
     return cast("LightningOptimizer", module.optimizers())
+
+
+class NotFiniteError(RuntimeError):
+    """Is raised where too many steps in a row were skipped because a loss or a gradient is not finite."""
 
 
 class Update:
@@ -46,43 +52,54 @@ class Update:
         """Begin a fit."""
         self.skipped = self.skipped_in_a_row = 0
         self.awaited: Window | None = None
-        self.drops = False
-        self.seen = True
+        self.drops, self.seen = False, True
 
-    def is_finite(self, module: TaskModule, signals: Signals | None) -> bool:
-        """Whether the step may be taken; losses and gradients are judged with one look, the only transfer.
+    def look(
+        self, module: TaskModule, signals: Signals | None, multipliers: Tensor | None
+    ) -> tuple[bool, Signals | None, list[float]]:
+        """Read, by one wait for the device, all that the host has to know before the optimizer's step.
+
+        Returns:
+            Whether losses and gradients are finite; the signals with the losses as the host knows them; and the
+            multipliers of the tasks' own learning rates, where there are some.
 
         Raises:
-            RuntimeError: If too many steps were skipped in a row.
+            NotFiniteError: If too many steps were skipped in a row.
         """
         doubtful = torch.zeros((), device=module.device)
         if not module.automatic_optimization:
             doubtful = finite_if_all(optimizer_of(module).param_groups, doubtful)
+        values = {"doubtful": doubtful} if multipliers is None else {"doubtful": doubtful, "multipliers": multipliers}
         if signals is not None:
             # A sum is finite only if all of it is; the gradients' norm speaks for what was measured of them, too.
-            doubtful = doubtful + signals.losses.sum()
+            losses = signals.losses
+            values |= {"doubtful": doubtful.to(losses.device) + losses.sum(), "losses": losses}
             if module.automatic_optimization and signals.norms is not None:
-                doubtful = doubtful + signals.norms.sum().to(doubtful)
-        self.drops = not math.isfinite(float(doubtful))
-        if not self.drops:
+                values["norms"] = (signals.norms if signals.host_norms is None else signals.host_norms).sum()
+        if module.device.type != "cpu":
+            values = dict(zip(values, fetch(*values.values()), strict=True))
+        self.drops = not all(math.isfinite(float(values[name])) for name in ("doubtful", "norms") if name in values)
+        if signals is not None:
+            signals = replace(signals, host_losses=values["losses"])
+        if self.drops:
+            self._skip(module, signals)
+        else:
             self.skipped_in_a_row = 0
-            return True
-        self._skip(module, signals)
-        return False
+        return not self.drops, signals, values["multipliers"].tolist() if "multipliers" in values else []
 
     def _skip(self, module: TaskModule, signals: Signals | None) -> None:
         self.skipped += 1
         self.skipped_in_a_row += 1
         culprits = "a gradient"
         if signals is not None:
-            broken = torch.isfinite(signals.losses).logical_not().tolist()
+            broken = torch.isfinite(signals.losses_on_cpu()).logical_not().tolist()
             named = [repr(task) for task, is_broken in zip(signals.tasks, broken, strict=True) if is_broken]
             culprits = f"the loss of {', '.join(named)}" if named else culprits
         step = module.trainer.global_step
         if self.skipped == 1:
             rank_zero_warn(f"Step {step} is skipped: {culprits} is not finite. Later skips are counted, not reported.")
         if self.skipped_in_a_row > module.max_skipped_steps:
-            raise RuntimeError(
+            raise NotFiniteError(
                 f"{self.skipped_in_a_row} steps in a row were skipped, the last at step {step}: {culprits} is not "
                 "finite. Lower the learning rate, mend the loss, or raise max_skipped_steps."
             )
@@ -207,11 +224,7 @@ def judged_and_clipped(before_step: Hook) -> Hook:
 
 
 class OptimizerHooks(TaskModule):
-    """Lightning's hooks around the optimizer, which the module calls itself in manual optimization.
-
-    Attributes:
-        optimization: What takes the steps.
-    """
+    """Lightning's hooks around the optimizer, which the module calls itself in manual optimization."""
 
     optimization: Taking
 

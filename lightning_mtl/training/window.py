@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_mtl.devices import numbers
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.inner_products import Measured, Wanted
 from lightning_mtl.gradients.sharded import ShardedTrunkGradients
@@ -17,38 +18,13 @@ from lightning_mtl.gradients.trunk_gramian import TrunkGramian
 from lightning_mtl.learning_rates.factor import Collected
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Decision, Signals
+from lightning_mtl.training.reduced import Reduced
+from lightning_mtl.training.scales import LossScales
 
 Collection = TrunkGramian | TrunkGradients | ShardedTrunkGradients
 """What keeps a step's gradients until its weights are known."""
 Way = Literal["losses", "features", "rows"]
 """How weights reach the gradients: in a weighted sum of losses, at the trunk's output, or in a sum of rows."""
-
-
-@dataclass
-class Reduced:
-    """One micro-batch's losses of the K tasks that some rank has samples of.
-
-    Attributes:
-        names: These tasks, in the module's order, the same on every rank.
-        losses: ``[K]``, detached: the mean over all ranks' samples, or over the ranks that have the task.
-        own: This rank's losses, detached, of the tasks that it has.
-        counts: ``[K]``, the samples of all ranks, None where every task counts the same.
-        own_counts: ``[K]``, this rank's samples, 0 for a task that it lacks; None where all are 1.
-        scores: ``[K]``, the batch's metric values, averaged like the losses; None if there are none.
-    """
-
-    names: list[str]
-    losses: Tensor
-    own: Tensor
-    counts: Tensor | None
-    own_counts: Tensor | None
-    scores: Tensor | None = None
-
-    def shares(self) -> Tensor | None:
-        """This rank's share of each task's mean, ``[K]``; None means all of it."""
-        if self.own_counts is None or self.counts is None:
-            return None
-        return self.own_counts / self.counts
 
 
 class Window:
@@ -62,6 +38,7 @@ class Window:
         size: Micro-batches in a full window.
         ranks: The processes that train together.
         shares: ``[K]``, what multiplies each task's weight in the shared gradient, and there alone; None for 1.
+        scales: What losses are divided by before anyone but the loggers sees them; None for 1.
 
     Attributes:
         wanted: What to measure before the weighting is asked.
@@ -86,9 +63,10 @@ class Window:
         size: int,
         ranks: Ranks,
         shares: Tensor | None = None,
+        scales: LossScales | None = None,
     ) -> None:
-        self.weighting = weighting
-        self.step, self.epoch, self.size, self.ranks, self.shares = step, epoch, size, ranks, shares
+        self.weighting, self.step, self.epoch, self.size, self.ranks = weighting, step, epoch, size, ranks
+        self.shares, self.scales = shares, scales
         # What follows from the arguments alone is decided once, so that a step asks attributes instead of the method.
         self.measures = weighting is not None and weighting.measures_in(step)
         self.wanted: Wanted = "nothing"
@@ -108,21 +86,18 @@ class Window:
         alone = size == 1 and self.way == "rows"
         self.keeps_rows = not (alone and weighting and self.wanted != "rows" and weighting.gradients == "automatic")
         self.gradients: Collection | None = None
-        self.collects = False
         self.layer: list[Tensor] | None = None
         self.loss: Tensor | None = None
-        self.keeps_batches = self.repeats = False
-        self.micro_batches = 0
+        self.keeps_batches, self.repeats, self.micro_batches = False, False, 0
         self.penalties: dict[str, Tensor] = {}
         self.weights: Tensor | None = None
         self.batches: list[Any] = []
         self.samples: dict[Collected, list[Tensor]] = {}
         self.local: list[tuple[list[str], Tensor, Tensor | float]] = []
         self.reached: set[Tensor] = set()
-        self.forgets = False
+        self.collects = self.forgets = False
         self._asked: Signals | None = None
-        self.tasks = tuple(tasks)
-        self._position = dict(zip(tasks, range(len(tasks)), strict=True))
+        self.tasks, self._position = tuple(tasks), {task: position for position, task in enumerate(tasks)}
         self._noted: list[tuple[list[int], Reduced]] = []
         self._weighed: set[str] = set()
         self._decisions: list[Decision | None] = []  # None for one that no weights describe
@@ -131,11 +106,14 @@ class Window:
         """Where these tasks stand among all."""
         return [self._position[name] for name in names]
 
+    def of(self, whole: Tensor, positions: Sequence[int]) -> Tensor:
+        """The entries of the tasks at these places, of a vector over all tasks."""
+        return whole if len(positions) == len(self.tasks) else whole[numbers(positions, whole.device)]
+
     @property
     def present(self) -> list[str]:
         """The tasks seen so far, in the module's order."""
-        seen = {position for positions, _ in self._noted for position in positions}
-        return [self.tasks[position] for position in sorted(seen)]
+        return [self.tasks[place] for place in sorted({place for places, _ in self._noted for place in places})]
 
     # The losses of the micro-batches
 
@@ -171,15 +149,14 @@ class Window:
         if len(self._noted) == 1 and self._noted[0][1].names == list(names):
             return self._noted[0][1].losses
         total, count = self._sums([reduced.losses for _, reduced in self._noted])
-        index = torch.tensor(self.positions(names), device=total.device)
-        return total[index] / count[index]
+        return self.of(total / count, self.positions(names))
 
     def mean_factors(self, names: Sequence[str]) -> Tensor | None:
         """What makes the mean over the window of a sum over its micro-batches' samples, ``[K]``; None for 1."""
         if self.size == 1 or not names:
             return None
         _, count = self._sums([reduced.losses for _, reduced in self._noted])
-        return self.micro_batches / self.size / count[self.positions(names)]
+        return self.of(self.micro_batches / self.size / count, self.positions(names))
 
     def _mean_scores(self, names: Sequence[str]) -> Tensor | None:
         """The mean over the window of the metric that the weighting asked for."""
@@ -187,8 +164,7 @@ class Window:
         if not scores or len(scores) != len(self._noted):
             return None
         total, count = self._sums(scores)
-        index = torch.tensor(self.positions(names), device=total.device)
-        return total[index] / count[index]
+        return self.of(total / count, self.positions(names))
 
     def _sums(self, values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """For all tasks, ``[K]``: the values times their counts, and the counts."""
@@ -197,7 +173,7 @@ class Window:
         like = like.to(torch.promote_types(like.dtype, torch.float32))  # wide enough for counts of pixels
         total, count = like.new_zeros(len(self.tasks)), like.new_zeros(len(self.tasks))
         for (positions, reduced), value in zip(self._noted, values, strict=True):
-            index = torch.tensor(positions, device=like.device)
+            index = numbers(positions, like.device, torch.long)
             weight = like.new_ones(len(value)) if reduced.counts is None else reduced.counts.to(like)
             total.index_add_(0, index, value.to(like) * weight)
             count.index_add_(0, index, weight)
@@ -217,13 +193,13 @@ class Window:
         if self.weights is None or self.asks(names):
             decision = self._ask(names, positions, losses, measured)
         else:
-            decision = Decision(self.weights[positions])
+            decision = Decision(self.of(self.weights, positions))
             if self.weighting is not None:
                 decision = self.weighting.with_heads(decision.weights, self.step, positions)
         if self.shares is not None:
             # Shares slow a task in the trunk alone: its head goes on with the weights as the method gave them.
             heads = decision.weights if decision.head_weights is None else decision.head_weights
-            shared = decision.weights * self.shares[positions].to(decision.weights)
+            shared = decision.weights * self.of(self.shares, positions).to(decision.weights)
             decision = replace(decision, weights=shared, head_weights=heads)
         self._decisions.append(decision if decision.directions is None else None)
         return decision
@@ -257,7 +233,7 @@ class Window:
             )
         # Weights and heads' weights that agree make a sum of losses, of which one backward pass is enough.
         alike = self.size == 1 and all(decision.head_weights is None for decision in known)
-        again = Window(self.tasks, None, self.step, self.epoch, self.size, self.ranks)
+        again = Window(self.tasks, None, self.step, self.epoch, self.size, self.ranks, scales=self.scales)
         again.way, again.collects = ("losses", False) if alike else (self.way, self.collects)
         again.passes_again, again.repeats, again._decisions = self.passes_again, True, list(known)
         return again
@@ -265,11 +241,12 @@ class Window:
     def _ask(self, names: Sequence[str], positions: list[int], losses: Tensor, measured: Measured) -> Decision:
         wide = losses.to(torch.promote_types(losses.dtype, torch.float32))
         scores = self._mean_scores(names) if self.weighting is not None and self.weighting.step_metric else None
-        signals = Signals(tuple(names), wide, self.step, self.epoch, measured.norms, measured.gramian, scores)
+        norms, known = measured.norms, measured.sizes
+        signals = Signals(tuple(names), wide, self.step, self.epoch, norms, measured.gramian, scores, host_norms=known)
         self._asked = signals
         if self.weighting is None:
             decision = Decision(torch.ones_like(wide))
-        elif _is_finite(measured):
+        elif getattr(self.weighting, "takes_any_rows", False) or _is_finite(measured):
             decision = self.weighting.decide(signals, positions, measured=self.measures, rows=measured.rows)
         else:
             # No method sees this; the gradients are as broken as what was measured, and the step will be skipped.
@@ -281,7 +258,7 @@ class Window:
             else:
                 if self.weights is None:
                     self.weights = wide.new_full((len(self.tasks),), torch.nan)
-                self.weights[positions] = decision.weights
+                self.weights.index_copy_(0, numbers(positions, wide.device), decision.weights)
         return decision
 
     @property
@@ -300,6 +277,7 @@ class Window:
 
 
 def _is_finite(measured: Measured) -> bool:
-    """Whether what a method would read is finite; a look at the device where norms alone were measured."""
-    judged = measured.norms if measured.gramian is None else measured.gramian
+    """Whether what a method would read is finite; a look at the device where it is rows."""
+    norms = measured.norms if measured.sizes is None else measured.sizes
+    judged = norms if measured.gramian is None else measured.gramian
     return judged is None or bool(torch.isfinite(judged).all())

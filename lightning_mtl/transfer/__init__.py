@@ -2,8 +2,9 @@
 
 from lightning_mtl.transfer.baselines import SingleTaskBaselines, single_task_baselines
 from lightning_mtl.transfer.comparison import TransferReport
+from lightning_mtl.transfer.finished import TaskScores
 from lightning_mtl.transfer.probe import ProbeResult, probe_transfer
-from lightning_mtl.transfer.runs import TaskScores, only_tasks, task_scores, train_and_score
+from lightning_mtl.transfer.runs import only_tasks, task_scores, train_and_score
 
 __all__ = [
     "ProbeResult",

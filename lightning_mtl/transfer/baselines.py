@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_mtl.distributed import of_first
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task import Task
-from lightning_mtl.transfer.cache import ScoreCache, configuration
+from lightning_mtl.transfer.cache import CallMemory, ScoreCache, configuration
+from lightning_mtl.transfer.finished import Directions, TaskScores, chosen_scores, is_finished, of_seeds
 from lightning_mtl.transfer.runs import (
     DataOrFactory,
-    Directions,
     EvaluationStage,
     ModuleOrFactory,
-    TaskScores,
     TrainerFactory,
-    chosen_scores,
     fit_and_score,
     fresh,
     made_data,
@@ -34,6 +33,8 @@ from lightning_mtl.transfer.runs import (
 @dataclass(frozen=True)
 class SingleTaskBaselines:
     """Holds what each task scored when trained alone, from :func:`single_task_baselines` or from given numbers.
+
+    Scores that are not finite stand for a run that diverged; means leave them out.
 
     Args:
         seeds: The seeds.
@@ -71,27 +72,44 @@ class SingleTaskBaselines:
         return tuple(self.higher_is_better)
 
     def means(self) -> TaskScores:
-        """Return each task's scores, averaged over the seeds."""
-        return {
-            task: {
-                metric: math.fsum(scores[task][metric] for scores in self.scores) / len(self.scores)
+        """Return each task's scores, averaged over the seeds with which it finished; NaN where there is none."""
+        means: TaskScores = {}
+        for task, metrics in self.higher_is_better.items():
+            finished = self._finished(task)
+            means[task] = {
+                metric: math.fsum(scores[metric] for scores in finished) / len(finished) if finished else math.nan
                 for metric in metrics
             }
-            for task, metrics in self.higher_is_better.items()
-        }
+        return means
+
+    def _finished(self, task: str) -> list[dict[str, float]]:
+        directions = {task: self.higher_is_better[task]}
+        chosen = [chosen_scores(scores, directions) for scores in self.scores]
+        return [scores[task] for scores in chosen if is_finished(scores)]
+
+    def usable(self) -> TaskScores:
+        """Return the means from which a relative change can be taken: neither 0 nor NaN.
+
+        What is left out, and means without some of the seeds, are warned of.
+        """
+        usable: TaskScores = {}
+        for task, means in self.means().items():
+            if marked := of_seeds(len(self._finished(task)), len(self.seeds)):
+                rank_zero_warn(f"The baseline of task {task!r} is without the seeds that diverged{marked}.")
+            usable[task] = {metric: value for metric, value in means.items() if value != 0 and math.isfinite(value)}
+            for metric in means.keys() - usable[task].keys():
+                rank_zero_warn(
+                    f"The baseline of task {task!r} for {metric!r} is {means[metric]}; delta_m leaves it out."
+                )
+        return usable
 
     def fill(self, module: MultiTaskModule) -> None:
         """Set ``Task.baseline`` of the module's tasks to the means, so that it logs ``val/delta_m`` from now on.
 
         A mean that is 0 or not finite is left out with a warning: no relative change can be taken from it.
         """
-        for name, means in self.means().items():
-            usable = {metric: value for metric, value in means.items() if value != 0 and math.isfinite(value)}
-            for metric in means.keys() - usable.keys():
-                rank_zero_warn(
-                    f"The baseline of task {name!r} for {metric!r} is {means[metric]}; delta_m leaves it out."
-                )
-            module.tasks[name].baseline = usable
+        for name, means in self.usable().items():
+            module.tasks[name].baseline = means
 
 
 def single_task_baselines(
@@ -113,10 +131,22 @@ def single_task_baselines(
     :func:`only_tasks`, also for what a subclass must do), then evaluated. If ``module`` is a module and no
     function, its ``Task.baseline`` are set to the means over the seeds.
 
-    With ``cache_dir`` every run's scores are written when it ends, so that what was interrupted goes on where it was,
-    and a second call trains nothing: it only asks ``trainer_factory`` for one Trainer, to read the budget from. A run
-    is found again if all it depends on is the same: architecture, weights, losses, optimizer, budget, task, seed, and
-    ``key``, which stands for what the cache cannot see. What it does see is in every file, under ``configuration``.
+    With ``cache_dir`` and ``key`` every run's scores are written when it ends, so that what was interrupted goes on
+    where it was, and a second call trains nothing: it only asks ``trainer_factory`` for one Trainer, to read the budget
+    from. The key names everything that is not in the model's parameters: the data; the code of models, losses and
+    metrics; the losses' arguments; the optimizer and its numbers; versions of libraries; change it when one of them
+    changes. Besides the key, what can be compared by value is: weights, attributes and classes of all parts of the
+    model, losses and metrics, the optimizer's arguments, your own functions and classes as compiled code with the
+    global values that they name, the Trainer's budget and callbacks, task, seed and stage. A difference there has the
+    run repeated even where the key was kept. What no comparison sees is the key's alone: the data, files and
+    environment variables, attributes of modules such as ``config.lr``, changes inside of libraries, and objects that
+    show no attributes. All that was compared is in every file, under ``configuration``.
+
+    Without a key nothing is written or read. Scores are then kept in this process, for a call that was interrupted, and
+    count for its repetition with the very same module, data and Trainer functions, compared by value likewise.
+
+    A run that diverged (its loss is not finite, or too many steps in a row were not) has NaN for scores, and the others
+    go on.
 
     Args:
         module: The multi-task module, whose present weights every run begins with, or a function of the seed that
@@ -134,7 +164,8 @@ def single_task_baselines(
         ckpt_path: ``"best"`` scores the checkpoint that the Trainer's ``ModelCheckpoint`` found best; None the last
             weights.
         cache_dir: A folder to keep scores in. Several machines must share it.
-        key: Names the data and whatever else the cache cannot see, ``"faces v2"``; it goes with ``cache_dir``.
+        key: Names everything that is not in the model's parameters, as above: ``"faces v2, Adam 1e-3"``; it goes with
+            ``cache_dir``.
 
     Raises:
         ValueError: If a name is unknown, a seed missing or double, ``cache_dir`` comes without ``key``, or a Trainer
@@ -149,33 +180,40 @@ def single_task_baselines(
         raise ValueError(f"seeds={tuple(seeds)} must be one or more, each once.")
     if (cache_dir is None) != (key is None):
         raise ValueError(
-            f"cache_dir={cache_dir!r} and key={key!r} go together: the key names the data and what else the cache "
-            "cannot see, such as key='faces v2'. Change it when they change."
+            f"cache_dir={cache_dir!r} and key={key!r} go together: the key names everything that is not in the model's "
+            "parameters (data, code, losses' arguments, optimizer), such as key='faces v2, Adam 1e-3'. Change it when "
+            "they change."
         )
-    cache = None if cache_dir is None else ScoreCache(cache_dir)
-    read_only: pl.Trainer | None = None
+    arguments = (module, *(datamodule if isinstance(datamodule, tuple) else (datamodule,)), trainer_factory)
     scores: list[TaskScores] = []
     directions: Directions = {}
-    for seed in seeds:
-        with seeded(seed):
-            whole = module if isinstance(module, MultiTaskModule) else module(seed)
-        directions = metric_directions(chosen_tasks(whole, tasks), metrics)
-        scores.append({})
-        for task in directions:
-            model = only_tasks(whole, [task])
-            described: dict[str, Any] = {"key": key, "task": task, "seed": seed, "stage": stage, "ckpt_path": ckpt_path}
-            found = None
-            if cache is not None:
-                read_only = read_only or fresh(trainer_factory())
-                described.update(configuration(model, read_only))
-                found = cache.read(described)
-            if found is None:
-                trainer, read_only = read_only or fresh(trainer_factory()), None
-                data = made_data(datamodule, seed)
-                found = fit_and_score(model, data, trainer, seed=seed, stage=stage, ckpt_path=ckpt_path)[task]
-                if cache is not None and trainer.is_global_zero:
-                    cache.write(described, found)
-            scores[-1].update(chosen_scores({task: found}, {task: directions[task]}))
+    spare: list[pl.Trainer] = []  # asked for to read the budget from, for the next run
+    with CallMemory.of_call(arguments) if cache_dir is None else nullcontext(ScoreCache(cache_dir)) as cache:
+        for seed in seeds:
+            with seeded(seed):
+                whole = module if isinstance(module, MultiTaskModule) else module(seed)
+            directions = metric_directions(chosen_tasks(whole, tasks), metrics)
+            scores.append({})
+            for task in directions:
+                model = only_tasks(whole, [task])
+                spare = spare or [fresh(trainer_factory())]
+                described = {
+                    "key": key,
+                    "task": task,
+                    "seed": seed,
+                    "stage": stage,
+                    "ckpt_path": ckpt_path,
+                    **configuration(model, spare[0]),
+                }
+                # Another process may write the file while the ranks look for it: rank 0 looks for all of them.
+                found = of_first(cache.read(described))
+                if found is None:
+                    trainer = spare.pop()
+                    data = made_data(datamodule, seed)
+                    found = fit_and_score(model, data, trainer, seed=seed, stage=stage, ckpt_path=ckpt_path)[task]
+                    if cache_dir is None or trainer.is_global_zero:
+                        cache.write(described, found)
+                scores[-1].update(chosen_scores({task: found}, {task: directions[task]}))
     baselines = SingleTaskBaselines(tuple(seeds), tuple(scores), directions)
     if isinstance(module, MultiTaskModule):
         baselines.fill(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,18 +11,11 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from lightning_mtl.metrics import (
-    Interval,
-    bootstrap_interval,
-    delta_m,
-    mean_rank,
-    paired_bootstrap_interval,
-    transfer_gain,
-)
+from lightning_mtl.metrics import Interval, bootstrap_interval, delta_m, mean_rank, transfer_gain
 from lightning_mtl.monitors.figures import draw_intervals
 from lightning_mtl.monitors.tables import Grid, marked
 from lightning_mtl.transfer.baselines import SingleTaskBaselines
-from lightning_mtl.transfer.runs import TaskScores, chosen_scores
+from lightning_mtl.transfer.finished import TaskScores, chosen_scores, interval_of, is_finished, of_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +38,11 @@ class TransferReport:
     0, helped where it lies above; with few seeds the intervals are too narrow to be taken at their word, as
     :func:`~lightning_mtl.metrics.bootstrap_interval` shows in numbers.
 
+    A seed has diverged for a run where a task's loss, or a score that is compared, is not finite. All numbers are over
+    the seeds that the baselines and every run finished, so that pairs stay pairs, and a run with diverged seeds is
+    marked "(n of N seeds)" wherever it is shown. A run that finished no seed has no numbers (NaN), and is not waited
+    for.
+
     Args:
         baselines: What each task scores alone.
         runs: ``{name: scores}``, a method or a grouping to each name, and for each of the baselines' seeds, in their
@@ -52,6 +50,9 @@ class TransferReport:
             :func:`~lightning_mtl.transfer.task_scores` give them. Groups of tasks trained apart are one run, their
             scores put together.
         confidence: Of the intervals, between 0 and 1.
+
+    Attributes:
+        seeds: Those that the baselines and every run finished, over which all numbers are.
 
     Raises:
         ValueError: If there is no run, a run has other seeds in number or lacks a score, a baseline is 0, or
@@ -86,19 +87,29 @@ class TransferReport:
         self.baselines = baselines
         self.runs = {name: [chosen_scores(own, directions) for own in scores] for name, scores in runs.items()}
         self.confidence = confidence
-        self._interval = functools.partial(bootstrap_interval, confidence=confidence)
-        self._interval([0.0], num_resamples=1)  # refuses a confidence out of range now rather than later
+        bootstrap_interval([0.0], confidence=confidence, num_resamples=1)  # refuses what is out of range now
+        self._alone = [chosen_scores(own, directions) for own in baselines.scores]
+        finished = {name: self.finished(name) for name in runs}
+        common = set(self.finished()).intersection(*(own for own in finished.values() if own))
+        self.seeds = tuple(seed for seed in baselines.seeds if seed in common)
+        self._places = [place for place, seed in enumerate(baselines.seeds) if seed in common]
+        self._compared = [name for name, own in finished.items() if own]
         self._gains = {
             name: {task: self._against_baselines(name, [task], transfer_gain) for task in baselines.tasks}
             for name in runs
         }
         self._delta_m = {name: self._against_baselines(name, baselines.tasks, delta_m) for name in runs}
-        self._ranks = dict(zip(runs, self._ranks_of_runs(), strict=True))
+        self._ranks = self._ranks_of_runs()
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Return the tasks' names."""
         return self.baselines.tasks
+
+    def finished(self, run: str | None = None) -> tuple[int, ...]:
+        """Return the seeds that a run, or None for the baselines, finished with finite losses and scores."""
+        scores = self._alone if run is None else self.runs[run]
+        return tuple(seed for seed, own in zip(self.baselines.seeds, scores, strict=True) if is_finished(own))
 
     def gain(self, run: str, task: str) -> Interval:
         """Return what a task gained in a run, in percent of its scores alone; positive is better."""
@@ -114,7 +125,8 @@ class TransferReport:
 
     def compare(self, run: str, other: str) -> Interval:
         """Return how much higher a run's delta_m is than another's, seed by seed; negative is better for the first."""
-        return paired_bootstrap_interval(self._delta_m[run], self._delta_m[other], confidence=self.confidence)
+        pairs = zip(self._delta_m[run], self._delta_m[other], strict=False)  # a run without a seed has no pair
+        return self._interval([own - others for own, others in pairs])
 
     def hurt(self, run: str) -> list[str]:
         """Return the tasks that learning together made worse beyond noise: negative transfer."""
@@ -139,25 +151,32 @@ class TransferReport:
         return f"{self._grid().markdown()}\n\n{self._caption()}"
 
     def to_csv(self, path: str | Path) -> None:
-        """Write everything, a row each: run, quantity, task, metric, mean, both ends of the interval, number of seeds.
+        """Write everything, a row each: run, quantity, task, metric, mean, both ends of the interval, numbers of seeds.
 
         The quantities are ``gain``, ``delta_m``, ``mean_rank`` and ``score``; the run of the baselines is ``alone``.
+        ``seeds`` is the number of seeds behind the mean, ``finished`` says "n of N" of those that the run finished.
         """
         rows: list[tuple[str, str, str, str, Interval]] = []
         for run in self.runs:
             rows.extend((run, "gain", task, "", self.gain(run, task)) for task in self.tasks)
             rows.append((run, "delta_m", "", "", self.delta_m(run)))
             rows.append((run, "mean_rank", "", "", self.mean_rank(run)))
-        for run, scores in {"alone": self.baselines.scores, **self.runs}.items():
+        shown = {"alone": self._alone, **self.runs}
+        behind = {"alone": len(self.seeds)} | {run: len(self._delta_m[run]) for run in self.runs}
+        finished = {"alone": len(self.finished())} | {run: len(self.finished(run)) for run in self.runs}
+        for run, scores in shown.items():
+            paired = [scores[place] for place in self._places[: behind[run]]]
             rows.extend(
-                (run, "score", task, metric, self._interval([seed[task][metric] for seed in scores]))
+                (run, "score", task, metric, self._interval([seed[task][metric] for seed in paired]))
                 for task, metrics in self.baselines.higher_is_better.items()
                 for metric in metrics
             )
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(("run", "quantity", "task", "metric", "mean", "low", "high", "seeds"))
-            writer.writerows((*names, *interval, len(self.baselines.seeds)) for *names, interval in rows)
+            writer.writerow(("run", "quantity", "task", "metric", "mean", "low", "high", "seeds", "finished"))
+            for run, *names, interval in rows:
+                counts = behind[run], f"{finished[run]} of {len(self.baselines.seeds)}"
+                writer.writerow((run, *names, *interval, *counts))
 
     def figure(self) -> Figure:
         """Draw every task's gain in every run with its interval, and -delta_m as that of all tasks.
@@ -168,13 +187,14 @@ class TransferReport:
         gains: dict[str, list[Interval]] = {}
         for run in self.runs:
             mean, low, high = self.delta_m(run)
-            gains[run] = [*(self.gain(run, task) for task in self.tasks), Interval(-mean, -high, -low)]
+            gains[self._name(run)] = [*(self.gain(run, task) for task in self.tasks), Interval(-mean, -high, -low)]
         return draw_intervals(gains, [*self.tasks, "all (-Δm)"], title="gain over training each task alone, %")
 
     def log(self, to: pl.Trainer | Logger, *, step: int = 0, figure: bool = True) -> None:
         """Log the report: numbers to any logger, table and picture to TensorBoard's text and images tabs.
 
-        Numbers are ``transfer/gain/<run>/<task>`` and ``transfer/delta_m/<run>``.
+        Numbers are ``transfer/gain/<run>/<task>``, ``transfer/delta_m/<run>``, but for a run without any, and
+        ``transfer/seeds/<run>``, how many seeds it finished.
 
         Args:
             to: A logger, or a Trainer, for all of its loggers; other ranks than the first log nothing.
@@ -191,6 +211,8 @@ class TransferReport:
             raise ValueError("TransferReport.log got a Trainer without a logger; give it one, or call log(logger).")
         numbers = {f"transfer/gain/{run}/{task}": self.gain(run, task).mean for run in self.runs for task in self.tasks}
         numbers.update({f"transfer/delta_m/{run}": self.delta_m(run).mean for run in self.runs})
+        numbers = {name: value for name, value in numbers.items() if not math.isnan(value)}
+        numbers.update({f"transfer/seeds/{run}": float(len(self.finished(run))) for run in self.runs})
         for logger in loggers:
             logger.log_metrics(numbers, step=step)
             if isinstance(logger, TensorBoardLogger):
@@ -199,41 +221,53 @@ class TransferReport:
                     logger.experiment.add_figure("transfer", self.figure(), step)
             logger.save()
 
+    def _interval(self, values: Sequence[float]) -> Interval:
+        return interval_of(values, confidence=self.confidence)
+
+    def _name(self, run: str) -> str:
+        return run + of_seeds(len(self.finished(run)), len(self.baselines.seeds))
+
     def _against_baselines(
         self,
         run: str,
         tasks: Sequence[str],
         change: Callable[[Sequence[float], Sequence[float], Sequence[bool]], float],
     ) -> list[float]:
+        """What changes with each seed of the pairs; nothing for a run that finished none."""
         directions = self.baselines.higher_is_better
         compared = [(task, metric) for task in tasks for metric in directions[task]]
         higher = [directions[task][metric] for task, metric in compared]
         return [
             change(
-                [together[task][metric] for task, metric in compared],
-                [alone[task][metric] for task, metric in compared],
+                [self.runs[run][place][task][metric] for task, metric in compared],
+                [self._alone[place][task][metric] for task, metric in compared],
                 higher,
             )
-            for together, alone in zip(self.runs[run], self.baselines.scores, strict=True)
+            for place in (self._places if run in self._compared else ())
         ]
 
-    def _ranks_of_runs(self) -> list[list[float]]:
-        """For each run, its mean rank with each seed."""
+    def _ranks_of_runs(self) -> dict[str, list[float]]:
+        """For each run, its mean rank with each seed, among the runs that finished any."""
         directions = self.baselines.higher_is_better
-        higher = [direction for metrics in directions.values() for direction in metrics.values()]
-        per_seed = [
-            mean_rank([[own[task][m] for task, ms in directions.items() for m in ms] for own in scores], higher)
-            for scores in zip(*self.runs.values(), strict=True)
-        ]
-        return [list(ranks) for ranks in zip(*per_seed, strict=True)]
+        compared = [(task, metric) for task, metrics in directions.items() for metric in metrics]
+        higher = [directions[task][metric] for task, metric in compared]
+        ranks: dict[str, list[float]] = {run: [] for run in self.runs}
+        for place in self._places if self._compared else ():
+            scores = [[self.runs[run][place][task][metric] for task, metric in compared] for run in self._compared]
+            for run, rank in zip(self._compared, mean_rank(scores, higher), strict=True):
+                ranks[run].append(rank)
+        return ranks
 
     def _grid(self) -> Grid:
-        means = self.baselines.means()
-        grid = Grid(["task", "alone", *self.runs])
-        for task in self.tasks:
-            alone = ", ".join(f"{metric} {value:.4g}" for metric, value in means[task].items())
-            gains = [marked(self.gain(run, task)) for run in self.runs]
-            grid.add(task, alone, *gains)
+        asked = len(self.baselines.seeds)
+        grid = Grid(["task", f"alone{of_seeds(len(self.finished()), asked)}", *map(self._name, self.runs)])
+        for task, metrics in self.baselines.higher_is_better.items():
+            paired = {metric: [self._alone[place][task][metric] for place in self._places] for metric in metrics}
+            means = {metric: self._interval(values).mean for metric, values in paired.items()}
+            alone = ", ".join(
+                f"{metric} {'–' if math.isnan(mean) else f'{mean:.4g}'}" for metric, mean in means.items()
+            )
+            grid.add(task, alone, *(marked(self.gain(run, task)) for run in self.runs))
         grid.end_section()
         grid.add("Δm, %", "", *(marked(self.delta_m(run), lower_is_better=True) for run in self.runs))
         if len(self.runs) > 1:
@@ -241,11 +275,24 @@ class TransferReport:
         return grid
 
     def _caption(self) -> str:
-        number = len(self.baselines.seeds)
+        number, asked = len(self.seeds), len(self.baselines.seeds)
+        diverged = any(len(self.finished(run)) < asked for run in (None, *self.runs))
+        which = ""
+        if diverged:
+            listed = ", ".join(map(str, self.seeds)) or "none"
+            which = (
+                "Runs marked (n of N seeds) diverged with the others: a loss or a score is not finite. All numbers are "
+                f"over the seeds that every column with any finished: {listed}. "
+            )
+        if number == 0:
+            return which.rstrip()
         if number == 1:
-            return "One seed: nothing here can be told from noise. Gain: positive is better. Δm: negative is better."
+            return (
+                f"{which}One seed: nothing here can be told from noise. Gain: positive is better. Δm: negative is "
+                "better."
+            )
         few = " Few seeds make these intervals too narrow: 3 hold the true mean in 76 % of cases, 10 in 90 %."
         return (
-            f"Gain: positive is better. Δm: negative is better. Mean over {number} seeds and its "
+            f"{which}Gain: positive is better. Δm: negative is better. Mean over {number} seeds and its "
             f"{100 * self.confidence:.0f} % bootstrap interval.{few if number < 10 and self.confidence == 0.95 else ''}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -14,13 +15,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_mtl.metrics import Interval, bootstrap_interval, paired_bootstrap_interval
+from lightning_mtl.metrics import Interval
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.monitors.figures import draw_curves
-from lightning_mtl.monitors.tables import Cell, Grid, marked
+from lightning_mtl.monitors.tables import Grid, marked
 from lightning_mtl.task import Task
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
-from lightning_mtl.transfer.runs import TrainerFactory, chosen_scores, fit_and_score, fresh, metric_directions, seeded
+from lightning_mtl.transfer.finished import chosen_scores, interval_of, of_seeds
+from lightning_mtl.transfer.runs import TrainerFactory, fit_and_score, fresh, metric_directions, seeded
+from lightning_mtl.trunk import takes_tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,6 +61,9 @@ class FrozenTrunk(nn.Module):
 class ProbeResult:
     """Holds the scores of a new head on a frozen trunk, and of the same model trained from scratch.
 
+    A score that is not finite stands for a run that diverged. Table, picture and advantage are over the seeds that both
+    trunks finished, and "(n of N seeds)" marks what did not finish all.
+
     Args:
         task: The new task's name.
         metric: The score that is compared.
@@ -87,9 +93,15 @@ class ProbeResult:
         """
         if num_samples not in self.num_samples:
             raise ValueError(f"advantage(num_samples={num_samples}) must be among {list(self.num_samples)}.")
-        position = list(self.num_samples).index(num_samples)
-        better, worse = self.frozen[position], self.scratch[position]
-        return paired_bootstrap_interval(*((better, worse) if self.higher_is_better else (worse, better)))
+        sign = 1 if self.higher_is_better else -1
+        return interval_of(
+            [sign * (own - other) for own, other in self._pairs(list(self.num_samples).index(num_samples))]
+        )
+
+    def _pairs(self, position: int) -> list[tuple[float, float]]:
+        """Both scores of the seeds that both trunks finished."""
+        both = zip(self.frozen[position], self.scratch[position], strict=True)
+        return [pair for pair in both if all(map(math.isfinite, pair))]
 
     def table(self) -> Table:
         """Make a table of the package rich for the console; green and red are beyond the noise of the seeds.
@@ -99,9 +111,11 @@ class ProbeResult:
         """
         grid = Grid(["samples", "frozen trunk", "from scratch", "advantage"])
         for position, number in enumerate(self.num_samples):
-            scores = [bootstrap_interval(own[position]).mean for own in (self.frozen, self.scratch)]
-            cell = marked(self.advantage(number), digits=3)
-            grid.add(str(number), *(Cell(f"{score:.3f}") for score in scores), cell)
+            cells = []
+            for place, own in enumerate((self.frozen[position], self.scratch[position])):
+                mean = marked(interval_of([pair[place] for pair in self._pairs(position)]), sign="", digits=3).text
+                cells.append(mean.partition(" [")[0] + of_seeds(sum(map(math.isfinite, own)), len(own)))
+            grid.add(str(number), *cells, marked(self.advantage(number), digits=3))
         way = "higher" if self.higher_is_better else "lower"
         return grid.rich(title=f"{self.task}: {self.metric}, {way} is better", caption="positive is better")
 
@@ -120,13 +134,13 @@ class ProbeResult:
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        curves = {"frozen trunk": self.frozen, "from scratch": self.scratch}
-        return draw_curves(
-            {name: [bootstrap_interval(own) for own in scores] for name, scores in curves.items()},
-            self.num_samples,
-            title=f"{self.task}: {self.metric}",
-            axis="training samples",
-        )
+        curves = {}
+        for place, (name, scores) in enumerate({"frozen trunk": self.frozen, "from scratch": self.scratch}.items()):
+            finished = sum(math.isfinite(score) for own in scores for score in own)
+            marks = of_seeds(finished, sum(map(len, scores))).replace("seeds", "runs")
+            pairs = map(self._pairs, range(len(self.num_samples)))
+            curves[name + marks] = [interval_of([pair[place] for pair in own]) for own in pairs]
+        return draw_curves(curves, self.num_samples, title=f"{self.task}: {self.metric}", axis="training samples")
 
 
 def probe_transfer(
@@ -196,6 +210,8 @@ def probe_transfer(
                 with seeded(seed):
                     made = head()
                     own_trunk = FrozenTrunk(deepcopy(module.trunk)) if kind == "frozen" else fresh_trunk()
+                if takes_tasks(own_trunk):
+                    own_trunk.takes_tasks = False  # type: ignore[assignment]  # it knows nothing of the new task
                 probe = _Probe(own_trunk, {name: made}, task, optimizer=optimizer, lr_scheduler=lr_scheduler)
                 loader = DataLoader(subset, batch_size=batch_size, shuffle=True)
                 trainer = fresh(trainer_factory())

@@ -11,18 +11,17 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task import Task
 from lightning_mtl.task.task import computes_dict
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.step import Optimization
+from lightning_mtl.training.update import NotFiniteError
+from lightning_mtl.transfer.finished import Directions, TaskScores, diverged_scores
 
-TaskScores = dict[str, dict[str, float]]
-"""``{task: {metric: value}}``, ``"loss"`` standing for the task's loss."""
 EvaluationStage = Literal["val", "test"]
-Directions = dict[str, dict[str, bool]]
-"""``{task: {metric: whether higher is better}}``."""
 
 
 def task_scores(trainer: pl.Trainer, stage: EvaluationStage = "val") -> TaskScores:
@@ -97,27 +96,6 @@ def metric_directions(tasks: Mapping[str, Task], metrics: Sequence[str] | None =
     return directions
 
 
-def chosen_scores(scores: TaskScores, directions: Directions) -> TaskScores:
-    """Keep the scores that are compared.
-
-    Raises:
-        ValueError: If one of them is missing.
-    """
-    missing = [
-        f"{metric} of {task}"
-        for task, metrics in directions.items()
-        for metric in metrics
-        if metric not in scores.get(task, {})
-    ]
-    if missing:
-        found = {task: sorted(values) for task, values in scores.items()}
-        raise ValueError(
-            f"There is no score for {', '.join(missing)}, only {found}. A task needs labeled samples in the "
-            "evaluation data; a metric that computes several values is left out with metrics=[...]."
-        )
-    return {task: {metric: scores[task][metric] for metric in metrics} for task, metrics in directions.items()}
-
-
 ModuleOrFactory = MultiTaskModule | Callable[[int], MultiTaskModule]
 """A module, whose present weights every run begins with, or a function of the seed that makes one."""
 DataOrFactory = pl.LightningDataModule | tuple[Any, Any] | Callable[[int], "pl.LightningDataModule | tuple[Any, Any]"]
@@ -187,6 +165,10 @@ def train_and_score(
     :func:`single_task_baselines` runs through it, too. So with the same arguments, a multi-task model begins with the
     weights, and sees the data in the order, that its baselines had. The random state outside is left as it was.
 
+    A run that ends because too many steps in a row are not finite (``max_skipped_steps``) is no error here: it warns,
+    and the loss of every task is NaN, so that the other seeds go on; :class:`TransferReport` shows such a seed as
+    missing.
+
     Args:
         module: The module, left untrained, or a function of the seed that makes one.
         datamodule: A datamodule, a pair ``(train_loader, evaluation_loader)``, or a function of the seed that makes
@@ -227,12 +209,16 @@ def fit_and_score(
     # The module is made under the seed as well; here it begins anew, so that the data come in the same order whoever
     # made the module.
     with seeded(seed):
-        if isinstance(data, pl.LightningDataModule):
-            trainer.fit(model, datamodule=data)
-            evaluate(model, datamodule=data, ckpt_path=ckpt_path, verbose=False)
-        else:
-            trainer.fit(model, data[0], data[1] if watched else None)
-            evaluate(model, data[1], ckpt_path=ckpt_path, verbose=False)
+        try:
+            if isinstance(data, pl.LightningDataModule):
+                trainer.fit(model, datamodule=data)
+            else:
+                trainer.fit(model, data[0], data[1] if watched else None)
+        except NotFiniteError as error:
+            rank_zero_warn(f"The run with seed {seed} diverged and has no score: {error}")
+            return diverged_scores(model.tasks if model.learned_tasks is None else model.learned_tasks)
+        where = {"datamodule": data} if isinstance(data, pl.LightningDataModule) else {"dataloaders": data[1]}
+        evaluate(model, **where, ckpt_path=ckpt_path, verbose=False)
     return task_scores(trainer, stage)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -20,13 +20,12 @@ from lightning_mtl.transfer import single_task_baselines
 from lightning_mtl.transfer.cache import digest
 from lightning_mtl.tuning.configuration import BaseConfig, check_space, other_callbacks, read_base
 from lightning_mtl.tuning.goals import Direction
+from lightning_mtl.tuning.identity import QUESTION, differences, identity_of
 from lightning_mtl.tuning.result import Result, write_report
 from lightning_mtl.tuning.space import Space, read_space
 from lightning_mtl.tuning.storage import fail_and_repeat, open_storage
 from lightning_mtl.tuning.trial import TrialProcesses, quiet
 from lightning_mtl.tuning.workers import Worker
-
-QUESTION = "question"
 
 
 def tune(
@@ -56,7 +55,7 @@ def tune(
             machine, ``postgresql://...`` or ``mysql://...`` across machines; None for this process alone.
         name: The study's name in the storage.
         folder: Where logs, the best configuration and pictures go; None takes the study's name.
-        seeds: Train each trial with so many seeds and take the mean.
+        seeds: Train each trial with so many seeds and take the mean; a study that exists keeps its number.
         prune: End trials whose objective, after an epoch, is worse than the median of the others. With several seeds
             the first one decides.
         timeout: Begin no trial after so many seconds.
@@ -68,7 +67,8 @@ def tune(
         sampler: One of Optuna's samplers; None takes TPE, which serves one objective and several.
 
     Raises:
-        ConfigurationError: If configuration, space or storage are wrong, or do not go together.
+        ConfigurationError: If configuration, space or storage are wrong, or do not go together, or the study was begun
+            with other seeds, another configuration or another space, whose values are not comparable.
 
     Example:
         >>> result = tune("run.yaml", "space.yaml", trials=20, storage="sqlite:///study.db")  # doctest: +SKIP
@@ -88,8 +88,8 @@ def tune(
         if ranks.size > 1 and storage is None:
             raise ConfigurationError("several ranks need a storage that all of them reach, such as sqlite:///study.db.")
         opened = open_storage(storage, silence)
-        question = digest({"base": base.values, "space": repr(wanted)})
-        study = _study(opened, name, directions, prune, sampler, question, ranks)
+        asked = identity_of(base, wanted, directions, seeds)
+        study = _study(opened, name, directions, prune, sampler, asked, ranks)
         base = with_baselines(base, wanted, study, folder, ranks)
         if retry_running and ranks.leads:
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -116,10 +116,14 @@ def _study(
     directions: Sequence[Direction],
     prune: bool,
     sampler: optuna.samplers.BaseSampler | None,
-    question: str,
+    asked: Mapping[str, int | str],
     ranks: TrialProcesses,
 ) -> optuna.Study:
-    """Create the study or load it; of several workers one creates it."""
+    """Create the study or load it; of several workers one creates it.
+
+    Raises:
+        ConfigurationError: If it was begun with other seeds, another configuration or another space.
+    """
     # In Optuna 5, running trials count as bad ones by default, so that workers do not all try the same.
     sampler = sampler or optuna.samplers.TPESampler()
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if prune else optuna.pruners.NopPruner()
@@ -130,21 +134,24 @@ def _study(
             )
         except optuna.exceptions.DuplicatedStudyError:
             study = optuna.load_study(storage=storage, study_name=name)
+            begun = time.monotonic()
+            while QUESTION not in study.user_attrs and time.monotonic() - begun < MOMENT:
+                time.sleep(MOMENT / 10)  # the worker that has created it just now is about to say this
         # The worker that created the study may have died, or lost its answer, before it could say this.
         if QUESTION not in study.user_attrs:
-            study.set_user_attr(QUESTION, question)
+            study.set_user_attr(QUESTION, dict(asked))
     ranks.broadcast(None)  # the others load what rank 0 has made
     study = optuna.load_study(storage=storage, study_name=name, sampler=sampler, pruner=pruner)
-    asked = study.user_attrs.get(QUESTION, question)
-    if asked != question or [where.name.lower() for where in study.directions] != list(directions):
+    if said := differences(study.user_attrs.get(QUESTION, asked), asked):
         raise ConfigurationError(
-            f"study {name!r} was begun with another configuration or space; give this one another name, or go "
-            "back to those."
+            f"study {name!r} was begun {said}: trials of both would not be comparable; give this one another name "
+            "(--name), or go back to what it was begun with."
         )
     return study
 
 
 BASELINES = "baselines"
+MOMENT = 2.0  # seconds
 
 
 def with_baselines(
@@ -197,11 +204,13 @@ def _trained(base: BaseConfig, folder: Path) -> dict[str, dict[str, float]]:
         seeds=(base.seed,),
         cache_dir=folder / "baselines",
         key=digest(values),
-    ).means()
-    return {
-        task: {metric: value for metric, value in scores.items() if value != 0 and math.isfinite(value)}
-        for task, scores in found.items()
-    }
+    ).usable()
+    if not any(found.values()):
+        raise ConfigurationError(
+            "objective delta_m compares with single-task scores, and no task trained alone has come to one that is "
+            "finite and not 0; lower the learning rate, or choose another objective."
+        )
+    return found
 
 
 class _Parts:

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_mtl.method.arguments import GradientArguments
-from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.base import NEGLIGIBLE, Measure, Weighting
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.solvers import project_on_dual_cone
@@ -65,8 +65,10 @@ class CAGrad(Weighting):
 
     Source: Liu et al., Conflict-Averse Gradient Descent for Multi-task Learning, 2021, arXiv:2110.14048, algorithm 1.
 
-    Deviations: where the dual's optimum is a combination of zero length, a Pareto-stationary point, d is the mean
-    gradient's projection on the dual cone, the limit that the paper leaves open.
+    Deviations: the official code multiplies d by K, to match a sum of losses, and leaves the heads at 1: beside the
+    paper's mean gradient, followed here, its heads learn K times slower than its trunk. Where the dual's optimum is a
+    combination of zero length, a Pareto-stationary point, d is the mean gradient's projection on the dual cone, the
+    limit that the paper leaves open.
 
     Example:
         >>> CAGrad(c=0.4).c
@@ -75,6 +77,7 @@ class CAGrad(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    negligible = NEGLIGIBLE
     search_space: ClassVar[SearchSpace] = {"c": Range(0.1, 0.9), "at": Choice(("trunk", "features"))}
 
     def __init__(self, c: float = 0.5, *, rescale: Rescale | None = None, **common: Unpack[GradientArguments]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.base import NEGLIGIBLE, Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.solvers import equal_projection_weights
@@ -59,6 +59,7 @@ class ConFIG(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    negligible = NEGLIGIBLE
     search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
 
     def weigh(self, signals: Signals) -> Tensor:

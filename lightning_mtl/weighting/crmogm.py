@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lightning_mtl.method.aggregator import Aggregator
 from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
-from lightning_mtl.method.holder import Holder
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
+from lightning_mtl.weighting.wrapper import Wrapper
 
 
 def crmogm_weights(average: Tensor, newest: Tensor, alpha: float) -> Tensor:
@@ -26,7 +25,7 @@ def crmogm_weights(average: Tensor, newest: Tensor, alpha: float) -> Tensor:
     return torch.where(average.isnan(), newest, torch.lerp(newest, average, alpha))
 
 
-class CRMOGM(Holder, Weighting):
+class CRMOGM(Wrapper):
     r"""Smooth the weights of any other method over the steps, which makes them depend less on the batch.
 
     .. math:: w(t) = \alpha \, w(t - 1) + (1 - \alpha) \, \hat w(t), \qquad w(1) = \hat w(1)
@@ -42,7 +41,7 @@ class CRMOGM(Holder, Weighting):
 
     Raises:
         ValueError: If ``alpha`` is out of its range, or ``weighting`` has an argument that belongs here.
-        TypeError: If ``weighting`` is no weighting, or has no weights to smooth.
+        TypeError: If ``weighting`` is no weighting, or finds its weights from whole gradients or none at all.
 
     Source: Zhou et al., On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond, NeurIPS
     2022, algorithm 1.
@@ -58,49 +57,23 @@ class CRMOGM(Holder, Weighting):
     search_space: ClassVar[SearchSpace] = {"alpha": Range(0.5, 0.99)}
 
     def __init__(self, weighting: Weighting, alpha: float = 0.9, **common: Unpack[CommonArguments]) -> None:
-        if isinstance(weighting, Aggregator) or not isinstance(weighting, Weighting):
-            raise TypeError(
-                f"CRMOGM(weighting=...) smooths the weights of a Weighting, found {type(weighting).__name__}; pass an "
-                "instance of one that is no Aggregator."
-            )
+        super().__init__(weighting, **common)
         if not 0 <= alpha < 1:
             raise ValueError(f"CRMOGM(alpha={alpha}) must be at least 0 and below 1.")
-        if weighting.importance or weighting.start_step or weighting.total is not None:
-            raise ValueError(
-                f"CRMOGM(weighting={type(weighting).__name__}(...)) ignores the importance, start_step and total of "
-                "what it wraps; pass them to CRMOGM."
-            )
-        super().__init__(
-            at=weighting.at, every_n_steps=weighting.every_n_steps, gradients=weighting.gradients, **common
-        )
-        self.weighting, self.alpha = weighting, alpha
-        self.add_child(weighting)
-        # What classes declare, this one has from its instance's partner.
-        self.measures, self.weighs_heads = weighting.measures, weighting.weighs_heads  # type: ignore[misc]
-        self.reads_losses = weighting.reads_losses  # type: ignore[misc]
-        self.takes_logarithms, self.step_metric = weighting.takes_logarithms, weighting.step_metric
-        self.wants_losses_after = weighting.wants_losses_after
+        self.alpha = alpha
         self.add_state("average", torch.tensor(torch.nan))
         self.average: Tensor
         self._coming: tuple[int, Tensor] | None = None  # the step, and what becomes the average if it is taken
 
     def weigh(self, signals: Signals) -> Tensor:
         """Mix the wrapped method's weights into the mean."""
-        newest = self.weighting.weigh(signals).detach().to(signals.losses)
+        newest = self.newest(signals)
         weights = crmogm_weights(self.average.to(newest), newest, self.alpha)
         self._coming = signals.step, weights
         return weights
-
-    def head_weights(self) -> Tensor | None:
-        """Ask the wrapped method, whose numbers for the heads are not smoothed."""
-        return self.weighting.head_weights()
-
-    def scaled(self, weights: Tensor, importance: Tensor) -> Tensor:
-        """Let the wrapped method say what importance does to its weights."""
-        return self.weighting.scaled(weights, importance)
 
     def update(self, signals: Signals) -> None:
         """Keep the mean, and let the wrapped method update its state."""
         if self._coming is not None and self._coming[0] == signals.step:  # not one that was skipped
             self.average = self._coming[1]
-        self.weighting.update(signals)
+        super().update(signals)

@@ -6,14 +6,13 @@ from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_mtl.method.arguments import CommonArguments
-from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
+from lightning_mtl.weighting.validated import Validated
 
 # A performance of 0 shall have a large weight, and no infinite one.
 SMALLEST = 1e-6
@@ -31,7 +30,7 @@ def dtp_weights(performance: Tensor, gamma: float) -> Tensor:
     return torch.where(performance.isnan(), torch.ones_like(weights), weights.abs())
 
 
-class DTP(Weighting):
+class DTP(Validated):
     r"""Give difficult tasks priority, by a performance metric between 0 and 1: dynamic task prioritization.
 
     .. math:: w_k = -(1 - \bar\kappa_k)^\gamma \log \bar\kappa_k, \qquad
@@ -61,6 +60,7 @@ class DTP(Weighting):
     """
 
     reads_losses: ClassVar[bool] = False
+    without_validation: ClassVar[tuple[str, str]] = ("(stage='val')", "pass one, or use stage='train'")
     search_space: ClassVar[SearchSpace] = {"gamma": Range(0.5, 4.0), "alpha": Range(0.1, 1.0)}
 
     def __init__(
@@ -80,7 +80,7 @@ class DTP(Weighting):
         if stage not in ("val", "train"):
             raise ValueError(f"DTP(stage={stage!r}) must be 'val' or 'train'.")
         self.metric, self.gamma, self.alpha, self.stage = metric, gamma, alpha, stage
-        self.step_metric = metric if stage == "train" else None
+        self.step_metric, self.follows_validation = metric if stage == "train" else None, stage == "val"
         self.add_state("performance", torch.tensor(torch.nan))
         self.performance: Tensor
 
@@ -109,22 +109,10 @@ class DTP(Weighting):
         if signals.scores is not None:
             self.performance = self._moved(self.performance, signals.scores.to(self.performance))
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def validated(self, scores: dict[str, dict[str, float]]) -> None:
         """Take in the validation's performance."""
-        if self.stage == "train" or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
-            return
-        # Not from the Trainer's metrics: those keep an earlier validation's value of a task that this one lacked.
-        scores: dict[str, dict[str, float]] = pl_module.recorder.scores["val"]  # type: ignore[union-attr,index,assignment]
         newest = self.performance.new_tensor([scores.get(k, {}).get(self.metric, torch.nan) for k in self.tasks])
         self.performance = self._moved(self.performance, newest)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a Trainer that never validates, where κ comes from validation."""
-        super().on_fit_start(trainer, pl_module)
-        if self.stage == "val" and not trainer.enable_validation:
-            raise ValueError(
-                "DTP(stage='val') needs a validation loader, and the Trainer has none; pass one, or use stage='train'."
-            )
 
     def _moved(self, before: Tensor, newest: Tensor) -> Tensor:
         mixed = self.alpha * newest + (1 - self.alpha) * before

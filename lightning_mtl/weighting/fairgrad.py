@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -20,13 +21,16 @@ from lightning_mtl.weighting.nash_mtl import Bargaining, bounded, combined_norm
 LONG = 100.0
 
 
-def fairgrad_weights(gramian: Tensor, alpha: float, max_norm: float | None = None) -> tuple[Tensor, bool]:
-    r"""Solve :math:`G w = w^{-1 / \alpha}`, elementwise, for positive w.
+def fairgrad_weights(
+    gramian: Tensor, alpha: float, max_norm: float | None = None, preference: Tensor | None = None
+) -> tuple[Tensor, bool]:
+    r"""Solve :math:`G w = (p / w)^{1 / \alpha}`, elementwise, for positive w.
 
     Args:
         gramian: ``[K, K]``.
         alpha: Fairness.
         max_norm: Scale w so that the combined gradient is at most this long.
+        preference: p, ``[K]``; None for ones.
 
     Returns:
         ``[K]``, float64, on the CPU; and whether the point is Pareto stationary, where w does not exist and the
@@ -37,15 +41,15 @@ def fairgrad_weights(gramian: Tensor, alpha: float, max_norm: float | None = Non
         (tensor([0.4714, 0.3195], dtype=torch.float64), False)
     """
     G = gramian.detach().cpu().double()
-    solution = alpha_fair_weights(G.numpy(), alpha)
+    solution = alpha_fair_weights(G.numpy(), alpha, preference)
     return bounded(torch.from_numpy(solution.weights), G, max_norm), solution.stationary
 
 
 class FairGrad(Bargaining):
     r"""Share the step among the tasks fairly, in the sense of alpha-fairness.
 
-    .. math:: \max_d \sum_k \frac{(g_k \cdot d)^{1 - \alpha}}{1 - \alpha} \text{ in a ball}, \qquad
-        d = \sum_k w_k g_k, \qquad G w = w^{-1 / \alpha}
+    .. math:: \max_d \sum_k p_k \frac{(g_k \cdot d)^{1 - \alpha}}{1 - \alpha} \text{ in a ball}, \qquad
+        d = \sum_k w_k g_k, \qquad G w = (p / w)^{1 / \alpha}
 
     solved exactly, by Newton's method on its convex form. α = 1 is Nash-MTL, larger ones care more for the task that
     improves least. Heads follow their own, unweighted losses.
@@ -58,6 +62,7 @@ class FairGrad(Bargaining):
         alpha: α; the paper tries 1 to 10, most often 2.
         max_norm: Scale the weights so that the shared gradient is at most this long, as the official code does at 1;
             None leaves its length. A warning says, once, where it is more than 100 √K.
+        preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the mean 1.
         **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
@@ -65,28 +70,35 @@ class FairGrad(Bargaining):
         stationary_steps: Steps taken at Pareto-stationary points, with the minimum-norm weights.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or at setup if ``preference`` names an unknown task.
 
     Source: Ban and Ji, Fair Resource Allocation in Multi-Task Learning, 2024, arXiv:2402.15638, section 4.
 
     Deviations: the official code solves the equation by a bounded least-squares search, which ends near it; here it is
     solved exactly. The code multiplies the shared gradient by K and clips it to norm 1; so does this class with
-    ``max_norm=1.0``, but for the factor, which matters only below that norm.
+    ``max_norm=1.0``, but for the factor, which matters only below that norm. It leaves the heads unweighted, as here;
+    LibMTL's port weighs them. Preferences are not in the paper. A gradient below 1e-5 of the longest counts as zero.
 
     Example:
         >>> FairGrad(alpha=2.0, max_norm=1.0).alpha
         2.0
     """
 
-    weighs_heads: ClassVar[bool] = False
     search_space: ClassVar[SearchSpace] = {
         "alpha": Range(0.5, 5.0, log=True),
         "max_norm": Choice((None, 1.0)),
         "at": Choice(("trunk", "features")),
     }
 
-    def __init__(self, alpha: float = 1.0, max_norm: float | None = None, **common: Unpack[GradientArguments]) -> None:
-        super().__init__(max_norm, **common)
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        max_norm: float | None = None,
+        *,
+        preference: Mapping[str, float] | None = None,
+        **common: Unpack[GradientArguments],
+    ) -> None:
+        super().__init__(max_norm, preference=preference, **common)
         if not 0 < alpha < math.inf:
             raise ValueError(f"FairGrad(alpha={alpha}) must be above 0 and finite.")
         self.alpha = alpha
@@ -95,7 +107,7 @@ class FairGrad(Bargaining):
     def weigh(self, signals: Signals) -> Tensor:
         """Solve for this step's Gramian."""
         G = self.needed(signals, "gramian")
-        weights, self.stationary = fairgrad_weights(G, self.alpha, self.max_norm)
+        weights, self.stationary = fairgrad_weights(G, self.alpha, self.max_norm, self.factors(signals))
         if not self._warned and self.max_norm is None:
             self._warn_if_long(combined_norm(weights, G.cpu().double()), signals)
         return weights

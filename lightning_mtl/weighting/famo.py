@@ -14,6 +14,7 @@ from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.weighting.learned import AdamState, Learned, adam_step
+from lightning_mtl.weighting.loss_floor import LOSS_FLOOR, Outgrown, check_loss_floor
 
 EPS = 1e-8
 
@@ -60,6 +61,9 @@ class FAMO(Learned):
             logs is logged twice. ``"next_batch"`` is free: the next batch's losses serve, the same but for the
             difference between batches.
         min_losses: ``{task: b}``, the lowest loss a task can have; tasks not named have 0. Losses must not be lower.
+        loss_floor: A loss that is nearer than this to its lowest counts as this far away, so that a learned task does
+            not take all of the weight; it changes nothing above. A warning says, once, which task's weight is more than
+            1e4 times the median of the others'.
         **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.
 
     Raises:
@@ -69,8 +73,8 @@ class FAMO(Learned):
     Source: Liu et al., FAMO: Fast Adaptive Multitask Optimization, 2023, arXiv:2306.03792, algorithm 1.
 
     Deviations: the paper moves ξ by plain descent, the official code, followed here, by Adam with weight decay γ. The
-    code also clips the shared gradients to norm 1: use ``gradient_clip_val``. With gradient accumulation the first
-    micro-batch gives D, and the change is that of the window's means.
+    code also clips the shared gradients, and no heads', to norm 1; ``gradient_clip_val`` clips both. It has no floor
+    but ε. With gradient accumulation the first micro-batch gives D, and the change is that of the window's means.
 
     Example:
         >>> FAMO(losses_after="next_batch").gamma
@@ -90,6 +94,7 @@ class FAMO(Learned):
         gamma: float = 0.01,
         losses_after: Literal["forward", "next_batch"] = "forward",
         min_losses: Mapping[str, float] | None = None,
+        loss_floor: float = LOSS_FLOOR,
         **common: Unpack[CommonArguments],
     ) -> None:
         super().__init__("logits", lr=lr, **common)
@@ -98,6 +103,8 @@ class FAMO(Learned):
         if losses_after not in ("forward", "next_batch"):
             raise ValueError(f"FAMO(losses_after={losses_after!r}) must be 'forward' or 'next_batch'.")
         self.gamma, self.min_losses = gamma, dict(min_losses or {})
+        self.loss_floor = check_loss_floor("FAMO", loss_floor)
+        self.outgrown = Outgrown("FAMO", "Raise loss_floor to bound the weight")
         self.wants_losses_after = losses_after == "forward"
         self.takes_logarithms = not self.min_losses
         self.add_state("last", torch.tensor(torch.nan))
@@ -115,7 +122,9 @@ class FAMO(Learned):
     def weigh(self, signals: Signals) -> Tensor:
         """Weigh by the logits, moved by what the last step did to the losses."""
         logits = self.logits if self.wants_losses_after else self._moved(signals)[0]
-        return famo_weights(logits, self._gaps(signals, signals.losses))
+        weights = famo_weights(logits, self._gaps(signals, signals.losses))
+        self.outgrown.look(weights, signals)
+        return weights
 
     def update(self, signals: Signals) -> None:
         """Keep the moved logits."""
@@ -136,5 +145,7 @@ class FAMO(Learned):
         return torch.where(known, moved, self.logits), AdamState(*chosen)
 
     def _gaps(self, signals: Signals, losses: Tensor) -> Tensor:
-        lowest = self.logits.new_tensor([self.min_losses.get(task, 0.0) for task in signals.tasks])
-        return (losses.to(self.logits) - lowest).clamp(min=0) + EPS
+        losses = losses.to(self.logits)
+        if self.min_losses:
+            losses = losses - self.of_tasks(self.min_losses, 0.0, signals, losses)
+        return losses.clamp(min=self.loss_floor) + EPS

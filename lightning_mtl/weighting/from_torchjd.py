@@ -20,8 +20,13 @@ class FromTorchJD(Weighting):
 
     .. math:: w = f(G), \qquad G = J J^\top
 
-    Whatever that library has works here on several devices, with mixed precision and gradient accumulation. It is
-    installed by ``pip install 'lightning-mtl[torchjd]'``. Heads follow their own, unweighted losses.
+    What that library computes from the Gramian works here on several devices, with mixed precision and gradient
+    accumulation: its UPGrad, DualProj, MGDA, PCGrad, GradVac, CAGrad, FairGrad, IMTL-G, Aligned-MTL, PCD and Krum, as a
+    weighting or as an aggregator. So do weightings that read no more than how many tasks there are. Its SDMGrad and
+    MoDo get the Gramian of one batch, where they ask for a product of two independent ones. What reads whole gradients
+    is refused: the aggregators ConFIG, GradDrop, NashMTL and TrimmedMean, and ExcessMTL, of most of which this package
+    has classes of its own. The library is installed by ``pip install 'lightning-mtl[torchjd]'``. Heads follow their
+    own, unweighted losses.
 
     Args:
         weighting: A ``torchjd.aggregation.Weighting`` over the Gramian, ``UPGradWeighting()`` for instance; an
@@ -55,7 +60,7 @@ class FromTorchJD(Weighting):
         found = type(weighting).__name__
         if "torchjd" in sys.modules:
             weighting = _of_gramian(weighting)
-        if isinstance(weighting, type) or not callable(weighting):
+        if found == "ExcessMTLWeighting" or isinstance(weighting, type) or not callable(weighting):
             raise TypeError(
                 f"FromTorchJD(weighting=...) takes an instance of a TorchJD weighting over the Gramian, such as "
                 f"torchjd.aggregation.UPGradWeighting(), found {found}; pip install 'lightning-mtl[torchjd]' gets them."

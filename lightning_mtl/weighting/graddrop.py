@@ -47,7 +47,8 @@ class GradDrop(Aggregator):
         d = \sum_i \big( l_i + (1 - l_i) M_i \big) \circ g_i, \qquad
         M_i = [P > U] \circ [g_i > 0] + [P < U] \circ [g_i < 0]
 
-    element by element, U drawn evenly from [0, 1]. Where all tasks agree on the sign nothing is dropped. Heads follow
+    element by element, U drawn evenly from [0, 1]. Where all tasks agree on the sign nothing is dropped, and where one
+    is alone, however short its gradient is, its sign is all there is. Heads follow
     their own, unweighted losses.
 
     Args:
@@ -65,7 +66,9 @@ class GradDrop(Aggregator):
 
     Deviations: the paper drops at the trunk's output, and finds the signs of a whole batch there from its gradients
     times the signs of the activations, summed over the samples. Here ``"trunk"`` drops the parameters' gradients, which
-    belong to the whole batch as they are, and ``"features"`` each sample's by its own signs. On each kind of device the
+    belong to the whole batch as they are, and ``"features"`` each sample's by its own signs. The paper's
+    code (lingvo) rescales what is left to the length of the undropped sum by default; this class does not. On each kind
+    of device the
     random numbers are the same on all ranks and after resuming, but a GPU's are others than a CPU's.
 
     Example:
@@ -73,6 +76,7 @@ class GradDrop(Aggregator):
         {'depth': 0.2}
     """
 
+    takes_any_rows: ClassVar[bool] = True
     search_space: ClassVar[SearchSpace] = {
         "leak": Range(0.0, 0.9),
         "at": Choice(("trunk", "features")),
@@ -99,12 +103,12 @@ class GradDrop(Aggregator):
 
     def combine(self, signals: Signals, rows: Tensor) -> Tensor:
         """Drop the losing sign of each element."""
-        leak = self.leak
-        shares = [leak.get(task, 0.0) if isinstance(leak, dict) else leak for task in signals.tasks]
+        given, otherwise = (self.leak, 0.0) if isinstance(self.leak, dict) else ({}, self.leak)
+        leak = self.of_tasks(given, otherwise, signals, rows)
         # Millions of numbers: drawn where they are needed.
         generator = self.random_numbers("random", rows.device)
         uniform = torch.rand(rows.shape[1], generator=generator, device=rows.device)
-        return graddrop(rows, rows.new_tensor(shares), uniform)
+        return graddrop(rows, leak, uniform)
 
     def update(self, signals: Signals) -> None:
         """Go on to the next step's random numbers."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_mtl.method.arguments import GradientArguments
-from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.base import NEGLIGIBLE, Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
 
@@ -32,8 +32,8 @@ class GradientNormBalance(Weighting):
     .. math:: w_k = \frac{K v_k}{\sum_j v_j}, \qquad v_k = \frac{\iota_k}{\lVert g_k \rVert + \epsilon \bar n}
 
     with :math:`\bar n` the mean norm and :math:`\iota_k` the importance. The weighted gradients then have norms in the
-    ratio of the importances. A task whose gradient almost vanishes gets at most 1/ε times an average task's weight, and
-    little is left for the others, because the sum is K. A task whose gradient is exactly zero takes no part.
+    ratio of the importances. A task whose gradient is short gets at most 1/ε times an average task's weight, and little
+    is left for the others, because the sum is K. A task whose gradient is below 1e-5 of the longest takes no part.
 
     Args:
         eps: ε, relative to the mean norm.
@@ -43,7 +43,8 @@ class GradientNormBalance(Weighting):
     Raises:
         ValueError: If an argument is out of its range.
 
-    Source: gradient-norm balancing without GradNorm's training rates; no paper of its own.
+    Source: GradNorm's balance of norms without its training rates; arXiv:2509.23915 proposes to scale by gradient
+    norms.
 
     Example:
         >>> GradientNormBalance(at="last_layer").eps
@@ -51,6 +52,7 @@ class GradientNormBalance(Weighting):
     """
 
     measures: ClassVar[Measure] = "norms"
+    negligible = NEGLIGIBLE
     search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
 
     def __init__(self, *, eps: float = 1e-3, **common: Unpack[GradientArguments]) -> None:

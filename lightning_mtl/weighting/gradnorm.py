@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import Unpack
 
+from lightning_mtl.devices import send
 from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Measure
 from lightning_mtl.method.search_space import Range, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.weighting.learned import Learned
+
+# Moves of the weights at the lower clamp, from which on the user hears of it.
+PATIENCE = 100
 
 
 def gradnorm_gradient(weights: Tensor, norms: Tensor, loss_ratios: Tensor, alpha: float) -> Tensor:
@@ -54,7 +59,7 @@ class GradNorm(Learned):
         alpha: The restoring force; larger for tasks that learn at very different rates. The paper uses 1.5 for NYUv2
             and 0.12 for its toy.
         lr: Step size of the Adam that learns w.
-        min_weight: The lower clamp.
+        min_weight: The lower clamp. A warning says, once, which task has been held there for 100 moves in a row.
         at: W; the paper's is the last shared layer. See :class:`~lightning_mtl.Weighting`.
         every_n_steps: Measure, and move the weights, in one step of n.
         gradients: How gradients are measured, as in :class:`~lightning_mtl.Weighting`.
@@ -96,8 +101,11 @@ class GradNorm(Learned):
             raise ValueError(f"GradNorm(alpha={alpha}) must be at least 0.")
         self.alpha, self.min_weight = alpha, min_weight
         self.add_state("first_losses", torch.tensor(torch.nan))
+        self.add_state("steps_at_floor", torch.tensor(0))
+        self._said = False
         self.weights: Tensor
         self.first_losses: Tensor
+        self.steps_at_floor: Tensor
 
     def weigh(self, signals: Signals) -> Tensor:
         """Weigh by what has been learned so far."""
@@ -110,6 +118,19 @@ class GradNorm(Learned):
         if signals.norms is None:
             return
         ratios = torch.where(self.first_losses > 0, losses / self.first_losses, torch.ones_like(losses))
-        gradient = gradnorm_gradient(self.weights, signals.norms.to(self.weights), ratios, self.alpha)
-        clamped = self.descended(self.weights, gradient).clamp(min=self.min_weight)
+        norms = send(signals.norms, self.weights.device, self.weights.dtype)
+        gradient = gradnorm_gradient(self.weights, norms, ratios, self.alpha)
+        moved = self.descended(self.weights, gradient)
+        clamped = moved.clamp(min=self.min_weight)
         self.weights = clamped * signals.num_tasks / clamped.sum()
+        self.steps_at_floor = torch.where(moved <= self.min_weight, self.steps_at_floor + 1, 0)
+        # A look at numbers on a device waits for it, so that there is one now and then.
+        looks = not self._said and (self.weights.is_cpu or signals.step % PATIENCE == 0)
+        if looks and bool((self.steps_at_floor >= PATIENCE).any()):
+            self._said = True
+            stuck = [task for task, steps in zip(signals.tasks, self.steps_at_floor, strict=True) if steps >= PATIENCE]
+            rank_zero_warn(
+                f"GradNorm has held the weights of {stuck} at the lower clamp, min_weight={self.min_weight}, for "
+                f"{PATIENCE} steps in a row by step {signals.step}: their gradients are too long for larger weights. "
+                "Scale these tasks' losses, or lower min_weight or lr."
+            )

@@ -81,7 +81,8 @@ class GradVac(Weighting):
     Source: Wang et al., Gradient Vaccine, 2020, arXiv:2010.05874, algorithm 1.
 
     Deviations: one cosine for all shared parameters, where the paper tries one a layer as well. A target is kept below
-    1 - 1e-6. LibMTL moves a target only where its pair was in conflict.
+    1 - 1e-6. LibMTL moved a target only where its pair was in conflict until February 2024, and does as here since. The
+    others are turned toward a gradient however short it is; one of exactly zero takes no part.
 
     Example:
         >>> GradVac(beta=0.1).beta
@@ -101,8 +102,8 @@ class GradVac(Weighting):
             raise ValueError(f"GradVac(beta={beta}) must be at least 0 and at most 1.")
         self.beta = beta
         self.add_generator("random", seed)
-        self.add_state("targets", torch.tensor(0.0), per_pair=True)
-        self.add_state("cosines", torch.tensor(torch.nan), per_pair=True)
+        self.add_state("targets", torch.tensor(0.0), per_pair=True, on_cpu=True)
+        self.add_state("cosines", torch.tensor(torch.nan), per_pair=True, on_cpu=True)
         self.targets: Tensor
         self.cosines: Tensor
 

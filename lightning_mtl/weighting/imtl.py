@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_mtl.method.arguments import GradientArguments
-from lightning_mtl.method.base import Measure
+from lightning_mtl.method.base import NEGLIGIBLE, Measure
 from lightning_mtl.method.search_space import Choice, Range, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.weighting.imtlg import imtlg_weights
@@ -62,13 +62,14 @@ class IMTL(Learned):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    negligible = NEGLIGIBLE
     search_space: ClassVar[SearchSpace] = {
         "lr": Range(1e-3, 1e-1, log=True),
         "at": Choice(("trunk", "features")),
     }
 
     def __init__(self, *, lr: float = 0.01, **common: Unpack[GradientArguments]) -> None:
-        super().__init__("log_scales", lr=lr, **common)
+        super().__init__("log_scales", lr=lr, on_cpu=True, **common)
         self.log_scales: Tensor
 
     def weigh(self, signals: Signals) -> Tensor:
@@ -81,5 +82,5 @@ class IMTL(Learned):
 
     def update(self, signals: Signals) -> None:
         """Take one Adam step on the scales."""
-        gradient = imtll_gradient(self.log_scales, signals.losses.to(self.log_scales))
+        gradient = imtll_gradient(self.log_scales, signals.losses_on_cpu().to(self.log_scales))
         self.log_scales = self.descended(self.log_scales, gradient).clamp(-LARGEST_LOGARITHM, LARGEST_LOGARITHM)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.base import NEGLIGIBLE, Measure, Weighting
 from lightning_mtl.method.search_space import Choice, SearchSpace
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.solvers import equal_projection_weights, min_norm_weights
@@ -50,9 +50,10 @@ class IMTLG(Weighting):
 
     Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021, section 3.1.
 
-    Deviations: the paper inverts a matrix that is singular for parallel gradients; here a pseudo-inverse gives each of
-    them its share. Where equal projections would be negative, an ascent, or do not exist, as for opposite gradients,
-    the weights are those of the minimum-norm point.
+    Deviations: the paper's algorithm takes gradients of the shared feature, which is ``at="features"``; the default
+    here is all shared parameters. The paper inverts a matrix that is singular for parallel gradients; here a
+    pseudo-inverse gives each of them its share. Where equal projections would be negative, an ascent, or do not exist,
+    as for opposite gradients, the weights are those of the minimum-norm point.
 
     Example:
         >>> IMTLG(at="features").at
@@ -61,6 +62,7 @@ class IMTLG(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    negligible = NEGLIGIBLE
     search_space: ClassVar[SearchSpace] = {"at": Choice(("trunk", "features"))}
 
     def weigh(self, signals: Signals) -> Tensor:

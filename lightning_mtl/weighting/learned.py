@@ -78,6 +78,7 @@ class Learned(Weighting):
         learned: The state that holds the numbers.
         start: What the numbers are at the start.
         lr: Adam's step size.
+        on_cpu: Whether the numbers stay on the CPU, for methods that need them beside Gramians.
         **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.
 
@@ -85,13 +86,15 @@ class Learned(Weighting):
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, learned: str, start: float = 0.0, *, lr: float, **common: Unpack[GradientArguments]) -> None:
+    def __init__(
+        self, learned: str, start: float = 0.0, *, lr: float, on_cpu: bool = False, **common: Unpack[GradientArguments]
+    ) -> None:
         super().__init__(**common)
         if not lr > 0:
             raise ValueError(f"{type(self).__name__}(lr={lr}) must be above 0.")
         self.lr = lr
         for name, value in ((learned, start), ("mean", 0.0), ("spread", 0.0), ("steps", 0.0)):
-            self.add_state(name, torch.tensor(value))
+            self.add_state(name, torch.tensor(value), on_cpu=on_cpu)
         self.mean: Tensor
         self.spread: Tensor
         self.steps: Tensor

@@ -56,7 +56,8 @@ class MGDA(Weighting):
 
     The combination is never longer than the shortest gradient: where a task has almost none, because it is learned or
     its loss is small, it has almost all of the weight and the shared parameters almost stand still. A gradient of
-    exactly zero takes no part.
+    exactly zero takes no part, so that the limit is another than the value: what has the least norm cannot ignore a
+    short gradient.
 
     Args:
         normalize: Solve for gradients divided by ``"l2"`` ‖g_k‖, ``"loss"`` L_k or ``"loss+"`` L_k ‖g_k‖, and apply the
@@ -72,8 +73,9 @@ class MGDA(Weighting):
     Source: Désidéri, Multiple-Gradient Descent Algorithm, 2012; Sener and Koltun, Multi-Task Learning as
     Multi-Objective Optimization, 2018, arXiv:1810.04650.
 
-    Deviations: the official code runs a few Frank-Wolfe steps, which end short of the optimum for many tasks, and takes
-    the features' gradients without the batch they came with; here the inner products run over the whole batch.
+    Deviations: the official code runs a few Frank-Wolfe steps, which end short of the optimum for many tasks, and
+    scales the heads by the weights, too. At the features its inner products run over the whole batch, as here; LibMTL
+    sums the samples' gradients first, which is not the paper's bound.
 
     Example:
         >>> MGDA(at="features").at

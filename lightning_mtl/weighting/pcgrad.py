@@ -70,7 +70,9 @@ class PCGrad(Weighting):
 
     Source: Yu et al., Gradient Surgery for Multi-Task Learning, 2020, arXiv:2001.06782, algorithm 1.
 
-    Deviations: none from the paper. Its official code draws one order for all tasks.
+    Deviations: none from the paper. Its official code, in TensorFlow, draws an order and discards it: tasks keep
+    theirs. The others are projected off a gradient however short it is; one of exactly zero takes no part, so that the
+    limit is another than the value.
 
     Example:
         >>> PCGrad(seed=1).weighs_heads

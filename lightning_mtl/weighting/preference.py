@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from lightning_mtl.method.arguments import GradientArguments
-from lightning_mtl.method.base import Measure, Weighting
+from lightning_mtl.method.base import NEGLIGIBLE, Measure, Weighting
 from lightning_mtl.method.signals import Signals
 
 
@@ -37,6 +37,7 @@ class Preferring(Weighting):
 
     measures: ClassVar[Measure] = "gramian"
     weighs_heads: ClassVar[bool] = False
+    negligible = NEGLIGIBLE
     by_task: ClassVar[tuple[str, ...]] = ("preference",)
 
     def __init__(self, *, preference: Mapping[str, float] | None = None, **common: Unpack[GradientArguments]) -> None:

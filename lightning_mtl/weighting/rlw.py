@@ -48,8 +48,8 @@ class RLW(Weighting):
 
     Source: Lin et al., Reasonable Effectiveness of Random Weighting, 2022, arXiv:2111.10603, section 3.
 
-    Deviations: the authors' library takes the softmax of the Dirichlet draw, too, which leaves weights between
-    1 / (e + K - 1) and e / (e + K - 1); here the draw itself, on the simplex already, is the weight.
+    Deviations: none from the paper. The authors' library took, in December 2021 only, the softmax of the Dirichlet
+    draw, too, which leaves weights between 1 / (e + K - 1) and e / (e + K - 1).
 
     Example:
         >>> RLW("dirichlet", seed=1).distribution

@@ -55,10 +55,10 @@ class STCH(Weighting):
     equation 9.
 
     Deviations: the paper's scalarization is :math:`\mu \log \sum_k \exp(\lambda_k (f_k - z^*_k) / \mu)` with λ on the
-    simplex and z* the ideal point. The released code for multi-task learning, followed here, puts
-    :math:`\log (L_k / \nu_k)` for :math:`f_k - z^*_k`, warms up, drops λ (1 for every task) and multiplies by K, which
-    keeps the steps as long as the warmup's. Its ``STCH_warmup_epoch=4`` is 5 here: it counts from 0. A loss of 0 has
-    weight 0. With gradient accumulation the first micro-batch gives the weights.
+    simplex and z* the ideal point. The released code for multi-task learning, followed here, puts :math:`\log (L_k /
+    \nu_k)` for :math:`f_k - z^*_k`, warms up, drops λ (1 for every task) and multiplies by K, which keeps the steps as
+    long as the warmup's. Its ``STCH_warmup_epoch=4`` is 5 here: it counts from 0. A loss of 0 has weight 0, and 1 / L_k
+    is that of 1e-6 for a smaller one. With gradient accumulation the first micro-batch gives the weights.
 
     Example:
         >>> STCH(mu=0.5, warmup_epochs=2).mu
@@ -98,7 +98,7 @@ class STCH(Weighting):
         nadir = torch.where((self.count > 0) & (self.nadir > 0), self.nadir.to(losses), losses)
         tiny = torch.finfo(losses.dtype).tiny
         logarithms = losses.clamp(min=tiny).log() - nadir.clamp(min=tiny).log()
-        preference = losses.new_tensor([self.preference.get(task, 1.0) for task in signals.tasks])
+        preference = self.of_tasks(self.preference, 1.0, signals, losses)
         return signals.num_tasks * stch_weights(logarithms, preference, self.mu) * inverse
 
     def update(self, signals: Signals) -> None:

@@ -113,8 +113,8 @@ class UncertaintyWeighting(Learned):
     def _factors(self, signals: Signals) -> Tensor:
         factors = self._factors_of.get(signals.tasks)
         if factors is None or factors.device != self.log_variances.device:
-            kinds = [self.kinds.get(task, "regression") for task in signals.tasks]
+            given = {task: FACTORS[kind] for task, kind in self.kinds.items()}
             # The last ones suffice: the tasks are mostly the same from step to step.
-            factors = self.log_variances.new_tensor([FACTORS[kind] for kind in kinds])
+            factors = self.of_tasks(given, FACTORS["regression"], signals, self.log_variances)
             self._factors_of = {signals.tasks: factors}
         return factors

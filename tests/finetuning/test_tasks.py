@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.optim.lr_scheduler import CyclicLR
 
 from lightning_mtl import Task, Weighting
 from lightning_mtl.architectures import MMoE
@@ -108,6 +109,16 @@ def test_dropping_gives_back_what_adding_took() -> None:
     assert drop_task(module, "c") == (head, task)
     assert set(module.state_dict()) == before
     assert module.learned_tasks == {"a"}
+
+
+def test_a_dropped_task_takes_its_learning_rate_along() -> None:
+    module = small(trunk_lr=0.5, head_lr={"a": 0.1, "b": 0.2})
+    drop_task(module, "a")
+    groups = fit(module, loader(batch())).optimizers[0].param_groups
+    assert {group["name"]: group["lr"] for group in groups} == {"trunk": 0.5, "head/b": 0.2}
+    alone = small(head_lr={"a": 0.1}, lr_scheduler=lambda optimizer: CyclicLR(optimizer, 0.1, 0.2))
+    drop_task(alone, "a")
+    fit(alone, loader(batch()))  # no part has a rate of its own any more
 
 
 def test_what_is_refused() -> None:

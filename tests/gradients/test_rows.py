@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,6 +35,18 @@ def test_combination_and_measurements_of_two_dtypes() -> None:
         assert piece.dtype == like[i].dtype
         torch.testing.assert_close(piece, expected)
     assert rows.used == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_not_rounded_to_half_precision(dtype: torch.dtype) -> None:
+    """Two weights whose difference half precision does not see."""
+    rows, weights = Rows([torch.zeros(5, dtype=dtype)], 2), torch.tensor([1 / 3, 1e-4 - 1 / 3])
+    for row in range(2):
+        rows.add(row, [torch.ones(5, dtype=dtype)])
+    [direction] = rows.combine(weights)
+    assert direction is not None
+    assert direction.dtype == dtype
+    torch.testing.assert_close(direction.float(), weights.sum().expand(5), rtol=2e-2, atol=0)
 
 
 def test_a_parameter_that_no_task_uses_has_no_direction() -> None:

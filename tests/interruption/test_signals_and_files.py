@@ -59,7 +59,7 @@ def train(folder: Path, *callbacks: pl.Callback, ckpt: Path | None = None) -> Mu
 
 
 @pytest.mark.parametrize("hook", ["on_before_optimizer_step", "on_validation_batch_start"])
-@pytest.mark.parametrize("number", [1, 3, 5, 7])
+@pytest.mark.parametrize("number", [3, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 5, 7))])
 def test_sigterm_leaves_a_checkpoint(number: int, hook: str, tmp_path: Path) -> None:
     with pytest.raises(SIGTERMException):
         train(tmp_path / "stopped", Terminated(number, hook))

@@ -11,14 +11,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_mtl.data import Joint, Mixing, MultiTaskDataModule, Proportional, Ratios, RoundRobin
+from lightning_mtl.data.opening import open_stream
 from lightning_mtl.data.order import Batches, DataPosition, PassOrder, Shard
 from lightning_mtl.data.sources import read_source
-from lightning_mtl.data.streams import open_stream
 from tests.loaders.samples import Numbered, counted, seen_in
 
 
-def orders(size: int, batch_size: int, ranks: int, **arguments: bool) -> list[PassOrder]:
-    settings = {"shuffle": True} | arguments
+def orders(size: int, batch_size: int, ranks: int, **arguments: Any) -> list[PassOrder]:
+    settings: dict[str, Any] = {"shuffle": True} | arguments
     return [PassOrder(size, batch_size, Shard(rank, ranks), 7, "a", **settings) for rank in range(ranks)]
 
 

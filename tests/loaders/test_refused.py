@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_mtl.data import MultiTaskDataModule, RoundRobin
+from lightning_mtl.data.division import divide
 from lightning_mtl.data.iterables import EveryNth
 from lightning_mtl.data.order import Shard
-from lightning_mtl.data.sources import LoaderSource, check_shards, read_source
+from lightning_mtl.data.sources import DatasetSource, LoaderSource, read_source
 from tests.loaders.samples import Flowing, Numbered, Sample, Sized, module, numbers
 from tests.training import quiet_trainer
 
@@ -105,9 +106,9 @@ def test_iterables_that_workers_would_all_read() -> None:
             with pytest.raises(ValueError, match="Set shard_iterables=True to give each of them every n-th sample"):
                 data.train_dataloader()
     source = read_source("a", "train", Flowing(3), 2, {})
+    assert not isinstance(source, DatasetSource)
     with pytest.raises(ValueError, match="read by 2 ranks with 0 workers each"):
-        check_shards(source, Shard(0, 2), None)
-    check_shards(source, Shard(0, 2), shard_iterables=False)
+        divide(source, Shard(0, 2), None)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -122,15 +123,21 @@ def test_every_nth_sample_of_a_rank() -> None:
     assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
 
 
+class Own(Sampler[int]):
+    """A sampler that nobody knows."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([2, 0, 1])
+
+
 def test_orders_of_ones_own_on_several_ranks() -> None:
-    weighted = WeightedRandomSampler([1.0, 2.0, 3.0], 3)
-    for loader in (
-        DataLoader(Numbered(3), sampler=weighted),
-        DataLoader(Numbered(3), sampler=RandomSampler(Numbered(3), replacement=True)),
-    ):
-        source = read_source("a", "train", loader, None, {})
-        assert isinstance(source, LoaderSource)
-        assert source.loader is loader
-        check_shards(source, Shard(), None)
-        with pytest.raises(ValueError, match="a loader with an order of its own, which 2 ranks would all read alike"):
-            check_shards(source, Shard(0, 2), None)
+    loader = DataLoader(Numbered(3), sampler=Own())
+    source = read_source("a", "train", loader, None, {})
+    assert isinstance(source, LoaderSource)
+    assert source.loader is loader
+    divide(source, Shard(), None)
+    with pytest.raises(ValueError, match="a loader with an order of its own, which 2 ranks would all read alike"):
+        divide(source, Shard(0, 2), None)

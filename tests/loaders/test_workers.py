@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_mtl.data import Joint, MultiTaskDataModule
@@ -19,15 +19,18 @@ from tests.training import quiet_trainer
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
 
 
-def drawing() -> DataLoader[Sample]:
-    sampler = WeightedRandomSampler([1.0] * 9, 9)
-    return DataLoader(Numbered(9), batch_size=2, sampler=sampler, num_workers=1, persistent_workers=True)
+class Own(DataLoader[Sample]):
+    """A loader that is used as it is."""
+
+
+def persisting() -> Own:
+    return Own(Numbered(9), batch_size=2, num_workers=1, persistent_workers=True)
 
 
 DATA: dict[str, Callable[[], dict[str, Any]]] = {
     "datasets": lambda: {"a": Numbered(9), "b": Numbered(5)},
     "iterables": lambda: {"a": Flowing(9), "b": Flowing(5)},
-    "own loaders": lambda: {"a": drawing(), "b": StatefulDataLoader(Numbered(5), batch_size=2, num_workers=1)},
+    "own loaders": lambda: {"a": persisting(), "b": StatefulDataLoader(Numbered(5), batch_size=2, num_workers=1)},
 }
 
 

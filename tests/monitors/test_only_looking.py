@@ -91,7 +91,7 @@ def assert_unchanged(kind: str, **arguments: Any) -> None:
 
 
 # One for each way to measure; the other ones run with the slow tests.
-WAYS = ("none", "losses of an epoch", "norms of a layer", "features", "rows, by chance", "aggregator")
+WAYS = ("none", "norms of a layer", "features", "rows, by chance")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants.mutation import Mutation
+from tests.mutants.shelf import SHELF
 
 CONTRACT = "tests/test_contract.py"
 BARGAINS = "tests/weighting/test_bargains.py"
@@ -13,6 +14,7 @@ SURGERY = "tests/weighting/test_gradient_surgery.py"
 WRAPPERS = "tests/weighting/test_wrappers.py"
 
 METHODS = (
+    *SHELF,
     Mutation(
         "AlignedMTL: stretches the directions that it should shrink",
         "weighting/aligned_mtl.py",
@@ -217,8 +219,8 @@ METHODS = (
     Mutation(
         "StaticWeights: a task without a weight gets none",
         "weighting/static.py",
-        "self.weights.get(task, 1.0)",
-        "self.weights.get(task, 0.0)",
+        "self.of_tasks(self.weights, 1.0, signals, signals.losses)",
+        "self.of_tasks(self.weights, 0.0, signals, signals.losses)",
         CONTRACT,
         "StaticWeights",
     ),

@@ -1,4 +1,4 @@
-"""Slips in monitors, learning rates, loaders, fine-tuning, searches and architectures."""
+"""Slips in monitors, learning rates, architectures and units."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from tests.mutants.mutation import Mutation
 
 MONITORS = "tests/monitors"
 RATES = "tests/learning_rates"
-LOADERS = "tests/loaders"
-FINETUNING = "tests/finetuning"
-TUNING = "tests/tuning"
 ARCHITECTURES = "tests/architectures"
 
 OTHERS = (
@@ -116,95 +113,11 @@ OTHERS = (
         f"{RATES}/test_ddp.py",
     ),
     Mutation(
-        "a resumed loader begins anew",
-        "data/loaders.py",
-        "stream.load_state_dict(found[task])",
-        "pass",
-        f"{LOADERS}/test_resume.py",
-        "every_mode",
-    ),
-    Mutation(
-        "every pass over the samples has the same order",
-        "data/order.py",
-        'generator_for(self.seed, "order", self.name, position.passes)',
-        'generator_for(self.seed, "order", self.name)',
-        f"{LOADERS}/test_order.py",
-    ),
-    Mutation(
-        "tasks come in the same order in every epoch",
-        "data/loaders.py",
-        'generator_for(self.seed, "mixing", epoch)',
-        'generator_for(self.seed, "mixing", 0)',
-        f"{LOADERS}/test_order.py",
-        "another_order",
-    ),
-    Mutation(
-        "a loader's epoch is one off",
-        "data/loaders.py",
-        "self._epoch = epoch\n",
-        "self._epoch = epoch + 1\n",
-        f"{LOADERS}/test_training.py",
-        "takes_its_turns",
-    ),
-    Mutation(
-        "both ranks see the same samples",
-        "data/order.py",
-        "range(min(position.samples + self.shard.rank, end)",
-        "range(min(position.samples, end)",
-        f"{LOADERS}/test_order.py",
-    ),
-    Mutation(
-        "a high temperature favors large data sets",
-        "data/mixing.py",
-        "float(size) ** (1 / self.temperature)",
-        "float(size) ** self.temperature",
-        f"{LOADERS}/test_mixing.py",
-    ),
-    Mutation(
-        "layers are unfrozen one epoch late",
-        "finetuning/unfreezing.py",
-        "self._stages[self.unfrozen].epoch <= epoch",
-        "self._stages[self.unfrozen].epoch < epoch",
-        f"{FINETUNING}/test_unfreezing.py",
-    ),
-    Mutation(
-        "a resumed training begins frozen",
-        "finetuning/unfreezing.py",
-        'while self.unfrozen < state["unfrozen"]:',
-        "while False:",
-        f"{FINETUNING}/test_unfreezing_resume.py",
-    ),
-    Mutation(
-        "load_trunk passes over parameters of another shape",
-        "finetuning/checkpoints.py",
-        "(report.missing or report.unexpected or shapes)",
-        "(report.missing or report.unexpected)",
-        f"{FINETUNING}/test_checkpoints.py",
-        "strictness",
-    ),
-    Mutation(
-        "a search goes beyond the bound",
-        "tuning/space.py",
-        "trial.suggest_float(name, allowed.low, allowed.high, log=allowed.log)",
-        "trial.suggest_float(name, allowed.low, 2 * allowed.high, log=allowed.log)",
-        f"{TUNING}/test_space.py",
-        "range_says",
-    ),
-    Mutation(
-        "a search minimizes what is better when higher",
-        "tuning/goals.py",
-        '"maximize" if task.higher_is_better(parts[1]) else "minimize"',
-        '"minimize" if task.higher_is_better(parts[1]) else "maximize"',
-        f"{TUNING}/test_space.py",
-        "directions",
-    ),
-    Mutation(
-        "helped is what was hurt",
-        "transfer/comparison.py",
-        "self.gain(run, task).high < 0",
-        "self.gain(run, task).low > 0",
-        "tests/transfer/test_comparison.py",
-        "hurts",
+        "one number for all groups may overwrite the rates of parts",
+        "learning_rates/given_rates.py",
+        "if len(set(values)) > 1 or values[0] == 0:",
+        "if True:",
+        "tests/learning_rates/test_parameter_groups.py",
     ),
     Mutation(
         "gates share out over the samples instead of the experts",
@@ -213,6 +126,46 @@ OTHERS = (
         "return scores.softmax(0)",
         f"{ARCHITECTURES}/test_references.py",
         "mmoe",
+    ),
+    Mutation(
+        "parts inside a trunk compute all tasks",
+        "trunk.py",
+        'return inputs, {**named, "tasks": part.asked_tasks}',
+        "return inputs, named",
+        f"{ARCHITECTURES}/test_nested.py",
+        "to_the_bit",
+    ),
+    Mutation(
+        "what lies inside a trunk is all shared",
+        "trunk.py",
+        "yield from self._shared(child)",
+        "yield from child.parameters()",
+        f"{ARCHITECTURES}/test_nested.py",
+        "to_the_bit",
+    ),
+    Mutation(
+        "the gates of absent tasks have gradients of zero",
+        "training/absent.py",
+        "difference(window.present)",
+        "difference(module.tasks)",
+        f"{ARCHITECTURES}/test_nested.py",
+        "absent_task_alone",
+    ),
+    Mutation(
+        "the penalties of absent tasks' gates count",
+        "training/module.py",
+        "self.present_tasks = tasks",
+        "self.present_tasks = None",
+        f"{ARCHITECTURES}/test_nested.py",
+        "absent_task_alone",
+    ),
+    Mutation(
+        "fused kernels count nothing",
+        "architectures/costs.py",
+        "mha.set_fastpath_enabled(False)",
+        "mha.set_fastpath_enabled(True)",
+        f"{ARCHITECTURES}/test_cost_report.py",
+        "sequences",
     ),
     Mutation(
         "a penalty's gradient is half of it",
@@ -237,5 +190,53 @@ OTHERS = (
         "(noisy * self.temperature)",
         f"{ARCHITECTURES}/test_branching.py",
         "written_out",
+    ),
+    Mutation(
+        "targets are standardized by the variance",
+        "training/targets.py",
+        "std = (squares / count) ** 0.5",
+        "std = squares / count",
+        "tests/test_units.py",
+        "every_form",
+    ),
+    Mutation(
+        "what a distributed sampler repeats counts twice",
+        "training/targets.py",
+        "indices = indices[: len(range(",
+        "indices = indices[: 1 + len(range(",
+        "tests/test_units.py",
+        "distributed",
+    ),
+    Mutation(
+        "a head is corrected for the new mean alone",
+        "task/units.py",
+        "(std * layer.bias + mean - new_mean)",
+        "(std * layer.bias - new_mean)",
+        "tests/test_units.py",
+        "keep_the_predictions",
+    ),
+    Mutation(
+        "the sanity check keeps the loader that it measured with",
+        "training/targets.py",
+        "early = loop._combined_loader is None",
+        "early = False",
+        "tests/test_units.py",
+        "changes_no_order",
+    ),
+    Mutation(
+        "weights are logged as the method sees losses",
+        "training/logging.py",
+        "weights = None if weights is None else weights / scales",
+        "weights = None if weights is None else weights * 1",
+        "tests/test_loss_scales.py",
+        "divided_by_it",
+    ),
+    Mutation(
+        "a second look at the losses is not scaled",
+        "training/snapshots.py",
+        "return losses if window.scales is None else",
+        "return losses if window is not None else",
+        "tests/test_loss_scales.py",
+        "divided_by_it",
     ),
 )

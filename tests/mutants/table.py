@@ -3,6 +3,7 @@
 from tests.mutants.engine import ENGINE
 from tests.mutants.methods import METHODS
 from tests.mutants.others import OTHERS
+from tests.mutants.outer import OUTER
 from tests.mutants.training import TRAINING
 
-MUTATIONS = (*METHODS, *ENGINE, *TRAINING, *OTHERS)
+MUTATIONS = (*METHODS, *ENGINE, *TRAINING, *OTHERS, *OUTER)

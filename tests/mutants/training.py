@@ -34,7 +34,7 @@ TRAINING = (
     Mutation(
         "weights are not held between measurements",
         "method/base.py",
-        "self.held_weights[positions] = weights.to(self.held_weights)",
+        "self.held_weights[numbers(positions, self.held_weights.device)] = weights.to(self.held_weights)",
         "pass",
         BASE,
         "between_measurements",
@@ -89,9 +89,9 @@ TRAINING = (
     ),
     Mutation(
         "ranks count alike however many samples they have",
-        "training/window.py",
+        "training/reduced.py",
         "return self.own_counts / self.counts",
-        "return torch.ones_like(self.counts) / 2",
+        "return self.own_counts * 0 + 0.5",
         PARTIAL,
     ),
     Mutation(
@@ -151,8 +151,8 @@ TRAINING = (
     Mutation(
         "a step is taken whatever is not finite",
         "training/update.py",
-        "self.drops = not math.isfinite(float(doubtful))",
-        "self.drops = False",
+        "self.drops = not all(math.isfinite(float(values[name])) for name in",
+        "self.drops = any(False for name in",
         "tests/test_not_finite.py",
     ),
     Mutation(

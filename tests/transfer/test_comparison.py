@@ -146,6 +146,74 @@ def test_tensorboard_gets_table_picture_and_numbers(report: TransferReport, tmp_
         report.log(quiet_trainer())
 
 
+def with_seed(scores: Any, place: int, task: str, **changed: float) -> list[dict[str, dict[str, float]]]:
+    """The scores of a run, with other ones of a task under one seed."""
+    return [{**own, task: {**own[task], **changed}} if i == place else own for i, own in enumerate(scores)]
+
+
+def test_pairs_are_over_the_seeds_that_every_row_finished(tmp_path: Path) -> None:
+    nan, inf = float("nan"), float("inf")
+    # An accuracy of NaN predictions is a number, and no result.
+    runs = {**RUNS, "lost": with_seed(RUNS["MGDA"], 1, "a", loss=nan), "none": [*RUNS["equal"]]}
+    for place, value in enumerate((nan, inf, -inf)):
+        runs["none"] = with_seed(runs["none"], place, "b", loss=value)
+    report = TransferReport(ALONE, runs)
+    left = [0, 2]
+    of_left = TransferReport(
+        SingleTaskBaselines((0, 2), [ALONE.scores[i] for i in left], DIRECTIONS),
+        {run: [runs[run][i] for i in left] for run in ("equal", "MGDA")} | {"lost": [RUNS["MGDA"][i] for i in left]},
+    )
+    assert report.seeds == (0, 2)
+    assert report.finished("lost") == (0, 2)
+    assert report.finished("equal") == report.finished() == (0, 1, 2)
+    for run in ("equal", "MGDA", "lost"):
+        assert report.delta_m(run) == of_left.delta_m(run)
+        assert report.mean_rank(run) == of_left.mean_rank(run)
+        assert report.compare(run, "equal") == of_left.compare(run, "equal")
+        assert [report.gain(run, task) for task in "ab"] == [of_left.gain(run, task) for task in "ab"]
+        assert report.hurt(run) == of_left.hurt(run)
+    assert np.isnan([report.delta_m("none"), report.mean_rank("none"), report.compare("equal", "none")]).all()
+    assert report.hurt("none") == report.helped("none") == []
+
+    shown = report.markdown()
+    assert "| lost (2 of 3 seeds) | none (0 of 3 seeds) |" in " ".join(shown.split())
+    assert "| equal |" in " ".join(shown.split())
+    assert "over the seeds that every column with any finished: 0, 2." in shown
+    assert "nan" not in shown
+    assert "diverged" not in TransferReport(ALONE, RUNS).markdown()
+    labels = [container.get_label() for container in report.figure().axes[0].containers]
+    assert labels == ["equal", "MGDA", "lost (2 of 3 seeds)", "none (0 of 3 seeds)"]
+    report.to_csv(tmp_path / "report.csv")
+    with (tmp_path / "report.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    counted = {run: {(row["seeds"], row["finished"]) for row in rows if row["run"] == run} for run in runs}
+    assert counted == {
+        "equal": {("2", "3 of 3")},
+        "MGDA": {("2", "3 of 3")},
+        "lost": {("2", "2 of 3")},
+        "none": {("0", "0 of 3")},
+    }
+    assert [row["mean"] for row in rows if row["run"] == "alone" and row["metric"] == "error"] == ["5.0"]
+    memory = Memory()
+    report.log(memory)
+    logged = memory.lines[0][1]
+    assert [logged[f"transfer/seeds/{run}"] for run in ("lost", "none")] == [2, 0]
+    assert "transfer/delta_m/none" not in logged
+
+
+def test_baselines_that_diverged_leave_nothing_to_compare_with() -> None:
+    lost = [{"a": {"accuracy": 0.5, "error": 1.0, "loss": float("nan")}, "b": {"loss": 1.0}}] * 3
+    alone = SingleTaskBaselines((0, 1, 2), lost, DIRECTIONS)
+    assert np.isnan(list(alone.means()["a"].values())).all()
+    assert alone.means()["b"] == {"loss": 1}
+    report = TransferReport(alone, RUNS)
+    assert report.seeds == ()
+    assert np.isnan(report.delta_m("equal")).all()
+    assert "alone (0 of 3 seeds)" in report.markdown()
+    assert "finished: none." in report.markdown()
+    report.figure()
+
+
 def test_one_seed_has_numbers_and_no_verdict() -> None:
     alone = SingleTaskBaselines((0,), ALONE.scores[:1], DIRECTIONS)
     report = TransferReport(alone, {"equal": RUNS["equal"][:1]})

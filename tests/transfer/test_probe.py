@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -198,3 +199,21 @@ def test_a_result_is_shown_as_table_picture_and_csv(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8
     assert rows[1] == {"samples": "10", "trunk": "frozen", "seed": "1", "accuracy": "0.75"}
+
+
+def test_a_seed_that_diverged_is_left_out_of_the_pairs_and_marked() -> None:
+    nan = float("nan")
+    scores = [[1.0, 2.0, 4.0], [nan, nan, 1.0]], [[3.0, nan, 7.0], [1.0, 2.0, nan]]
+    result = ProbeResult("age", "loss", False, [10, 50], *scores)
+    assert result.advantage(10).mean == 2.5
+    assert np.isnan(result.advantage(50)).all()
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(result.table())
+    lines = console.export_text().splitlines()
+    (first,) = (line for line in lines if " 10 " in line)
+    (second,) = (line for line in lines if " 50 " in line)
+    assert ("2.500" in first, "5.000 (2 of 3 seeds)" in first, "+2.500" in first) == (True, True, True)
+    assert ("– (1 of 3 seeds)" in second, "– (2 of 3 seeds)" in second) == (True, True)
+    axes: Any = result.figure().axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["frozen trunk (4 of 6 runs)", "from scratch (4 of 6 runs)"]

@@ -14,8 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.tuning import search, tune
+from lightning_mtl.tuning.configuration import BaseConfig
 from lightning_mtl.tuning.goals import NotLoggedError
+from lightning_mtl.tuning.identity import QUESTION, identity_of
+from lightning_mtl.tuning.space import read_space
 from lightning_mtl.tuning.storage import ERROR
+from lightning_mtl.tuning.trial import TrialProcesses
 from lightning_mtl.tuning.workers import SEED_VALUES
 from tests.tuning.tiny import SPACE, Fixed, configuration
 
@@ -55,6 +59,7 @@ def test_the_best_file_reproduces_the_objective_to_the_bit(tmp_path: Path) -> No
     assert {picture.name for picture in result.pictures} == {"history.png", "importances.png"}
 
 
+@pytest.mark.slow
 def test_a_trial_is_in_the_hparams_tab_with_its_importances_and_objective(tmp_path: Path) -> None:
     result = tune(configuration(tmp_path), space(), trials=2, folder="out", sampler=sampler())
     assert sorted(path.name for path in Path("out").glob("trial_*")) == ["trial_0000", "trial_0001"]
@@ -139,12 +144,53 @@ def test_a_study_resumes_up_to_the_number_asked_for(tmp_path: Path) -> None:
         tune(configuration(tmp_path, max_epochs=1), space(), trials=5, storage=storage)
 
 
+def test_a_study_is_resumed_with_what_its_values_depend_on_alone(tmp_path: Path) -> None:
+    storage = optuna.storages.InMemoryStorage()
+
+    def begun(config: Any = None, space: Any = SPACE, seeds: int = 3, processes: int = 1) -> optuna.Study:
+        base, wanted = BaseConfig(config or configuration(tmp_path), {}, processes), read_space(space)
+        directions = [goal.direction_for({}) for goal in wanted.goals]
+        asked = identity_of(base, wanted, directions, seeds)
+        return search._study(storage, "mine", directions, False, None, asked, TrialProcesses(1))
+
+    study = begun()
+    turned = dict(reversed(configuration(tmp_path).items()))
+    assert begun(turned).user_attrs == study.user_attrs
+    for seeds in (1, 4):
+        with pytest.raises(ConfigurationError, match=f"'mine' was begun with --seeds 3, not {seeds}: .*--name"):
+            begun(seeds=seeds)
+    for changed, names in (
+        ({"config": configuration(tmp_path, max_epochs=1)}, r"\(trainer.max_epochs\)"),
+        ({"config": configuration(tmp_path) | {"data": {"class_path": "Other"}}}, r"\(data.class_path\)"),
+        ({"processes": 2}, r"\(number of processes\)"),
+        ({"space": space(objective="val/loss/left")}, r"\(objective\)"),
+        ({"space": space(objective={"val/loss/total": "maximize"})}, r"\(objective\)"),
+        ({"space": space(weighting=["GradNorm"], importance=None)}, r"\(importance, weighting\)"),
+        ({"space": space(parameters={"model.optimizer.lr": [0.1]})}, r"\(parameters.*lr, parameters.*widths\)"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"begun with another configuration or space {names}"):
+            begun(**changed)
+    study.set_user_attr(QUESTION, "0123456789")  # what the first version wrote
+    with pytest.raises(ConfigurationError, match="by an earlier version, which did not note the number of seeds"):
+        begun()
+
+
+@pytest.mark.slow
+def test_other_seeds_are_refused_and_other_numbers_of_trials_are_not(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"storage": f"sqlite:///{tmp_path}/study.db", "timeout": 0}
+    tune(configuration(tmp_path), space(), trials=1, seeds=3, prune=True, **arguments)
+    tune(configuration(tmp_path), space(), trials=9, seeds=3, **arguments)
+    with pytest.raises(ConfigurationError, match="'search' was begun with --seeds 3, not 1"):
+        tune(configuration(tmp_path), space(), trials=9, **arguments)
+
+
 def test_a_timeout_begins_no_further_trial(tmp_path: Path) -> None:
     result = tune(configuration(tmp_path), space(), trials=2, timeout=0)
     assert not result.study.trials
     assert not result.best
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_a_trial_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = space(parameters={"model.heads.left.in_features": [7]}, importance=None)
     result = tune(configuration(tmp_path), wanted, trials=2, sampler=sampler())
@@ -166,6 +212,7 @@ def test_an_unpromising_trial_is_pruned(tmp_path: Path) -> None:
     assert TrialState.FAIL not in states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "expected"),
     [

@@ -35,7 +35,8 @@ def test_every_value_that_a_method_declares_constructs_it(method: type[Weighting
 
 def test_methods_with_a_choice_of_their_own_declare_it() -> None:
     """Numbers that a constructor takes, beyond the base class's and what follows from the data."""
-    left_out = {"importance", "start_step", "total", "every_n_steps", "seed", "min_weight", "eps", "warmup_epochs"}
+    left_out = {"importance", "start_step", "total", "every_n_steps", "seed", "min_weight", "eps", "loss_floor"}
+    left_out.add("warmup_epochs")
     for method in METHODS:
         numeric = {
             name

@@ -29,14 +29,16 @@ from lightning_mtl.weighting.cagrad import cagrad_weights
 from lightning_mtl.weighting.config import config_weights
 from lightning_mtl.weighting.imtlg import imtlg_weights
 from lightning_mtl.weighting.upgrad import upgrad_weights
-from tests.contract import ask, names, signals
-from tests.contract_rows import J1
+from tests.contract import J1, ask, names, signals
 from tests.small import batch, batches, small
 from tests.solvers.families import FAMILIES
 from tests.training import Steps, fit, loader
 
 # Some families are made to be far out.
-pytestmark = pytest.mark.filterwarnings("ignore:FairGrad.* makes the shared gradient:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FairGrad.* makes the shared gradient:UserWarning"),
+    pytest.mark.filterwarnings("ignore:NashMTL.* times the median weight of the others:UserWarning"),
+]
 
 NON_CONFLICTING: dict[str, Callable[[], Weighting]] = {
     "UPGrad": UPGrad,

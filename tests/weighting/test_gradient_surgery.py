@@ -16,8 +16,7 @@ from lightning_mtl.weighting.graddrop import graddrop
 from lightning_mtl.weighting.gradvac import gradvac_weights
 from lightning_mtl.weighting.pcgrad import pcgrad_weights, random_orders
 from lightning_mtl.weighting.upgrad import upgrad_weights
-from tests.contract import ask, course, direction_of, signals
-from tests.contract_rows import J1, J2
+from tests.contract import J1, J2, ask, course, direction_of, signals
 from tests.small import batches, small
 from tests.training import fit, flat_parameters, loader
 

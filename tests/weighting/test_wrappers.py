@@ -129,7 +129,7 @@ def test_hooks_reach_the_wrapped_method() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: CRMOGM(GradDrop()), TypeError, "smooths the weights of a Weighting, found GradDrop"),
+        (lambda: CRMOGM(GradDrop()), TypeError, "takes the weights of a Weighting that .* found GradDrop"),
         (lambda: CRMOGM("MGDA"), TypeError, "found str"),  # type: ignore[arg-type]
         (lambda: CRMOGM(MGDA(), alpha=1.0), ValueError, r"CRMOGM\(alpha=1.0\) must be at least 0 and below 1"),
         (lambda: CRMOGM(MGDA(importance={"a": 2.0})), ValueError, "pass them to CRMOGM"),
@@ -168,6 +168,7 @@ def test_torchjd() -> None:
     steps, random = course(3, steps=4), aggregation.PCGradWeighting
     assert torch.equal(run(FromTorchJD(random()), steps, names(3)), run(FromTorchJD(random()), steps, names(3)))
     fit(small(), loader(batch()), callbacks=[FromTorchJD(aggregation.MGDAWeighting(), at="features")])
-    for unfit in (aggregation.WeightedAggregator(aggregation.SumWeighting()), aggregation.GradDrop()):
+    reading_rows = (aggregation.GradDrop(), aggregation.ExcessMTL(), aggregation.ExcessMTLWeighting())
+    for unfit in (aggregation.WeightedAggregator(aggregation.SumWeighting()), *reading_rows):
         with pytest.raises(TypeError, match=f"found {type(unfit).__name__}"):
             FromTorchJD(unfit)

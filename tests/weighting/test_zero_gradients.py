@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from lightning_mtl import MultiTaskModule, Signals, Task, Weighting
-from lightning_mtl.weighting import MGDA, FairGrad, FromTorchJD, GradNorm, NashMTL
-from tests.contract import Row, ask, course, direction_of, label, names, run
+from lightning_mtl.method import complaints
+from lightning_mtl.weighting import CRMOGM, MGDA, FairGrad, FromTorchJD, GradNorm, NashMTL
+from tests.contract import Row, ask, course, direction_of, label, names, run, signals
 from tests.contract_rows import AGGREGATORS, MAKES, ROWS
 from tests.training import Steps, fit, loader
 
@@ -31,7 +32,8 @@ def test_the_others_get_the_weights_of_the_others_alone(row: Row) -> None:
     weights = run(row.make(), with_zero_row(), names(4))
     alone = run(row.make(), [given.cut(OTHERS) for given in course(4)], [names(4)[i] for i in OTHERS])
     torch.testing.assert_close(weights[:, OTHERS], alone)
-    torch.testing.assert_close(weights[:, 1], alone.mean(dim=1))
+    measured = weights[:: row.make().every_n_steps, 1]
+    assert torch.equal(measured, torch.zeros_like(measured))
 
 
 @measuring
@@ -41,7 +43,7 @@ def test_its_state_stays_as_it_was(row: Row) -> None:
     before = weighting.state_dict()["state"]
     ask(weighting, with_zero_row()[0])
     for name, state in weighting.state_dict()["state"].items():
-        if state.ndim and len(state) == 4 and name != "held_weights":
+        if state.ndim and len(state) == 4 and name not in ("held_weights", "zero_gradient_steps"):
             assert torch.equal(state[1].nan_to_num(7.0), before[name][1].nan_to_num(7.0))
 
 
@@ -63,11 +65,49 @@ def test_aggregators_combine_the_other_rows(make: Callable[[], Any]) -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_importance_and_total_hold_for_all() -> None:
-    weighting = MGDA(importance={"b": 3.0}, total=8.0)
-    weights = run(weighting, with_zero_row(), names(4))
-    torch.testing.assert_close(weights[:, 1], torch.full((6,), 6.0))
-    torch.testing.assert_close(weights[:, OTHERS].sum(dim=1), torch.full((6,), 6.0))
+def test_its_head_has_the_mean_of_the_others_weights() -> None:
+    weighting, given = NashMTL(importance={"b": 3.0}, total=8.0), with_zero_row()[0]
+    weighting.reset(given.tasks)
+    decision = weighting.decide(given, range(4), measured=True)
+    assert decision.head_weights is not None
+    assert float(decision.weights.sum()) == pytest.approx(8.0)
+    expected = decision.weights.clone()
+    expected[1] = 3.0 * 8.0 / 3
+    torch.testing.assert_close(decision.head_weights, expected)
+    # In a step that measures nothing, the zero is not known, and the head's weight is held.
+    held = NashMTL(every_n_steps=2)
+    held.reset(given.tasks)
+    first, then = ask(held, given), ask(held, course(4)[1])
+    torch.testing.assert_close(then[OTHERS], first[OTHERS])
+    torch.testing.assert_close(then[1], first[OTHERS].mean())
+
+
+def test_such_steps_are_counted_and_the_first_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(complaints, "rank_zero_info", said.append)
+    for weighting in (NashMTL(), CRMOGM(NashMTL())):
+        run(weighting, with_zero_row(), names(4))
+        assert weighting.zero_gradient_steps.tolist() == [0, 6, 0, 0]
+    assert [text.partition(" at")[0] for text in said] == [
+        f"{name}: the gradients of ['b'] are zero" for name in ("NashMTL", "CRMOGM")
+    ]
+
+
+CONTINUOUS = ("NashMTL", "FairGrad", "GradientNormBalance", "CAGrad", "UPGrad", "DualProj", "IMTLG", "AlignedMTL")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name in CONTINUOUS], ids=lambda row: row.label)
+def test_a_vanishing_gradient_and_a_vanished_one_are_the_same_to_the_others(row: Row) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for num_tasks in (2, 3, 6):
+        rows = torch.randn(num_tasks, 9, generator=generator, dtype=torch.float64)
+        directions = []
+        for scale in (0.0, 1e-30, 1e-12, 1e-8, 1e-6):
+            rows_now = rows * torch.tensor([scale] + [1.0] * (num_tasks - 1), dtype=torch.float64)[:, None]
+            weights = run(row.make(), [signals(torch.ones(num_tasks), rows_now)], names(num_tasks))[0]
+            directions.append(weights.double() @ rows_now)
+        for direction in directions[1:]:
+            assert float((direction - directions[0]).norm()) <= 1e-3 * float(directions[0].norm())
 
 
 def test_gradnorm_lets_no_idle_task_take_the_weight() -> None:
