@@ -48,15 +48,14 @@ class GatheredGramian(TrunkGramian):
         tasks: All tasks of the module, in order.
         shared: The shared parameters that need gradients.
         others: All other trainable parameters of the module.
-        kept: As in :class:`~lightning_mtl.gradients.trunk_gramian.TrunkGramian`.
         ranks: The processes that train together.
+        kept: As in :class:`~lightning_mtl.gradients.trunk_gramian.TrunkGramian`.
     """
 
     def __init__(
-        self, tasks: Sequence[str], shared: Sequence[Tensor], others: Sequence[Tensor], kept: list[Rows], ranks: Ranks
+        self, tasks: Sequence[str], shared: Sequence[Tensor], others: Sequence[Tensor], ranks: Ranks, kept: list[Rows]
     ) -> None:
-        super().__init__(tasks, shared, others, kept)
-        self.ranks = ranks
+        super().__init__(tasks, shared, others, ranks, kept)
         self._parts: list[_Part] = []
         self._gathered: list[tuple[Tensor, list[Tensor | None]]] = []
 

@@ -35,15 +35,16 @@ class TrunkGramian:
         tasks: All tasks of the module, in order.
         shared: The shared parameters that need gradients.
         others: All other trainable parameters of the module.
+        ranks: The processes that train together: this one alone, but see
+            :class:`~lightning_mtl.gradients.gathered.GatheredGramian`.
         kept: The matrix of an earlier step to use again, if it fits, and the place to leave this step's in.
     """
 
     def __init__(
-        self, tasks: Sequence[str], shared: Sequence[Tensor], others: Sequence[Tensor], kept: list[Rows]
+        self, tasks: Sequence[str], shared: Sequence[Tensor], others: Sequence[Tensor], ranks: Ranks, kept: list[Rows]
     ) -> None:
-        self.shared, self.others = list(shared), list(others)
+        self.shared, self.others, self.ranks = list(shared), list(others), ranks
         self.reached: set[Tensor] | None = None  # asked for where several ranks train
-        self.ranks = Ranks.alone()
         self._num_tasks, self._kept = len(tasks), kept
         self._rows: Rows | None = None
         self._layers: list[tuple[Layer, list[list[Tensor | None]]]] = []  # each with its cotangents, by task and use

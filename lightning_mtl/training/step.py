@@ -170,9 +170,8 @@ class Optimization:
         features = window.wanted != "nothing" and window.measures_at == "features"
         # Hooks of this older kind may change a layer's weight gradient, which is never computed without rows.
         if not window.keeps_rows and not any(part._is_full_backward_hook is False for part in module.modules()):
-            if window.ranks.size > 1:
-                return GatheredGramian(tasks, shared, others, self._rows, window.ranks)
-            return TrunkGramian(tasks, shared, others, self._rows)
+            engine = GatheredGramian if window.ranks.size > 1 else TrunkGramian
+            return engine(tasks, shared, others, window.ranks, self._rows)
         return TrunkGradients(tasks, shared, others, window.ranks, kept=self._rows, features=features)
 
     # Forward: losses, over all ranks
