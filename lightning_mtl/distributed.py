@@ -62,6 +62,10 @@ class Ranks:
             dist.all_gather(found, tensor, group=self.group)
         return found
 
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """This rank's share of the last dimension of what all ranks hold."""
+        return tensor.tensor_split(self.size, dim=-1)[self.rank]
+
     def _wait(self, work: dist.Work) -> None:
         with self._waiting("waiting"):
             work.wait()

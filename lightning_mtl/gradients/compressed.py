@@ -96,7 +96,7 @@ class Layer(ABC):
 
     def rows(self, cotangents: Cotangents) -> Tensor:
         """The tasks' gradients, compressed, ``[K, n]``."""
-        return compressed(self.inputs(), [self.outputs(uses) for uses in cotangents], self.d_out)
+        return compressed(self.inputs(), [self.outputs(uses) for uses in cotangents])
 
     def combine(self, cotangents: Cotangents, weights: Tensor) -> list[Tensor]:
         """The gradients of weight and bias in the sum of all tasks, each times its weight."""
@@ -197,9 +197,10 @@ class Embedding(Layer):
         return [torch.ops.aten.embedding_backward(gradient, kept, *table, False, node._saved_sparse)]
 
 
-def compressed(inputs: Tensor, outputs: Sequence[Tensor | None], d_out: int) -> Tensor:
+def compressed(inputs: Tensor, outputs: Sequence[Tensor | None]) -> Tensor:
     """For each task R G_k, flat, as :class:`Layer` has it; zeros where there is no gradient."""
     factor: Tensor = torch.linalg.qr(inputs.T, mode="r").R
+    d_out = max((gradient.shape[1] for gradient in outputs if gradient is not None), default=0)
     rows = factor.new_zeros(len(outputs), len(factor), d_out)
     for row, gradient in enumerate(outputs):
         if gradient is not None:

@@ -152,10 +152,7 @@ class GatheredGramian(TrunkGramian):
                 ],
                 dim=1,
             )
-            self._gathered.append((inputs, list(outputs.unbind())))
+            self._gathered.append((inputs, list(self.ranks.part_of(outputs).unbind())))
 
     def _compressed(self) -> list[Callable[[], Tensor]]:
-        return [
-            functools.partial(compressed, inputs, outputs, part.d_out)
-            for part, (inputs, outputs) in zip(self._parts, self._gathered, strict=True)
-        ]
+        return [functools.partial(compressed, inputs, outputs) for inputs, outputs in self._gathered]

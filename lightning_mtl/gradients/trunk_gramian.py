@@ -117,11 +117,14 @@ class TrunkGramian:
         if wanted == "nothing" or not self._batch.names:
             return Measured()
         blocks: Sequence[Tensor] = [] if self._rows is None else self._rows.matrices()
+        if self.ranks.size > 1:
+            blocks = [self.ranks.part_of(rows) for rows in blocks]
         if made := self._compressed():
             blocks = _Blocks(blocks, made)
+        # Where several ranks train, each takes a part of the columns, and the products add up.
         if wanted == "gramian":
-            return Measured.of_products(gramian(blocks, scale=self._batch.scale))
-        return Measured.of_rows(blocks, keeps=False, scale=self._batch.scale)
+            return Measured.of_products(gramian(blocks, self.ranks, scale=self._batch.scale))
+        return Measured.of_rows(blocks, self.ranks, keeps=False, scale=self._batch.scale)
 
     def _compressed(self) -> list[Callable[[], Tensor]]:
         """What makes the layers' compressed rows."""
