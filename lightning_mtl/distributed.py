@@ -33,12 +33,13 @@ class Ranks:
         self.group = group
         self._waiting: Waiting = nullcontext if waiting is None else waiting
         self.size = dist.get_world_size(group) if _number_of_processes() > 1 else 1
+        self.rank = dist.get_rank(group) if self.size > 1 else 0
 
     @classmethod
     def alone(cls) -> Ranks:
         """A process by itself, whatever else runs."""
         ranks = cls.__new__(cls)
-        ranks.group, ranks.size, ranks._waiting = None, 1, nullcontext
+        ranks.group, ranks.size, ranks.rank, ranks._waiting = None, 1, 0, nullcontext
         return ranks
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -53,6 +54,17 @@ class Ranks:
         with self._waiting("waiting"):
             work = dist.all_reduce(tensor, group=self.group, async_op=True)
         return _nothing if work is None else functools.partial(self._wait, work)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of every rank, in their order; its shape must agree on all of them."""
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self._waiting("waiting"):
+            dist.all_gather(found, tensor, group=self.group)
+        return found
+
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """This rank's share of the last dimension of what all ranks hold."""
+        return tensor.tensor_split(self.size, dim=-1)[self.rank]
 
     def _wait(self, work: dist.Work) -> None:
         with self._waiting("waiting"):

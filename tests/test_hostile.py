@@ -22,6 +22,12 @@ from tests.contract_rows import ROWS
 from tests.small import batch, small
 from tests.training import fit, flat_parameters, loader
 
+# What is tried here are losses and gradients of every size, of which some warn.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:In the first step the loss of task:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* times the median weight of the others:UserWarning"),
+]
+
 
 def examples(number: int) -> settings:
     """So many, the same in every run, in as much time as they take."""

@@ -44,13 +44,17 @@ class Layer(ABC):
         self.parameters = [weight] if bias is None else [weight, bias]
         self.edges = [GradientEdge(node, 0) for node in nodes]
         self._kept: list[Tensor] = []
-        self._factor: Tensor | None = None
 
     def is_known(self) -> bool:
         """Whether all nodes are such as this class describes, their inputs kept as they are."""
         weight, bias = self.weight, self.bias
         usual = all(type(parameter) in (Tensor, torch.nn.Parameter) for parameter in self.parameters)
-        if not usual or not weight.is_floating_point() or (bias is not None and bias.shape != (self.d_out,)):
+        if (
+            not usual
+            or not weight.numel()
+            or not weight.is_floating_point()
+            or (bias is not None and bias.shape != (self.d_out,))
+        ):
             return False
         outputs = [node._input_metadata[0] for node in self.nodes]
         alike = all(o.device == weight.device and o.dtype.is_floating_point and not o.is_nested_tensor for o in outputs)
@@ -75,23 +79,24 @@ class Layer(ABC):
     def _gradients(self, node: _Node, kept: Tensor, gradient: Tensor) -> list[Tensor]:
         """The gradients of weight and bias that one use makes of the gradient at its outputs."""
 
+    def inputs(self) -> Tensor:
+        """The inputs of all uses, ``[N, d_in]``, with a column of ones for a bias."""
+        a = _joined([_wide(self._inputs(node, kept)) for node, kept in zip(self.nodes, self._kept, strict=True)])
+        return a if self.bias is None else torch.cat([a, a.new_ones(len(a), 1)], dim=1)
+
+    def outputs(self, gradients: Sequence[Tensor | None]) -> Tensor | None:
+        """A task's gradients at the outputs of all uses, ``[N, d_out]``; None if it reaches none of them."""
+        if all(gradient is None for gradient in gradients):
+            return None
+        pieces = []
+        for node, gradient in zip(self.nodes, gradients, strict=True):
+            shape = node._input_metadata[0].shape
+            pieces.append(_wide(self._outputs(self.weight.new_zeros(shape) if gradient is None else gradient)))
+        return _joined(pieces)
+
     def rows(self, cotangents: Cotangents) -> Tensor:
         """The tasks' gradients, compressed, ``[K, n]``."""
-        inputs = [_wide(self._inputs(node, kept)) for node, kept in zip(self.nodes, self._kept, strict=True)]
-        if self._factor is None:
-            a = torch.cat(inputs)
-            a = a if self.bias is None else torch.cat([a, a.new_ones(len(a), 1)], dim=1)
-            self._factor = torch.linalg.qr(a.T, mode="r").R
-        return self._projected(self._factor.split([len(a) for a in inputs], dim=1), cotangents)
-
-    def _projected(self, factors: Sequence[Tensor], cotangents: Cotangents) -> Tensor:
-        """For each task the sum over the uses of (use's factor) @ (gradient at its outputs), flat."""
-        rows = factors[0].new_zeros(len(cotangents), len(factors[0]), self.d_out)
-        for task, uses in enumerate(cotangents):
-            for factor, gradient in zip(factors, uses, strict=True):
-                if gradient is not None:
-                    rows[task].addmm_(factor, _wide(self._outputs(gradient)))
-        return rows.flatten(1)
+        return compressed(self.inputs(), [self.outputs(uses) for uses in cotangents])
 
     def combine(self, cotangents: Cotangents, weights: Tensor) -> list[Tensor]:
         """The gradients of weight and bias in the sum of all tasks, each times its weight."""
@@ -190,6 +195,21 @@ class Embedding(Layer):
     def _gradients(self, node: _Node, kept: Tensor, gradient: Tensor) -> list[Tensor]:
         table = len(self.weight), self._padding(node)
         return [torch.ops.aten.embedding_backward(gradient, kept, *table, False, node._saved_sparse)]
+
+
+def compressed(inputs: Tensor, outputs: Sequence[Tensor | None]) -> Tensor:
+    """For each task R G_k, flat, as :class:`Layer` has it; zeros where there is no gradient."""
+    factor: Tensor = torch.linalg.qr(inputs.T, mode="r").R
+    d_out = max((gradient.shape[1] for gradient in outputs if gradient is not None), default=0)
+    rows = factor.new_zeros(len(outputs), len(factor), d_out)
+    for row, gradient in enumerate(outputs):
+        if gradient is not None:
+            torch.mm(factor, gradient.to(factor), out=rows[row])
+    return rows.flatten(1)
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -247,3 +247,11 @@ def add_gradients(total: dict[Tensor, Tensor], gradients: dict[Tensor, Tensor]) 
 def in_order(gradients: dict[Tensor, Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     """One gradient for each parameter, zero where there is none."""
     return [gradients[p] if p in gradients else torch.zeros_like(p) for p in parameters]
+
+
+def reached_anywhere(ranks: Ranks, parameters: Sequence[Tensor], reached: Iterable[Tensor]) -> set[Tensor]:
+    """Those of the parameters that some rank reaches."""
+    own = set(reached)
+    flags = torch.tensor([float(parameter in own) for parameter in parameters], device=parameters[0].device)
+    flags = ranks.sum(flags)
+    return {parameter for parameter, flag in zip(parameters, flags.tolist(), strict=True) if flag}

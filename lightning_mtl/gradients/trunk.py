@@ -15,7 +15,16 @@ from lightning_mtl.gradients.feature_measurement import check_outputs_read, feat
 from lightning_mtl.gradients.graph import above_split, check_nothing_hidden, check_repeatable, reached_leaves
 from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian, unscaled_products
 from lightning_mtl.gradients.micro_batch import MicroBatch, surrogate
-from lightning_mtl.gradients.rows import Rows, add_gradients, as_real, by_parameter, in_order, rows_for, weighted_sums
+from lightning_mtl.gradients.rows import (
+    Rows,
+    add_gradients,
+    as_real,
+    by_parameter,
+    in_order,
+    reached_anywhere,
+    rows_for,
+    weighted_sums,
+)
 from lightning_mtl.gradients.torch_internals import hooks_of, parameter_hooks_off
 
 
@@ -151,9 +160,7 @@ class TrunkGradients:
         reached = {self.shared[i] for i in self.rows.used}.union(self._penalty, *self._own)
         if self._open_penalty is not None:
             reached.update(reached_leaves([self._open_penalty]))
-        flags = torch.tensor([float(p in reached) for p in parameters], device=parameters[0].device)
-        flags = self.ranks.sum(flags)
-        self.reached = {p for p, flag in zip(parameters, flags.tolist(), strict=True) if flag}
+        self.reached = reached_anywhere(self.ranks, parameters, reached)
         # Where only another rank's tasks use a parameter, its column here is zero and has to take part all the same.
         self.rows.use(i for i, p in enumerate(self.shared) if p in self.reached)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.batched import all_at_once
 from lightning_mtl.gradients.compressed import Convolution, Cotangents, Embedding, Layer, Linear
 from lightning_mtl.gradients.graph import check_nothing_hidden, check_repeatable
@@ -33,13 +35,15 @@ class TrunkGramian:
         tasks: All tasks of the module, in order.
         shared: The shared parameters that need gradients.
         others: All other trainable parameters of the module.
+        ranks: The processes that train together: this one alone, but see
+            :class:`~lightning_mtl.gradients.gathered.GatheredGramian`.
         kept: The matrix of an earlier step to use again, if it fits, and the place to leave this step's in.
     """
 
     def __init__(
-        self, tasks: Sequence[str], shared: Sequence[Tensor], others: Sequence[Tensor], kept: list[Rows]
+        self, tasks: Sequence[str], shared: Sequence[Tensor], others: Sequence[Tensor], ranks: Ranks, kept: list[Rows]
     ) -> None:
-        self.shared, self.others = list(shared), list(others)
+        self.shared, self.others, self.ranks = list(shared), list(others), ranks
         self.reached: set[Tensor] | None = None  # asked for where several ranks train
         self._num_tasks, self._kept = len(tasks), kept
         self._rows: Rows | None = None
@@ -59,11 +63,10 @@ class TrunkGramian:
         losses = [batch.losses[index] for index in graphs]
         if batch.unseen:
             check_repeatable(losses)
-        layers, rest = layers_of(losses, self.shared, len(graphs))
+        layers, rest = self._sorted(losses)
         self._layers = [(layer, []) for layer in layers]
         edges = [edge for layer in layers for edge in layer.edges]
-        if rest or not layers:
-            rest = rest if layers else self.shared
+        if rest:
             self._rows = rows_for(self._kept, rest, self._num_tasks)
         parameters = [*rest, *self.others]
         inputs: list[Any] = [*parameters, *edges]
@@ -80,6 +83,8 @@ class TrunkGramian:
                     )
                 if self._rows is not None:
                     self._rows.add(index, found[: len(rest)])
+                    if self.ranks.size > 1:
+                        self._rows.begin_sum(index, self.ranks)
                 self._own.append(by_parameter(self.others, found[len(rest) : len(parameters)]))
                 begin = len(parameters)
                 for layer, cotangents in self._layers:
@@ -88,6 +93,11 @@ class TrunkGramian:
         # All rows zero is possible, and is what a graph with hidden parameters looks like, too.
         if not (self._rows is not None and self._rows.used) and not self._used_layers():
             check_nothing_hidden(batch.losses)
+
+    def _sorted(self, losses: Sequence[Tensor]) -> tuple[list[Layer], list[Tensor]]:
+        """The layers to compress, and the parameters to keep rows of."""
+        layers, rest = layers_of(losses, self.shared, len(losses))
+        return layers, rest if layers else self.shared
 
     def _used_layers(self) -> list[tuple[Layer, Cotangents]]:
         return [
@@ -107,11 +117,18 @@ class TrunkGramian:
         if wanted == "nothing" or not self._batch.names:
             return Measured()
         blocks: Sequence[Tensor] = [] if self._rows is None else self._rows.matrices()
-        if self._layers:
-            blocks = _Blocks(blocks, self._layers)
+        if self.ranks.size > 1:
+            blocks = [self.ranks.part_of(rows) for rows in blocks]
+        if made := self._compressed():
+            blocks = _Blocks(blocks, made)
+        # Where several ranks train, each takes a part of the columns, and the products add up.
         if wanted == "gramian":
-            return Measured.of_products(gramian(blocks, scale=self._batch.scale))
-        return Measured.of_rows(blocks, keeps=False, scale=self._batch.scale)
+            return Measured.of_products(gramian(blocks, self.ranks, scale=self._batch.scale))
+        return Measured.of_rows(blocks, self.ranks, keeps=False, scale=self._batch.scale)
+
+    def _compressed(self) -> list[Callable[[], Tensor]]:
+        """What makes the layers' compressed rows."""
+        return [functools.partial(layer.rows, cotangents) for layer, cotangents in self._layers]
 
     def surrogate_loss(
         self, weights: Tensor, head_weights: Tensor | None = None, directions: Sequence[Tensor] | None = None
@@ -124,15 +141,20 @@ class TrunkGramian:
         parameters += dict.fromkeys(parameter for own in self._own for parameter in own)
         if self._rows is not None:
             parameters += self._rows.used_parameters()
+        if self.ranks.size > 1:  # a rank's backward pass has to reach what another's reaches
+            parameters = [*self.shared, *self.others]
 
         def gradients(scaled: Tensor) -> list[Tensor]:
             outer = scaled if scale is None else scaled / scale
             total: dict[Tensor, Tensor] = {}
             if self._rows is not None and self._own:
                 total = by_parameter(self._rows.parameters, self._rows.combine(weights * outer))
+            # The final backward pass averages over the ranks: that leaves rows as they are, which are the same on all,
+            # and makes a sum of what is this rank's share only after this factor.
+            share = outer * self.ranks.size
             for layer, cotangents in layers:
-                total.update(zip(layer.parameters, layer.combine(cotangents, weights * outer), strict=True))
-            add_gradients(total, weighted_sums(self._own, (v * outer).unbind()))
+                total.update(zip(layer.parameters, layer.combine(cotangents, weights * share), strict=True))
+            add_gradients(total, weighted_sums(self._own, (v * share).unbind()))
             return in_order(total, parameters)
 
         loss = surrogate((self._losses * weights).sum(), parameters, gradients)
@@ -143,20 +165,19 @@ class TrunkGramian:
 class _Blocks(Sequence[Tensor]):
     """Matrices of rows; those of layers are made when they are asked for, so that one at a time is in memory."""
 
-    def __init__(self, rows: Sequence[Tensor], layers: Sequence[tuple[Layer, Cotangents]]) -> None:
-        self._rows, self._layers = rows, layers
+    def __init__(self, rows: Sequence[Tensor], made: Sequence[Callable[[], Tensor]]) -> None:
+        self._rows, self._made = rows, made
         self._newest: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self._rows) + len(self._layers)
+        return len(self._rows) + len(self._made)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # nobody asks for a slice
         if index < len(self._rows):
             return self._rows[index]
         if self._newest is None or self._newest[0] != index:
             self._newest = None
-            layer, cotangents = self._layers[index - len(self._rows)]
-            self._newest = index, layer.rows(cotangents)
+            self._newest = index, self._made[index - len(self._rows)]()
         return self._newest[1]
 
 
@@ -177,8 +198,10 @@ Readers = dict[object, list[tuple[Node | None, int]]]
 """Who reads a leaf, or what is made of one on the way: a node and its input's position; None for a loss itself."""
 
 
-def layers_of(losses: Sequence[Tensor], shared: Sequence[Tensor], num_tasks: int) -> tuple[list[Layer], list[Tensor]]:
-    """Sort the parameters that losses reach into layers worth compressing, and all others.
+def layers_of(
+    losses: Sequence[Tensor], shared: Sequence[Tensor], num_tasks: int, *, every: bool = False
+) -> tuple[list[Layer], list[Tensor]]:
+    """Sort the parameters that losses reach into layers worth compressing, or every one, and all others.
 
     A parameter's gradient is the sum over the edges of the graph that lead to it. Those of a layer are all known ones,
     so that nothing is missed, whatever else happens in the graph.
@@ -202,7 +225,7 @@ def layers_of(losses: Sequence[Tensor], shared: Sequence[Tensor], num_tasks: int
     layers = []
     for nodes, (weight, layer_type, dimension) in weights.items():
         operations = [node for node in nodes if node is not None]
-        if _is_worth_it(weight, operations, dimension, num_tasks):
+        if every or is_worth_it(weight, dimension, samples_of(operations, weight.shape[dimension]), num_tasks):
             layer = layer_type(weight, biases.get(nodes), operations, dimension)
             if layer.is_known():
                 layer.keep()
@@ -219,19 +242,24 @@ _MOVING = 25.0
 _MARGIN = 1.2  # of what is not counted: small kernels, and numbers that are no longer in the cache
 
 
-def _is_worth_it(weight: Tensor, nodes: Sequence[Node], dimension: int, num_tasks: int) -> bool:
+def is_worth_it(weight: Tensor, dimension: int, samples: int, num_tasks: int) -> bool:
     """Whether compressed rows take less memory and fewer operations than rows."""
     if not weight.numel() or weight.device.type not in _FACTORIZING:
         return False
     d_out = weight.shape[dimension]
     d_in = weight.numel() // d_out
-    samples = sum(math.prod(node._input_metadata[0].shape) for node in nodes) // d_out
     if not 0 < samples < d_in:
         return False
     factor = _FACTORIZING[weight.device.type] * d_in * samples**2
     compressed = factor + samples * d_in * d_out + num_tasks * samples * d_out * (samples + num_tasks)
     rows = num_tasks * d_in * d_out * (samples + _MOVING + num_tasks)
     return bool(_MARGIN * compressed < rows)
+
+
+def samples_of(nodes: Sequence[Node], d_out: int) -> int:
+    """How many rows of ``d_out`` numbers the nodes' outputs have."""
+    numbers = sum(math.prod(node._input_metadata[0].shape) for node in nodes)
+    return int(numbers) // max(1, d_out)
 
 
 def _readers(losses: Sequence[Tensor]) -> Readers:

@@ -51,7 +51,7 @@ class Weighting(NamedArguments, TaskState, ABC):
             names of modules as in ``module.named_modules()``.
         every_n_steps: Measure in one step of n and keep the weights in between.
         gradients: How gradients are measured at the trunk: ``"automatic"`` takes for each layer what is cheapest there,
-            and ``"rows"`` keeps each task's whole gradient, to compare. Both are exact. Where several ranks train,
+            and ``"rows"`` keeps each task's whole gradient, to compare. Both are exact. Where parameters are sharded,
             gradients are accumulated or a method reads the gradients themselves, rows are kept anyway.
 
     Raises:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_mtl.gradients.feature_measurement import groups_read
 from lightning_mtl.gradients.features import FeatureGradients
+from lightning_mtl.gradients.gathered import GatheredGramian
 from lightning_mtl.gradients.graph import writing_no_gradients
 from lightning_mtl.gradients.inner_products import Measured
 from lightning_mtl.gradients.micro_batch import MicroBatch
@@ -89,8 +90,11 @@ class Optimization:
             self.window = self._open(module, batch_idx)
         window = self.window
         last = (batch_idx + 1) % window.size == 0 or module.trainer.is_last_batch
-        observes = self._observation is not None and self._observation.passes_again
-        with KEEPING_BUFFERS if window.passes_again or observes else _SILENT:
+        with (
+            KEEPING_BUFFERS
+            if window.passes_again or (self._observation and self._observation.passes_again)
+            else _SILENT
+        ):
             loss = self.pass_batch(module, window, batch, last=last)
         if last:
             self.window = None
@@ -161,7 +165,7 @@ class Optimization:
             raise no_shared_parameters(window.weighting)
         if window.weighting is not None and window.size > 1:
             check_accumulation(window.weighting, window.size)
-        tasks = tuple(module.tasks)
+        tasks, ranks = tuple(module.tasks), window.ranks
         if self.cast.sharded:
             if window.size > 1:
                 raise collects_shards(window.weighting, window.size)
@@ -169,8 +173,8 @@ class Optimization:
         features = window.wanted != "nothing" and window.measures_at == "features"
         # Hooks of this older kind may change a layer's weight gradient, which is never computed without rows.
         if not window.keeps_rows and not any(part._is_full_backward_hook is False for part in module.modules()):
-            return TrunkGramian(tasks, shared, others, self._rows)
-        return TrunkGradients(tasks, shared, others, window.ranks, kept=self._rows, features=features)
+            return (GatheredGramian if ranks.size > 1 else TrunkGramian)(tasks, shared, others, ranks, self._rows)
+        return TrunkGradients(tasks, shared, others, ranks, kept=self._rows, features=features)
 
     # Forward: losses, over all ranks
 

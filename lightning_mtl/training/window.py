@@ -83,7 +83,7 @@ class Window:
             elif not weighting.weighs_heads and (step >= weighting.start_step or weighting.importance):
                 self.way = "features"
         # Most methods compare the tasks' gradients and no more, which needs none of them in full.
-        alone = size == 1 and ranks.size == 1 and self.way == "rows"
+        alone = size == 1 and self.way == "rows"
         self.keeps_rows = not (alone and weighting and self.wanted != "rows" and weighting.gradients == "automatic")
         self.gradients: Collection | None = None
         self.layer: list[Tensor] | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.trunk_gramian import TrunkGramian, layers_of
@@ -20,7 +21,7 @@ WEIGHTS = torch.tensor([0.3, -1.7, 0.6], dtype=torch.float64)
 
 def engine_of(losses: Losses, shared: Sequence[Tensor], others: Sequence[Tensor] = ()) -> TrunkGramian:
     names = [f"task{k}" for k in range(len(losses))]
-    engine = TrunkGramian(names, shared, others, [])
+    engine = TrunkGramian(names, shared, others, Ranks.alone(), [])
     engine.add(MicroBatch(names, list(losses), None, Split(), [None] * len(losses)), last=True)
     engine.close(torch.stack([loss.detach() for loss in losses]), None)
     return engine

@@ -69,8 +69,8 @@ ENGINE = (
     ),
     Mutation(
         "what a rank's losses reach is not told the others",
-        "gradients/trunk.py",
-        "flags = self.ranks.sum(flags)",
+        "gradients/rows.py",
+        "flags = ranks.sum(flags)",
         "pass",
         DDP,
         "default",

@@ -9,36 +9,6 @@ SITUATIONS = "tests/gradients/test_situations.py"
 WITHOUT_ROWS = "tests/gradients/test_trunk_gramian.py"
 
 GRAMIANS = (
-    # Devices and half precision.
-    Mutation(
-        "weights are rounded to half precision",
-        "gradients/rows.py",
-        "return (torch.stack([rounded, rest]) @ matrix).sum(0)",
-        "return rounded @ matrix",
-        "tests/gradients/test_rows.py",
-    ),
-    Mutation(
-        "features are flattened in another order than that of their memory",
-        "gradients/feature_measurement.py",
-        "key=lambda dim: -z.stride()[dim]",
-        "key=lambda dim: dim",
-        "tests/gradients/test_layout.py",
-    ),
-    Mutation(
-        "an epoch's sums are reduced on the CPU where a rank has no label",
-        "training/logging.py",
-        "self._move(module.device)",
-        "pass",
-        "tests/devices/test_fits.py",
-        "collective",
-    ),
-    Mutation(
-        "norms are read a second time",
-        "method/base.py",
-        "known = signals.norms if signals.host_norms is None else signals.host_norms",
-        "known = signals.norms",
-        "tests/devices/test_waits.py",
-    ),
     Mutation(
         "the scaler's factor stays in gradients without rows",
         "gradients/trunk_gramian.py",
@@ -50,8 +20,8 @@ GRAMIANS = (
     Mutation(
         "a bias has no part in the inner products",
         "gradients/compressed.py",
-        "a = a if self.bias is None else torch.cat",
-        "a = a if True else torch.cat",
+        "return a if self.bias is None else torch.cat",
+        "return a if True else torch.cat",
         WITHOUT_ROWS,
     ),
     Mutation(
@@ -90,5 +60,35 @@ GRAMIANS = (
         "received[index] = gradient",
         SITUATIONS,
         "trunk",
+    ),
+    # Devices and half precision.
+    Mutation(
+        "weights are rounded to half precision",
+        "gradients/rows.py",
+        "return (torch.stack([rounded, rest]) @ matrix).sum(0)",
+        "return rounded @ matrix",
+        "tests/gradients/test_rows.py",
+    ),
+    Mutation(
+        "features are flattened in another order than that of their memory",
+        "gradients/feature_measurement.py",
+        "key=lambda dim: -z.stride()[dim]",
+        "key=lambda dim: dim",
+        "tests/gradients/test_layout.py",
+    ),
+    Mutation(
+        "an epoch's sums are reduced on the CPU where a rank has no label",
+        "training/logging.py",
+        "self._move(module.device)",
+        "pass",
+        "tests/devices/test_fits.py",
+        "collective",
+    ),
+    Mutation(
+        "norms are read a second time",
+        "method/base.py",
+        "known = signals.norms if signals.host_norms is None else signals.host_norms",
+        "known = signals.norms",
+        "tests/devices/test_waits.py",
     ),
 )
