@@ -53,8 +53,7 @@ class Optimization:
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.window: Window | None = None
-        self.update = Update()
-        self.phases = Phases()
+        self.update, self.phases = Update(), Phases()
         self.cast: Cast  # of the present fit
         self._callbacks: list[Any] | None = None  # the Trainer's, when the cast was found
         self._observation: Observation | None = None  # of the open window
@@ -90,11 +89,8 @@ class Optimization:
             self.window = self._open(module, batch_idx)
         window = self.window
         last = (batch_idx + 1) % window.size == 0 or module.trainer.is_last_batch
-        with (
-            KEEPING_BUFFERS
-            if window.passes_again or (self._observation and self._observation.passes_again)
-            else _SILENT
-        ):
+        beside = self._observation
+        with KEEPING_BUFFERS if window.passes_again or (beside and beside.passes_again) else _SILENT:
             loss = self.pass_batch(module, window, batch, last=last)
         if last:
             self.window = None
