@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 
-from lightning_mtl.learning_rates.parameter_groups import apply_lr_factors
-from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
 from lightning_mtl.task.batches import (
     as_pair,
     call_trunk_with,
@@ -24,11 +22,11 @@ from lightning_mtl.task.batches import (
 from lightning_mtl.task.concatenation import concatenate, rows_of
 from lightning_mtl.task.labels import MaskedTarget, labeled_part, number_of_samples
 from lightning_mtl.task.task import Task, TaskOutput, name_task
-from lightning_mtl.task.units import Standardizers
+from lightning_mtl.task.units import Standardizers, Units
 from lightning_mtl.training.checks import check_arguments, check_inputs_differ
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.module import SteppedModule
-from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable, keeping_schedules
+from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
 from lightning_mtl.training.step import Optimization
 from lightning_mtl.trunk import TrunkParts
 
@@ -209,7 +207,7 @@ class MultiTaskModule(SteppedModule):
             ValueError: If prediction and target do not fit the mask, or the loss would broadcast them to all pairs.
         """
         declared, num_samples = self.tasks[task], None
-        units = self.target_units.of(task)
+        units = cast("Units", self.target_units[task]) if task in self.target_units else None
         try:
             spread = None if units is None else units.spread(prediction, target)
             if declared.missing is not None or isinstance(target, MaskedTarget):
@@ -250,6 +248,14 @@ class MultiTaskModule(SteppedModule):
         parts = self.trunk_parts
         return parts.penalties(self.present_tasks) if parts.penalized else {}
 
+    def penalties_with(self, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """The penalties in a step in which some rank has ``tasks``: what only others use is left where it is."""
+        self.present_tasks = tasks
+        try:
+            return self.penalties()
+        finally:
+            self.present_tasks = None
+
     def shared_parameters(self) -> list[nn.Parameter]:
         """The parameters that tasks share, whose gradients the methods balance.
 
@@ -259,7 +265,17 @@ class MultiTaskModule(SteppedModule):
         parts = self.trunk_parts
         return parts.shared_parameters() if parts.divided else list(self.trunk.parameters())
 
+    def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The shared parameters that need gradients now, and all other parameters that do."""
+        shared: list[Tensor] = [p for p in self.shared_parameters() if p.requires_grad]
+        known = set(shared)
+        return shared, [p for p in self.parameters() if p.requires_grad and p not in known]
+
     # Lightning's steps
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
+        """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
+        return self.optimization.run(self, batch, batch_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:  # noqa: ANN401
         """Predict every task of a batch of inputs, with or without targets; a task with a loader of its own, alone."""
@@ -272,25 +288,6 @@ class MultiTaskModule(SteppedModule):
             return self._predict_each({task: pair[0] for task, pair in pairs.items()})
         with inputs_alone(batch) as inputs:
             return self.forward(inputs)
-
-    @property
-    def gives_rates(self) -> bool:
-        """Whether the trunk, or a head, was given a learning rate of its own."""
-        return self._trunk_lr is not None or bool(self._head_lr)
-
-    @keeping_schedules
-    def configure_optimizers(self) -> Any:  # noqa: ANN401 - any of the forms that Lightning takes
-        """Build what the arguments say, of :meth:`parameter_groups` where parts have own rates; overridable."""
-        grouped = self.gives_rates or bool(self.depths)
-        grouped = grouped or (self._trainer is not None and task_rates_of(self.trainer) is not None)
-        groups = self.parameter_groups(trunk_lr=self._trunk_lr, head_lr=self._head_lr) if grouped else self.parameters()
-        optimizer = self._make_optimizer(groups)
-        apply_lr_factors(optimizer)
-        if self._make_scheduler is None:
-            return optimizer
-        scheduler = self._make_scheduler(optimizer)
-        followed = {"scheduler": scheduler, "monitor": getattr(scheduler, "monitor", None)}
-        return {"optimizer": optimizer, "lr_scheduler": followed}
 
 
 def call_trunk(parts: TrunkParts, inputs: Any, tasks: Sequence[str]) -> Any:  # noqa: ANN401 - whatever the trunk takes

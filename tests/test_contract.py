@@ -149,6 +149,7 @@ def _permute(given: Signals, order: list[int], tasks: list[str]) -> Signals:
     )
 
 
+@pytest.mark.filterwarnings("ignore:.* times the median weight of the others:UserWarning")
 @each
 @pytest.mark.parametrize("which", ["all", "one"])
 @pytest.mark.parametrize("what", ["gradients", "losses", "both"])

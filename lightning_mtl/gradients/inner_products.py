@@ -185,8 +185,10 @@ def _over_all(parts: Tensor, ranks: Ranks | None, share: float, scale: Tensor | 
         if ranks is not None and ranks.size > 1:
             # All ranks have to compute again if one has: they learn of it by the same sum.
             both = ranks.sum(torch.cat([squares, doubtful.to(squares).reshape(1)]))
-            squares, doubtful = both[:-1] * share, both[-1]
-        norms = squares.sqrt().to(parts.dtype)
+            # A rank without samples has blocks of another dtype: the sum's is the same on all.
+            norms, doubtful = (both[:-1] * share).sqrt(), both[-1]
+        else:
+            norms = squares.sqrt().to(parts.dtype)
     norms = norms if scale is None else norms / scale
     return norms, torch.cat([norms, doubtful.to(norms.dtype).reshape(1)]).cpu()
 

@@ -192,11 +192,11 @@ class Weighting(NamedArguments, TaskState, ABC):
                 weights.index_copy_(0, numbers(asked, weights.device), found)
                 self._idle = [position for position in range(len(present)) if position not in asked]
         self._newest = (list(present), weights)
-        applied = weights if not self._idle else weights.index_fill(0, like.new_tensor(self._idle).long(), 0.0)
-        applied = self._with_total(applied)
-        if self._idle:
-            heads = applied.clone()
-            heads[self._idle] = applied.sum() / len(asked)
+        idle = numbers(self._idle, weights.device, torch.long) if self._idle else None
+        applied = weights if idle is None else weights.index_fill(0, idle, 0.0)
+        applied = applied if self.total is None else self._with_total(applied)
+        if idle is not None:
+            heads = applied.index_copy(0, idle, (applied.sum() / len(asked)).expand(len(idle)))
             self._heads = self.with_importance(heads, signals)
         return self.with_importance(applied, signals) if self.importance else applied
 

@@ -15,7 +15,7 @@ from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_absent
 from lightning_mtl.training.checks import check_evaluation_loaders
 from lightning_mtl.training.step import Optimization
-from lightning_mtl.training.targets import follow_targets, measure_targets
+from lightning_mtl.training.targets import measure_targets
 
 
 class StepHooks(Callback):
@@ -57,11 +57,6 @@ class StepHooks(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Measure the targets where no sanity check came before."""
         measure_targets(pl_module, trainer)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: TaskModule, batch: Any, batch_idx: int) -> None:  # type: ignore[override]  # noqa: ANN401
-        """Let running statistics of targets follow the step's first batch."""
-        if pl_module.opens_window:
-            follow_targets(pl_module, trainer, batch)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Follow a module that changes its number of micro-batches; not in an epoch in which nothing is trained."""

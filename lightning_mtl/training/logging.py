@@ -26,6 +26,7 @@ from lightning_mtl.training.reduced import log_reduced
 from lightning_mtl.training.scales import LossScales, warn_of_units
 from lightning_mtl.training.schedulers import step_schedulers
 from lightning_mtl.training.scores import Scores, StageMetrics, change_from_baselines
+from lightning_mtl.training.targets import follow_targets
 from lightning_mtl.training.window import Window
 
 
@@ -187,8 +188,10 @@ class Recorder(Callback):
         """Remember where callbacks look for metrics: the Trainer's own, for this run."""
         self._callback_metrics = trainer.callback_metrics
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: TaskModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: TaskModule, batch: Any, batch_idx: int) -> None:  # type: ignore[override]  # noqa: ANN401
         """Step the schedulers that waited for the last batch's validation; have buffers broadcast as they should be.
+
+        Running statistics of targets follow the step's first batch.
 
         Lightning's manual optimization keeps DDP from broadcasting buffers, of BatchNorm for instance, after the first
         step; automatic optimization does it at the first micro-batch of each window.
@@ -197,6 +200,8 @@ class Recorder(Callback):
             trainer.strategy.model.require_forward_param_sync = pl_module.opens_window
         self.labels.counting = trainer.current_epoch == 0
         self._step_plateau(pl_module)
+        if pl_module.target_units and pl_module.opens_window:
+            follow_targets(pl_module, trainer, batch)
 
     def _step_plateau(self, module: TaskModule) -> None:
         if self.plateau_due is not None:

@@ -70,7 +70,10 @@ def reduce_losses(
 def over_scales(
     window: Window, outputs: dict[str, TaskOutput], reduced: Reduced
 ) -> tuple[dict[str, TaskOutput], Reduced]:
-    """Divide a micro-batch's losses by their tasks' scales, which a task's first losses may set."""
+    """Divide a micro-batch's losses by their tasks' scales, which a task's first losses may set.
+
+    What a rank reports of its own, ``reduced.own``, stays in the tasks' units.
+    """
     if window.scales is None or not reduced.names:
         return outputs, reduced
     positions = window.positions(reduced.names)
@@ -81,7 +84,7 @@ def over_scales(
         task: replace(output, loss=output.loss / scale)
         for (task, output), scale in zip(outputs.items(), own.unbind(), strict=True)
     }
-    return scaled, replace(reduced, losses=reduced.losses / scales, own=reduced.own / own)
+    return scaled, replace(reduced, losses=reduced.losses / scales)
 
 
 def _counts(given: Sequence[int | Tensor | None], losses: Tensor) -> Tensor:

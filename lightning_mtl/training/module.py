@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from torch import Tensor
 
 from lightning_mtl.gradients.micro_batch import stack_losses
-from lightning_mtl.learning_rates.parameter_groups import Rate, parameter_groups
+from lightning_mtl.learning_rates.parameter_groups import Rate, apply_lr_factors, parameter_groups
+from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
 from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.task.batches import is_per_task, under_its_name
 from lightning_mtl.training.checks import check_trainer_arguments, several_loaders
@@ -18,7 +18,13 @@ from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import sample_counts
 from lightning_mtl.training.resume import Resume
-from lightning_mtl.training.schedulers import Hook, keep_schedules_of_instance, keeping_schedules
+from lightning_mtl.training.schedulers import (
+    Hook,
+    LRSchedulerCallable,
+    OptimizerCallable,
+    keep_schedules_of_instance,
+    keeping_schedules,
+)
 from lightning_mtl.training.scores import update_metrics
 from lightning_mtl.training.step import Optimization
 from lightning_mtl.training.update import OptimizerHooks
@@ -56,6 +62,10 @@ class SteppedModule(OptimizerHooks):
 
     recorder: Recorder
     optimization: Optimization
+    _make_optimizer: OptimizerCallable
+    _make_scheduler: LRSchedulerCallable | None
+    _trunk_lr: float | None
+    _head_lr: dict[str, float]
 
     def __init__(self) -> None:
         # Lightning forgets what a subclass has set before its super().__init__(), or as an attribute of the class.
@@ -84,24 +94,6 @@ class SteppedModule(OptimizerHooks):
         """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""
         return weighting_of(self.trainer)
 
-    def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The shared parameters that need gradients now, and all other parameters that do."""
-        shared: list[Tensor] = [p for p in self.shared_parameters() if p.requires_grad]
-        known = set(shared)
-        return shared, [p for p in self.parameters() if p.requires_grad and p not in known]
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
-        """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
-        return self.optimization.run(self, batch, batch_idx)
-
-    def penalties_with(self, tasks: Sequence[str]) -> dict[str, Tensor]:
-        """The penalties in a step in which some rank has ``tasks``: what only others use is left where it is."""
-        self.present_tasks = tasks
-        try:
-            return self.penalties()
-        finally:
-            self.present_tasks = None
-
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
         """Count the batch into ``val/loss/<task>`` and ``val/<metric>/<task>``."""
         self._evaluate("val", batch, dataloader_idx)
@@ -125,6 +117,25 @@ class SteppedModule(OptimizerHooks):
         update_metrics(self, stage, outputs)
         losses = stack_losses([output.loss.detach() for output in outputs.values()], self.device)
         self.recorder.losses[stage].add(losses, sample_counts(list(outputs.values())), list(outputs))
+
+    @property
+    def gives_rates(self) -> bool:
+        """Whether the trunk, or a head, was given a learning rate of its own."""
+        return self._trunk_lr is not None or bool(self._head_lr)
+
+    @keeping_schedules
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - any of the forms that Lightning takes
+        """Build what the arguments say, of :meth:`parameter_groups` where parts have own rates; overridable."""
+        grouped = self.gives_rates or bool(self.depths)
+        grouped = grouped or (self._trainer is not None and task_rates_of(self.trainer) is not None)
+        groups = self.parameter_groups(trunk_lr=self._trunk_lr, head_lr=self._head_lr) if grouped else self.parameters()
+        optimizer = self._make_optimizer(groups)
+        apply_lr_factors(optimizer)
+        if self._make_scheduler is None:
+            return optimizer
+        scheduler = self._make_scheduler(optimizer)
+        followed = {"scheduler": scheduler, "monitor": getattr(scheduler, "monitor", None)}
+        return {"optimizer": optimizer, "lr_scheduler": followed}
 
     def parameter_groups(
         self,

@@ -200,11 +200,11 @@ class Optimization:
         with self.phases.during("forward"):
             penalties = module.penalties_with(reduced.names)
         with off:
+            outputs, reduced = (outputs, reduced) if window.scales is None else over_scales(window, outputs, reduced)
+            window.note(reduced, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
             if outputs:
                 window.local.append((list(outputs), reduced.own, sample_counts(list(outputs.values()))))
                 recorder.labels.add_whole(outputs)
-            outputs, reduced = over_scales(window, outputs, reduced)
-            window.note(reduced, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
             found = micro_batch_of(module, window, cast, reduced, outputs, penalties, split, unseen=not self._looked)
             if observation is not None and window.micro_batches == 1:
                 with self.phases.during("monitors"):
@@ -267,8 +267,7 @@ class Optimization:
     def _close(self, module: TaskModule, window: Window, batch_idx: int) -> None:
         """Step the optimizer, unless something is not finite, and tell weighting, monitors and loggers."""
         cast, update, automatic = self.cast, self.update, module.automatic_optimization
-        steering, weights = cast.steering, window.applied_weights
-        signals = window.summary()
+        steering, weights, signals = cast.steering, window.applied_weights, window.summary()
         positions = [] if signals is None else window.positions(signals.tasks)
         if automatic:
             update.awaited, update.seen = window, False

@@ -75,7 +75,7 @@ def follow_targets(module: TaskModule, trainer: pl.Trainer, batch: Any) -> None:
         if task in running:
             labels = _labels(module, task, target).to(sums)
             sums[running.index(task)] = torch.stack(
-                [labels.new_tensor(labels.numel()), labels.sum(), labels.square().sum()]
+                [labels.new_full((), labels.numel()), labels.sum(), labels.square().sum()]
             )
     for task, own in zip(running, sum_over(trainer, sums).unbind(), strict=True):
         if isinstance(final_layer(task, module.heads[task]).weight, DTensor):

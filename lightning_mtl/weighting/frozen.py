@@ -24,7 +24,7 @@ class Frozen(Wrapper):
 
     with :math:`\hat w` the wrapped method's weights; of each task the steps count in which it had a gradient. After n
     steps nothing is measured any more, and a step costs what fixed weights cost. What the wrapped method had for the
-    heads alone stays as it was then. A task that had no weight in the first n steps has weight 1.
+    heads alone stays as it was then. A task that had no weight in the first n steps has the mean of the others'.
 
     Args:
         weighting: The method to follow, constructed without ``importance``, ``start_step`` and ``total``.
@@ -81,14 +81,14 @@ class Frozen(Wrapper):
         if not self.is_frozen or signals.step < self.start_step:
             return super().current_weights(signals, present, measured=measured)
         self._idle, self._heads = [], None
-        kept = self.mean[list(present)].to(signals.losses)
-        known = self.count[list(present)] > 0
-        return self.with_importance(torch.where(known, self._with_total(kept), torch.ones_like(kept)), signals)
+        with self._cut_to(present):
+            kept = self._kept().to(signals.losses)
+        return self.with_importance(self._with_total(kept), signals)
 
     def weigh(self, signals: Signals) -> Tensor:
         """Follow the other method; inside of a third one, keep the mean here."""
         if self.is_frozen:
-            return torch.where(self.count > 0, self.mean, torch.ones_like(self.mean))
+            return self._kept()
         weights = self.newest(signals)
         self._coming = signals.step, weights
         return weights
@@ -112,6 +112,12 @@ class Frozen(Wrapper):
         """Restore what :meth:`state_dict` gave."""
         super().load_state_dict(state_dict)
         self._go_on(int(self.taken))
+
+    def _kept(self) -> Tensor:
+        """The constant weights of the present tasks."""
+        known = self.count > 0
+        others = torch.where(known.any(), (self.mean * known).sum() / known.sum(), 1.0)
+        return torch.where(known, self.mean, others)
 
     def _go_on(self, taken: int) -> None:
         self._taken, self.taken = taken, torch.full_like(self.taken, taken)

@@ -20,6 +20,7 @@ from lightning_mtl.devices import WITHOUT_FLOAT64
 from lightning_mtl.learning_rates import GradientNorm, Importance, Relatedness, TaskLearningRate
 from lightning_mtl.monitors import Convergence, GradientConflict, TaskAffinity
 from lightning_mtl.weighting import MGDA, GradNorm, UncertaintyWeighting
+from tests.contract import label
 from tests.contract_rows import MAKES
 from tests.devices.build import NAME
 from tests.devices.machine import KINDS, ScalerAlone, trainer_on
@@ -118,6 +119,7 @@ TRUNKS: dict[str, Callable[[], Any]] = {
     "CrossStitch": lambda: CrossStitch(_branch(), TASKS, after=[1]),
     "LTB": lambda: LTB([[_branch()], [MLP([4, 4]), MLP([4, 4])]], TASKS),
     "SoftSharing": lambda: SoftSharing(_branch(), TASKS, penalty="trace_norm", strength=0.1),
+    "wide": lambda: MLP([3, 64, 64, 4]),  # wider than a batch is long: its gradients are measured in fewer numbers
     "compiled": lambda: torch.compile(_branch(), backend="aot_eager"),
 }
 
@@ -144,17 +146,25 @@ def _partly_labeled(**settings: Any) -> MultiTaskModule:
     return module
 
 
+def _wide() -> MultiTaskModule:
+    module = binary(tasks=TASKS)
+    module.trunk = TRUNKS["wide"]()
+    return module
+
+
 def _plain(make: Callable[[], Any]) -> tuple[MultiTaskModule, list[pl.Callback]]:
     return binary(tasks=TASKS), [make()]
 
 
 COUNTED: dict[str, Callable[[], tuple[MultiTaskModule, list[pl.Callback]]]] = {
     "no weighting": lambda: (binary(tasks=TASKS), []),
-    **{f"{type(make()).__name__} {position}": functools.partial(_plain, make) for position, make in enumerate(MAKES)},
+    # Of those that have one label, the first is taken.
+    **{label(make): functools.partial(_plain, make) for make in reversed(MAKES)},
     "UncertaintyWeighting with importance": lambda: (
         binary(tasks=TASKS),
         [UncertaintyWeighting(importance={"a": 2.0})],
     ),
+    "wide trunk, MGDA": lambda: (_wide(), [MGDA()]),
     "GradNorm at the features": lambda: (binary(tasks=TASKS), [GradNorm(at="features")]),
     "GradNorm at the trunk": lambda: (binary(tasks=TASKS), [GradNorm(at="trunk")]),
     "labels missing as NaN": lambda: (_partly_labeled(), []),

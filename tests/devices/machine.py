@@ -19,6 +19,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.amp import GradScaler
 
+from lightning_mtl.gradients import trunk_gramian
 from tests.devices.build import NAME, library
 from tests.training import quiet_trainer
 
@@ -43,6 +44,7 @@ def begin() -> None:
     module.set_rng_state = lambda state, device=None: None
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
     torch._register_device_module(NAME, module)
+    trunk_gramian._FACTORIZING[NAME] = trunk_gramian._FACTORIZING["cpu"]  # so that both choose the same way
 
 
 class Mirror(Accelerator):

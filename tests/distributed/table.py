@@ -93,7 +93,8 @@ def place_cases() -> dict[str, Case]:
     for name, make in METHODS.items():
         weighting = make()
         kind = (weighting.measures, weighting.weighs_heads)
-        if weighting.measures == "losses" or isinstance(weighting, Aggregator) or kind in kinds:
+        # What is remembered of rows is of those at the trunk.
+        if weighting.measures in ("losses", "rows") or isinstance(weighting, Aggregator) or kind in kinds:
             continue
         kinds.add(kind)
         for place in PLACES:

@@ -101,4 +101,8 @@ class Method:
         """What multiplies each task's gradient in parameters that are not shared."""
         if isinstance(weighting, OwnHeads):
             return {task: HEADS["abc".index(task)] for task in weights}
-        return dict(weights) if weighting.weighs_heads else dict.fromkeys(weights, 1.0)
+        if not weighting.weighs_heads:
+            return dict.fromkeys(weights, 1.0)
+        # A task without a gradient where it is measured has the weight 0, and its head the mean of the others'.
+        others = [weight for weight in weights.values() if weight != 0]
+        return {task: weight if weight != 0 else sum(others) / len(others) for task, weight in weights.items()}

@@ -191,6 +191,17 @@ def test_frozen_keeps_the_mean_and_measures_no_more(make: Callable[[], Weighting
     assert not weighting.wants_losses_after
 
 
+def test_a_frozen_method_gives_a_new_task_the_others_mean() -> None:
+    weighting, given = Frozen(MGDA(), steps=2, total=6.0), course(3, steps=4)
+    weighting.reset(names(3))
+    for one in given[:2]:
+        ask(weighting, one.cut([0, 2]))
+    kept = run(MGDA(), [one.cut([0, 2]) for one in given[:2]], ["a", "c"]).mean(0)
+    expected = torch.stack([kept[0], kept.mean(), kept[1]])
+    torch.testing.assert_close(ask(weighting, given[2]), 6 * expected / expected.sum())
+    torch.testing.assert_close(weighting.weigh(given[3]).float(), expected)
+
+
 def compared(baselines: dict[str, dict[str, float] | None]) -> MultiTaskModule:
     torch.manual_seed(2)
     metrics = MetricCollection({"error": MeanAbsoluteError()})
