@@ -56,9 +56,10 @@ class Layer(ABC):
             or (bias is not None and bias.shape != (self.d_out,))
         ):
             return False
+        if not all(saved_plainly(node) and self._knows(node) for node in self.nodes):
+            return False
         outputs = [node._input_metadata[0] for node in self.nodes]
-        alike = all(o.device == weight.device and o.dtype.is_floating_point and not o.is_nested_tensor for o in outputs)
-        return alike and all(saved_plainly(node) and self._knows(node) for node in self.nodes)
+        return all(o.device == weight.device and o.dtype.is_floating_point and not o.is_nested_tensor for o in outputs)
 
     def keep(self) -> None:
         """Take the inputs out of the graph, before it is freed."""

@@ -15,8 +15,9 @@ from tests.distributed.test_ddp import alone, complaints
 from tests.distributed.worker import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:Step \\d+ is skipped:UserWarning")
-# Batches in which each rank lacks each task in turn, counted and not; a gradient that is not finite; unused parts.
-NAMES = ("MGDA", "rows, uncounted", "rows, gradient not finite", "rows, a branch a task")
+# NashMTL's weights tell a Gramian from a multiple of it. In the batches each rank lacks each task in turn; losses are
+# counted and not; a gradient is not finite; parts of the trunk are unused.
+NAMES = ("NashMTL", "rows, uncounted", "rows, gradient not finite", "rows, a branch a task")
 
 
 def train_gathering(rank: int, ranks: int) -> dict[str, Any]:

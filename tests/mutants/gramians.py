@@ -18,6 +18,20 @@ GRAMIANS = (
     ),
     # Gramians without rows.
     Mutation(
+        "weight gradients beside rows are this rank's share alone",
+        "gradients/trunk_gramian.py",
+        "share = outer * self.ranks.size",
+        "share = outer",
+        "tests/distributed/test_gathered.py",
+    ),
+    Mutation(
+        "each rank multiplies all columns",
+        "distributed.py",
+        "return tensor.tensor_split(self.size, dim=-1)[self.rank]",
+        "return tensor",
+        "tests/distributed/test_gathered.py",
+    ),
+    Mutation(
         "a bias has no part in the inner products",
         "gradients/compressed.py",
         "return a if self.bias is None else torch.cat",
