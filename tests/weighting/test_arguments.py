@@ -101,7 +101,7 @@ ACCEPTED = {
     "Frozen": f"weighting steps {COMMON}",
     "GLS": f"loss_floor {COMMON}",
     "GradDrop": "leak seed importance start_step at",
-    "GradNorm": f"alpha lr min_weight {COMMON} at every_n_steps",
+    "GradNorm": f"alpha lr min_weight {GRADIENTS}",
     "GradVac": f"beta seed {GRADIENTS}",
     "GradientNormBalance": f"eps {GRADIENTS}",
     "IGB": f"loss_floor {COMMON}",
