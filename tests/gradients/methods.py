@@ -103,6 +103,8 @@ class Method:
             return {task: HEADS["abc".index(task)] for task in weights}
         if not weighting.weighs_heads:
             return dict.fromkeys(weights, 1.0)
-        # A task without a gradient where it is measured has the weight 0, and its head the mean of the others'.
-        others = [weight for weight in weights.values() if weight != 0]
-        return {task: weight if weight != 0 else sum(others) / len(others) for task, weight in weights.items()}
+        # A task without a gradient where it is measured has the weight 0, and its head the mean of the others', each
+        # before its importance.
+        factors = {task: weighting.importance.get(task, 1.0) for task in weights}
+        others = [weight / factors[task] for task, weight in weights.items() if weight != 0]
+        return {t: w if w != 0 else factors[t] * sum(others) / len(others) for t, w in weights.items()}
