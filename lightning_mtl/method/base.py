@@ -32,12 +32,12 @@ class Weighting(NamedArguments, TaskState, ABC):
     applies and logs; a weighting never touches a gradient, an optimizer, a device or a process group.
 
     A method that measures gradients is not asked about a task whose gradient is zero in a step, because it has no
-    labels in it, is learned, or its loss does not reach where gradients are measured: the others get the weights that
-    they would get without it, its state stays as it is and its weight is 0. Its head, where heads are weighed, trains
-    with the mean of the others' weights, which is also its weight until the next measurement. :attr:`zero_gradient_steps` counts such steps, and the first of each task is
-    logged. Most methods that solve for weights count a gradient below :attr:`negligible` of the longest as zero, so
-    that a vanishing gradient and a vanished one are the same to the other tasks. Where all gradients are zero, all
-    weights are 1.
+    labels in it, is learned, or its loss does not reach where gradients are measured: the others get the weights
+    that they would get without it, its state stays as it is and its weight is 0. Its head, where heads are weighed,
+    trains with the mean of the others' weights, which is also its weight until the next measurement.
+    :attr:`zero_gradient_steps` counts such steps, and the first of each task is logged. Most methods that solve for
+    weights count a gradient below :attr:`negligible` of the longest as zero, so that a vanishing gradient and a
+    vanished one are the same to the other tasks. Where all gradients are zero, all weights are 1.
 
     Args:
         importance: ``{task: factor}``, multiplied into the weights; tasks not named keep 1.
