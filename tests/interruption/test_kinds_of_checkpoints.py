@@ -34,7 +34,9 @@ from lightning_mtl.monitors.pairs import PairMonitor
 from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.tuning.pruning import Pruning
-from lightning_mtl.weighting import CRMOGM, DTP, DWA, LBTW, STCH, GradNorm
+from lightning_mtl.weighting import CRMOGM, DTP, DWA, LBTW, PIVRG, STCH, Frozen, GradNorm
+from lightning_mtl.weighting.validated import Validated
+from lightning_mtl.weighting.wrapper import Wrapper
 from tests.small import Batch, batch
 from tests.training import Memory, flat_parameters, quiet_trainer
 
@@ -174,6 +176,8 @@ MIXTURES = {
         lambda: [GradNorm(lr=0.1), TaskAffinity(every_n_steps=1, figure=False), GateUsage()], gated_trunk
     ),
     "warmed up": Mixture(lambda: [STCH(warmup_epochs=2)]),
+    "frozen": Mixture(lambda: [Frozen(GradNorm(lr=0.1), steps=6)]),
+    "bargains": Mixture(lambda: [PIVRG()]),
 }
 
 
@@ -193,7 +197,9 @@ class Following(MultiTaskModule):
 def module_of(mixture: Mixture, cls: type[MultiTaskModule] = MultiTaskModule) -> MultiTaskModule:
     torch.manual_seed(2)
     heads = {task: nn.Sequential(nn.Linear(4, 1), nn.Sigmoid()) for task in TASKS}
-    tasks = {task: Task(mse_loss, MetricCollection({"accuracy": BinaryAccuracy()})) for task in TASKS}
+    tasks = {
+        task: Task(mse_loss, MetricCollection({"accuracy": BinaryAccuracy()}), {"accuracy": 0.9}) for task in TASKS
+    }
     return cls(
         mixture.trunk(),
         heads,
@@ -333,7 +339,15 @@ def test_every_callback_with_a_hook_of_an_epoch_takes_part() -> None:
     found = {
         cls for cls in every_callback() if any(getattr(cls, hook) is not getattr(pl.Callback, hook) for hook in hooks)
     }
-    tried: set[type] = {Recorder, Importance, Relatedness, Holder, PairMonitor}  # in what others hold, and bases
+    tried: set[type] = {
+        Recorder,
+        Importance,
+        Relatedness,
+        Holder,
+        PairMonitor,
+        Validated,
+        Wrapper,
+    }  # in what others hold, and bases
     tried |= {StepHooks, AutomaticStepHooks, Pruning}  # brought by the module in every run; a search's own
     tried |= {type(callback) for mixture in MIXTURES.values() for callback in mixture.callbacks()}
     assert found - tried == set()
