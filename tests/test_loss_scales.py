@@ -76,7 +76,7 @@ def test_a_task_that_comes_late_or_with_a_loss_of_0_takes_its_first_loss() -> No
     rows = [(x[:5], {"a": a[:5], "b": None}), (x[5:10], {"a": None, "b": perfect}), (x[:5], {"a": None, "b": b[:5]})]
     module = model(Task(l1_loss, loss_scale="initial"), optimizer=functools.partial(torch.optim.SGD, lr=0.0))
     trainer = fit(module, loader(*rows), log_every_n_steps=1)
-    scale = float(l1_loss(module(x[:5])["b"], b[:5]))
+    scale = l1_loss(module(x[:5])["b"], b[:5]).item()
     assert float(trainer.callback_metrics["weight/b"]) == pytest.approx(1 / scale, rel=1e-6)
 
 

@@ -156,7 +156,7 @@ def test_another_weighting_is_refused(tmp_path: Path) -> None:
 
 def test_other_arguments_are_refused(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, MGDA())
-    message = re.escape("The checkpoint's MGDA holds the states [], this one has ['held_weights']")
+    message = re.escape("The checkpoint's MGDA holds the states ['zero_gradient_steps'], this one has ['held_weights'")
     with pytest.raises(ValueError, match=message):
         fit(small(), loader(batch()), callbacks=[MGDA(every_n_steps=2)], ckpt_path=path, max_epochs=2)
 

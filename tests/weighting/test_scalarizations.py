@@ -16,6 +16,8 @@ from tests.small import batch, small
 from tests.training import Steps, fit, loader
 from tests.weightings import fixed
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* times the median weight of the others:UserWarning")
+
 LOSSES = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
 
 

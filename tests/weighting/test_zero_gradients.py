@@ -33,7 +33,9 @@ def test_the_others_get_the_weights_of_the_others_alone(row: Row) -> None:
     alone = run(row.make(), [given.cut(OTHERS) for given in course(4)], [names(4)[i] for i in OTHERS])
     torch.testing.assert_close(weights[:, OTHERS], alone)
     measured = weights[: 3 : row.make().every_n_steps, 1]  # Frozen measures no more
-    assert torch.equal(measured, torch.zeros_like(measured))
+    # Where a part of what is shared is measured, the rest may be trained by that task, too.
+    kept = alone[: 3 : row.make().every_n_steps].mean(1) if row.make().at != "trunk" else torch.zeros_like(measured)
+    torch.testing.assert_close(measured, kept)
 
 
 @measuring
