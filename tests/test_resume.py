@@ -20,6 +20,7 @@ from tests.contract import memory, one_of_each
 from tests.contract_rows import ROWS
 from tests.contract_shelf import SHELF
 from tests.small import Batch, batch, binary, small
+from tests.thinning import thinned
 from tests.training import Memory, fit, flat_parameters, loader
 
 # torchdata's loader calls what torch has deprecated: nothing of ours.
@@ -119,7 +120,9 @@ def _of_a_step(line: dict[str, float]) -> bool:
 OTHERS = [pytest.param(row.make, id=row.label, marks=pytest.mark.slow) for row in SHELF if row.fits]
 
 
-@pytest.mark.parametrize("make", [*one_of_each((row.make for row in ROWS if row not in SHELF), memory), *OTHERS])
+@pytest.mark.parametrize(
+    "make", thinned([*one_of_each((row.make for row in ROWS if row not in SHELF), memory), *OTHERS])
+)
 def test_every_weighting(make: Any, tmp_path: Path) -> None:
     assert_resumes(make, tmp_path)
 

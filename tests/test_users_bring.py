@@ -131,7 +131,7 @@ in_either_way = pytest.mark.parametrize(
     ("way", "compile_part"),
     [
         *((way, compiled) for way in ("features", "rows")),
-        ("losses", compiled_in_place),
+        pytest.param("losses", compiled_in_place, marks=pytest.mark.slow),
         *(pytest.param(way, compiled, marks=pytest.mark.slow) for way in WAYS if way not in ("features", "rows")),
         pytest.param("rows", compiled_in_place, marks=pytest.mark.slow),
     ],

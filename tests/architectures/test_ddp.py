@@ -7,9 +7,10 @@ import torch
 
 from tests.architectures.worker import CASES, train
 from tests.distributed.pairs import Pair
+from tests.thinning import thinned
 
 
-@pytest.mark.parametrize(("trunk", "weighting"), CASES)
+@pytest.mark.parametrize(("trunk", "weighting"), thinned(CASES, 3))
 def test_two_processes_follow_one(trunk: str, weighting: str, pair: Pair) -> None:
     first, second = pair.run(train, trunk, weighting)
     assert torch.equal(first, second)

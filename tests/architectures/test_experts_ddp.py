@@ -7,9 +7,10 @@ import torch
 
 from tests.architectures.experts_worker import CASES, train
 from tests.distributed.pairs import Pair
+from tests.thinning import thinned
 
 
-@pytest.mark.parametrize(("kind", "weighting"), CASES)
+@pytest.mark.parametrize(("kind", "weighting"), thinned(CASES))
 def test_two_processes_follow_one(kind: str, weighting: str, pair: Pair) -> None:
     first, second = pair.run(train, kind, weighting)
     assert first["parameters"].equal(second["parameters"])

@@ -146,6 +146,8 @@ def parameters() -> list[Any]:
     for flavour in FLAVOURS:
         for name, case in cases(flavour).items():
             again = name in methods and kind(case) in seen
+            # What a flavor does with a task that has no batch is tried with accumulation, too.
+            again |= flavour != "default" and name.endswith("its loader")
             if name in methods:
                 seen.add(kind(case))
             found.append(pytest.param(flavour, name, marks=[pytest.mark.slow] if again else []))

@@ -7,10 +7,11 @@ import torch
 
 from tests.distributed.hooks_worker import WAYS, train
 from tests.distributed.pairs import Pair
+from tests.thinning import thinned
 
 
 @pytest.mark.parametrize("compresses", [False, True])
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", thinned(WAYS))
 def test_every_gradient_is_communicated_once_a_step(name: str, compresses: bool, pair: Pair) -> None:
     alone = train(name, compresses)
     first, second = pair.run(train, name, compresses)

@@ -8,6 +8,7 @@ import torch
 from lightning_mtl.training.checks import FSDP2_ON_CPU
 from tests.distributed.pairs import Pair
 from tests.distributed.sharded_worker import CASES, train
+from tests.thinning import thinned
 
 TOLERANCE = 1e-5
 
@@ -15,7 +16,7 @@ TOLERANCE = 1e-5
 pytestmark = pytest.mark.skipif(not FSDP2_ON_CPU, reason="this torch has no FSDP2 on the CPU, which setup refuses")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES))
 def test_two_processes_follow_one(name: str, pair: Pair) -> None:
     alone = train(name)
     first, second = pair.run(train, name)

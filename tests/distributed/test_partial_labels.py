@@ -7,9 +7,10 @@ import torch
 
 from tests.distributed.pairs import Pair
 from tests.distributed.partial_worker import ACCUMULATE, WEIGHTINGS, batches, train
+from tests.thinning import thinned
 
 
-@pytest.mark.parametrize("name", [*WEIGHTINGS, *ACCUMULATE])
+@pytest.mark.parametrize("name", thinned([*WEIGHTINGS, *ACCUMULATE]))
 def test_two_processes_with_partial_labels_follow_one(name: str, pair: Pair) -> None:
     expected = train(name)
     first, second = pair.run(train, name)

@@ -7,9 +7,10 @@ import torch
 
 from tests.distributed.pairs import Pair
 from tests.finetuning.worker import CASES, train
+from tests.thinning import thinned
 
 
-@pytest.mark.parametrize(("flavor", "weighting", "automatic"), CASES)
+@pytest.mark.parametrize(("flavor", "weighting", "automatic"), thinned(CASES))
 def test_two_processes_follow_one(flavor: str, weighting: str, automatic: bool, pair: Pair) -> None:
     first, second = pair.run(train, flavor, weighting, automatic)
     assert torch.equal(first, second)

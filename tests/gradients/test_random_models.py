@@ -23,6 +23,7 @@ from tests.gradients.methods import (
 )
 from tests.gradients.per_task import PerTask, gradients_of
 from tests.gradients.situations.base import PLACES, WIDTH, random_inputs, seed_everything
+from tests.thinning import thinned
 
 pytestmark = [
     *(pytest.mark.filterwarnings(ignored) for ignored in HARMLESS),
@@ -150,7 +151,7 @@ def expected_of(seed: int) -> PerTask:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", thinned(range(60)))
 def test_a_random_model_gets_the_weighted_sum(seed: int, place: str) -> None:
     method = Method(METHODS[(seed + PLACES.index(place)) % len(METHODS)])
     weighting = method.make(at=(last_layer(seed),) if place == "module" else place)

@@ -41,7 +41,13 @@ METHODS = {
     "module": (FromNorms,),
 }
 CASES = [
-    pytest.param(situation, place, Method(make), id=f"{situation}-{place}-{make.__name__}")
+    pytest.param(
+        situation,
+        place,
+        Method(make),
+        id=f"{situation}-{place}-{make.__name__}",
+        marks=[pytest.mark.slow] if (place, make) == ("features", FromNorms) else [],
+    )
     for situation in SITUATIONS
     for place in ("losses", *situation.places)
     for make in METHODS[place]

@@ -28,6 +28,7 @@ from tests.gradients.methods import (
 )
 from tests.gradients.per_task import dense
 from tests.gradients.situations.base import WIDTH, deep, random_inputs, seed_everything
+from tests.thinning import thinned
 
 pytestmark = [pytest.mark.filterwarnings(ignored) for ignored in HARMLESS]
 
@@ -117,7 +118,7 @@ def windows(pattern: tuple[str, ...]) -> tuple[list[Any], list[Any]]:
     return micro_batches, joint
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thinned(KINDS))
 @pytest.mark.parametrize("pattern", WINDOWS.values(), ids=WINDOWS)
 def test_every_kind_weighs_as_one_joint_batch(kind: str, pattern: tuple[str, ...]) -> None:
     check_turns(KINDS[kind], pattern)

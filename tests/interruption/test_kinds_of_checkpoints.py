@@ -38,6 +38,7 @@ from lightning_mtl.weighting import CRMOGM, DTP, DWA, LBTW, PIVRG, STCH, Frozen,
 from lightning_mtl.weighting.validated import Validated
 from lightning_mtl.weighting.wrapper import Wrapper
 from tests.small import Batch, batch
+from tests.thinning import thinned
 from tests.training import Memory, flat_parameters, quiet_trainer
 
 pytestmark = [
@@ -303,7 +304,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return request.param, folder, run(MIXTURES[name], Saving(folder), **arguments)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thinned(KINDS))
 def test_resumed_is_uninterrupted(kind: str, whole: tuple[str, Path, Outcome]) -> None:
     setting, folder, expected = whole
     name, arguments = SETTINGS[setting]

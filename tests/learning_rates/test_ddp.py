@@ -7,9 +7,10 @@ import torch
 
 from tests.distributed.pairs import Pair
 from tests.learning_rates.worker import CASES, train
+from tests.thinning import thinned
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thinned(CASES))
 def test_two_processes_follow_one(name: str, pair: Pair) -> None:
     expected = train(name)
     first, second = pair.run(train, name)

@@ -39,7 +39,10 @@ def affinities(num_tasks: int, seed: int) -> Tensor:
     return torch.randn(num_tasks, num_tasks, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("num_tasks", "alone"), [*itertools.product(range(1, 8), [0.0, 0.4, -math.inf]), (8, 0.0)])
+@pytest.mark.parametrize(
+    ("num_tasks", "alone"),
+    [*itertools.product(range(1, 8), [0.0, 0.4, -math.inf]), pytest.param(8, 0.0, marks=pytest.mark.slow)],
+)
 def test_it_equals_brute_force(num_tasks: int, alone: float) -> None:
     z = affinities(num_tasks, seed=num_tasks)
     scored = [(score(z, groups, alone), len(groups)) for groups in partitions(list(range(num_tasks)))]

@@ -29,7 +29,8 @@ def write(tmp_path: Path, epochs: int) -> dict[str, str]:
 
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-@pytest.mark.parametrize(("trials", "prune"), [(2, False), pytest.param(6, True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("trials", "prune"), [(2, False), (6, True)])
 def test_two_ranks_train_the_trials_that_rank_0_draws(trials: int, prune: bool, tmp_path: Path, pair: Pair) -> None:
     torchrun = write(tmp_path, epochs=3 if prune else 1)
     storage = f"sqlite:///{tmp_path}/study.db"
