@@ -274,6 +274,7 @@ def test_a_missing_extra_is_named(
     assert f"pip install 'lightning-mtl[{extra}]'" in refused(monkeypatch, capsys, command)
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_no_extra() -> None:
     """What Lightning itself imports where it is installed does not count."""
     after_lightning = "import sys, lightning.pytorch; before = set(sys.modules)"

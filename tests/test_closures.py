@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 from lightning_mtl import MultiTaskModule, Signals, Weighting
 from lightning_mtl.weighting import MGDA, PCGrad, StaticWeights
 from tests.small import batches, small
+from tests.thinning import thinned
 from tests.training import fit, flat_parameters, loader
 from tests.weightings import WeightedSum, fixed
 
@@ -91,7 +92,7 @@ def trained(make: Any, data: list[Any], size: int, weighting: Weighting, *, auto
 
 
 @pytest.mark.parametrize("automatic", [False, True])
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", thinned([2, 1]))
 # No loss has the gradient of heads with weights of their own, and a line search needs one.
 @pytest.mark.parametrize(
     ("name", "way"), [*(("SAM", way) for way in WAYS), *(("LBFGS", way) for way in WAYS if "alone" not in way)]

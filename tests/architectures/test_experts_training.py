@@ -28,12 +28,13 @@ from tests.gradients.oracle import (
     rows_at,
     task_gradients,
 )
+from tests.thinning import thinned
 from tests.training import Steps, fit, flat_parameters, loader
 from tests.weightings import fixed
 
 
 @pytest.mark.parametrize("make", one_of_each(MAKES, reach))
-@pytest.mark.parametrize("kind", ["MTAN", "PLE"])
+@pytest.mark.parametrize("kind", thinned(["MTAN", "PLE"]))
 def test_every_weighting_trains_them(kind: str, make: Callable[[], Weighting]) -> None:
     module = build(kind)
     before = {name: parameter.clone() for name, parameter in module.named_parameters()}

@@ -43,6 +43,7 @@ OTHERWISE = {
 }
 
 
+@pytest.mark.slow
 def test_the_counter_sees_what_waits(machine_if_built: Run) -> None:
     found = dict(machine_if_built(fits.waits_of_each_kind))
     quiet = {"to, not blocking", "torch.full", "arithmetic", "an index there"}

@@ -7,9 +7,10 @@ import torch
 
 from tests.distributed.pairs import Pair
 from tests.distributed.unused_worker import NOW_AND_THEN, WEIGHTINGS, now_and_then, penalize, route
+from tests.thinning import thinned
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("accumulate", thinned([1, 2, 3]))
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_parts_that_are_used_now_and_then(name: str, accumulate: int, pair: Pair) -> None:
     first, second = pair.run(route, name, "find_unused_parameters", accumulate)

@@ -46,6 +46,7 @@ def test_two_ranks_train_the_trials_that_rank_0_draws(trials: int, prune: bool, 
     assert (tmp_path / "out" / "best.yaml").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_an_error_on_rank_0_alone_ends_the_trial_on_all_ranks_and_the_next_one_trains(
     tmp_path: Path, pair: Pair

@@ -142,6 +142,7 @@ def test_a_trial_is_surplus_once_enough_before_it_count() -> None:
     assert not is_surplus(trials, 6, 5)
 
 
+@pytest.mark.slow
 def test_what_is_drawn_twice_in_a_hurry_is_stopped_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The race between counting and drawing, staged: a worker that always finds too few trials."""
     monkeypatch.chdir(tmp_path)
