@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from lightning_mtl.metrics import Interval
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.monitors.figures import draw_curves
+from lightning_mtl.monitors.report import Report, Shown
 from lightning_mtl.monitors.tables import Grid, marked
 from lightning_mtl.task import Task
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
@@ -27,7 +26,6 @@ from lightning_mtl.trunk import takes_tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 ProbeTask = Mapping[str, Task]
 
@@ -58,7 +56,7 @@ class FrozenTrunk(nn.Module):
 
 
 @dataclass(frozen=True)
-class ProbeResult:
+class ProbeResult(Report):
     """Holds the scores of a new head on a frozen trunk, and of the same model trained from scratch.
 
     A score that is not finite stands for a run that diverged. Table, picture and advantage are over the seeds that both
@@ -103,12 +101,8 @@ class ProbeResult:
         both = zip(self.frozen[position], self.scratch[position], strict=True)
         return [pair for pair in both if all(map(math.isfinite, pair))]
 
-    def table(self) -> Table:
-        """Make a table of the package rich for the console; green and red are beyond the noise of the seeds.
-
-        Raises:
-            ModuleNotFoundError: If rich is not installed.
-        """
+    def shown(self) -> Shown:
+        """Return the table of both trunks' scores, and of the advantage with its interval."""
         grid = Grid(["samples", "frozen trunk", "from scratch", "advantage"])
         for position, number in enumerate(self.num_samples):
             cells = []
@@ -117,16 +111,16 @@ class ProbeResult:
                 cells.append(mean.partition(" [")[0] + of_seeds(sum(map(math.isfinite, own)), len(own)))
             grid.add(str(number), *cells, marked(self.advantage(number), digits=3))
         way = "higher" if self.higher_is_better else "lower"
-        return grid.rich(title=f"{self.task}: {self.metric}, {way} is better", caption="positive is better")
+        return Shown(grid, f"{self.task}: {self.metric}, {way} is better", "positive is better")
 
-    def to_csv(self, path: str | Path) -> None:
-        """Write every score, a row each: samples, trunk, place of the seed, and the score under the metric's name."""
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("samples", "trunk", "seed", self.metric))
-            for trunk, scores in (("frozen", self.frozen), ("scratch", self.scratch)):
-                for number, own in zip(self.num_samples, scores, strict=True):
-                    writer.writerows((number, trunk, seed, score) for seed, score in enumerate(own))
+    def records(self) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+        """Return every score, a row each: samples, trunk, place of the seed, and the score under the metric's name."""
+        return ("samples", "trunk", "seed", self.metric), [
+            (number, trunk, seed, score)
+            for trunk, scores in (("frozen", self.frozen), ("scratch", self.scratch))
+            for number, own in zip(self.num_samples, scores, strict=True)
+            for seed, score in enumerate(own)
+        ]
 
     def figure(self) -> Figure:
         """Draw both scores over the number of samples.

@@ -121,7 +121,8 @@ def train(job: Job, goals: Sequence[Goal], callbacks: Sequence[pl.Callback] = ()
         cli.trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
         tensorboard = cli.trainer.logger
         if isinstance(tensorboard, TensorBoardLogger):
-            tensorboard.log_hyperparams(dict(job.drawn))
+            tensorboard.hparams = dict(job.drawn)
+        cli.model.recorder.results = [goal.name for goal in goals]
         try:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
         except SystemExit as error:  # Lightning's way to end after Ctrl-C
@@ -129,8 +130,7 @@ def train(job: Job, goals: Sequence[Goal], callbacks: Sequence[pl.Callback] = ()
     logged = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     found = [goal.value(logged) for goal in goals]
     if isinstance(tensorboard, TensorBoardLogger):
-        metrics = {goal.name: value for goal, value in zip(goals, found, strict=True)}
-        # TensorBoard lists a run in the HParams tab once it knows a result.
-        tensorboard.log_hyperparams(dict(job.drawn), metrics)
+        means = {goal.name: value for goal, value in zip(goals, found, strict=True) if goal.name not in logged}
+        tensorboard.log_metrics(means, step=cli.trainer.global_step)
         tensorboard.finalize("success")
     return found
