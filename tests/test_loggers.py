@@ -127,7 +127,7 @@ def test_figures_and_texts_reach_each_logger_by_its_own_method() -> None:
         own = Experiment(name)
         setattr(wandb, name, getattr(own, name))
         setattr(wandb, f"{name}_calls", own.calls)
-    files = Experiment("log_figure", "log_text")
+    files = Experiment("log_figure", "log_text", "log_image")  # images are others there
     loggers = [Bearer(tensorboard), Bearer(comet), Bearer(bare), wandb, FakeMLflow(files)]
     log_figure(loggers, "conflict/heatmap", figure, 3)
     log_text(loggers, "convergence", "| a |", 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -30,7 +30,7 @@ def step_of(trainer: pl.Trainer) -> int:
 
 def take_figures(trainer: pl.Trainer) -> bool:
     """Return whether a figure would reach one of the loggers, so that it is worth drawing."""
-    return any(_taker(logger, "log_image", "add_figure", "log_figure") for logger in trainer.loggers)
+    return any(_writer(logger, "log_image", "add_figure", "log_figure") for logger in trainer.loggers)
 
 
 def log_figure(loggers: Sequence[Logger], name: str, figure: Figure, step: int) -> None:
@@ -45,39 +45,41 @@ def log_figure(loggers: Sequence[Logger], name: str, figure: Figure, step: int) 
         step: The place on the axis.
     """
     for logger in loggers:
-        found = _taker(logger, "log_image", "add_figure", "log_figure")
-        if found == "log_image":
-            _of(logger).log_image(name, [figure], step)
-        elif isinstance(logger, MLFlowLogger):
-            logger.experiment.log_figure(logger.run_id, figure, f"{name}/{step}.png")
+        found, write = _writer(logger, "log_image", "add_figure", "log_figure") or ("", None)
+        if write is None:
+            continue
+        if isinstance(logger, MLFlowLogger):
+            write(logger.run_id, figure, f"{name}/{step}.png")
+        elif found == "log_image":
+            write(name, [figure], step)
         elif found == "add_figure":
-            _of(logger).experiment.add_figure(name, figure, step)
-        elif found == "log_figure":
-            _of(logger).experiment.log_figure(figure_name=name, figure=figure, step=step)
+            write(name, figure, step)
+        else:
+            write(figure_name=name, figure=figure, step=step)
 
 
 def log_text(loggers: Sequence[Logger], name: str, text: str, step: int) -> None:
     """Log a text in Markdown to the loggers that take one, as :func:`log_figure` does."""
     for logger in loggers:
-        found = _taker(logger, "log_text", "add_text")
+        found, write = _writer(logger, "log_text", "add_text", "log_text") or ("", None)
+        if write is None:
+            continue
         if isinstance(logger, MLFlowLogger):
-            logger.experiment.log_text(logger.run_id, text, f"{name}/{step}.md")
-        elif found == "log_text" and hasattr(logger, "log_text"):
-            _of(logger).log_text(name, columns=["text"], data=[[text]], step=step)
+            write(logger.run_id, text, f"{name}/{step}.md")
         elif found == "add_text":
-            _of(logger).experiment.add_text(name, text, step)
-        elif found == "log_text":
-            _of(logger).experiment.log_text(text, step=step, metadata={"name": name})
+            write(name, text, step)
+        elif hasattr(logger, "log_text"):
+            write(name, columns=["text"], data=[[text]], step=step)
+        else:
+            write(text, step=step, metadata={"name": name})
 
 
-def _taker(logger: Logger, *methods: str) -> str | None:
-    """The first of the methods that the logger or its experiment has."""
+def _writer(logger: Logger, own: str, *of_experiment: str) -> tuple[str, Callable[..., Any]] | None:
+    """The method that takes it, with its name: the logger's own, or the first of these that the experiment has."""
+    if hasattr(logger, own):
+        return own, getattr(logger, own)
     experiment = getattr(logger, "experiment", None)
-    return next((name for name in methods if hasattr(logger, name) or hasattr(experiment, name)), None)
-
-
-def _of(logger: Logger) -> Any:  # noqa: ANN401 - Lightning's base class has none of the methods
-    return logger
+    return next(((name, getattr(experiment, name)) for name in of_experiment if hasattr(experiment, name)), None)
 
 
 def hyperparameters_of(method: GivenArguments | None) -> dict[str, Any]:
