@@ -72,7 +72,7 @@ def test_charts_are_those_that_this_run_fills(tmp_path: Path) -> None:
         "epoch losses",
         *validation,
     ]
-    assert [*charts(events(tmp_path / "equal", val=False))] == ["losses", "epoch losses"]
+    assert [*charts(events(tmp_path / "equal", val=False))] == ["weights", "losses", "epoch losses"]
 
 
 def test_other_loggers_get_the_method_as_nested_values() -> None:

@@ -38,8 +38,7 @@ def prepare_loggers(trainer: pl.Trainer, module: TaskModule, results: Sequence[s
 def layout_of(trainer: pl.Trainer, module: TaskModule) -> Layout:
     """Charts with one line a task, for TensorBoard's custom-scalars tab; a chart that would stay empty is left out."""
     weighting, validates = weighting_of(trainer), trainer.enable_validation
-    charts = {"weights": "weight"} if weighting is not None else {}
-    charts["losses"] = "loss"
+    charts = {"weights": "weight", "losses": "loss"}
     if weighting is not None and weighting.measures != "losses":
         charts["gradient norms"] = "grad_norm"
     if task_rates_of(trainer) is not None:

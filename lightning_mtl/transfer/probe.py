@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -21,6 +22,7 @@ from lightning_mtl.monitors.tables import Grid, marked
 from lightning_mtl.task import Task
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
 from lightning_mtl.transfer.finished import chosen_scores, interval_of, of_seeds
+from lightning_mtl.transfer.progress import Progress
 from lightning_mtl.transfer.runs import TrainerFactory, fit_and_score, fresh, metric_directions, seeded
 from lightning_mtl.trunk import takes_tasks
 
@@ -151,6 +153,7 @@ def probe_transfer(
     batch_size: int = 32,
     optimizer: OptimizerCallable = torch.optim.Adam,
     lr_scheduler: LRSchedulerCallable | None = None,
+    progress: bool = True,
 ) -> ProbeResult:
     """Fit a head for an unseen task on the frozen trunk, and the whole model from scratch, on the same n samples.
 
@@ -175,6 +178,7 @@ def probe_transfer(
         batch_size: Of the training batches; the last one of an epoch may be smaller.
         optimizer: Called with the parameters, returns the optimizer.
         lr_scheduler: Called with the optimizer, returns a scheduler stepped once an epoch.
+        progress: Show one display for all runs, on standard error, in place of the Trainers' own.
 
     Raises:
         ValueError: If there is not one task, a number of samples is not in the data set, or ``trunk`` is needed since
@@ -193,29 +197,35 @@ def probe_transfer(
     chosen = next(iter(directions[name]))
     fresh_trunk = trunk or _resetting(module.trunk)
     samples, evaluation = datamodule
-    scores: dict[str, list[list[float]]] = {"frozen": [], "scratch": []}
-    for number in num_samples:
-        for own in scores.values():
-            own.append([])
-        for seed in seeds:
-            order = torch.randperm(_number_of_samples(samples), generator=torch.Generator().manual_seed(seed))
-            subset = Subset(samples, order[:number].tolist())
-            for kind in scores:
-                with seeded(seed):
-                    made = head()
-                    own_trunk = FrozenTrunk(deepcopy(module.trunk)) if kind == "frozen" else fresh_trunk()
-                if takes_tasks(own_trunk):
-                    own_trunk.takes_tasks = False  # type: ignore[assignment]  # it knows nothing of the new task
-                probe = _Probe(own_trunk, {name: made}, task, optimizer=optimizer, lr_scheduler=lr_scheduler)
-                loader = DataLoader(subset, batch_size=batch_size, shuffle=True)
-                trainer = fresh(trainer_factory())
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # the frozen trunk
-                    warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_dataloader`")
-                    # Few samples make short epochs: to evaluate after each would take most of the time.
-                    found = fit_and_score(probe, (loader, evaluation), trainer, seed=seed, stage="val", watched=False)
-                scores[kind][-1].append(chosen_scores(found, directions)[name][chosen])
-    return ProbeResult(name, chosen, directions[name][chosen], tuple(num_samples), scores["frozen"], scores["scratch"])
+
+    def run(subset: Subset[Any], seed: int, trained_from: str, trainer: pl.Trainer) -> float:
+        with seeded(seed):
+            made = head()
+            own_trunk = FrozenTrunk(deepcopy(module.trunk)) if trained_from == "frozen trunk" else fresh_trunk()
+        if takes_tasks(own_trunk):
+            own_trunk.takes_tasks = False  # type: ignore[assignment]  # it knows nothing of the new task
+        probe = _Probe(own_trunk, {name: made}, task, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        loader = DataLoader(subset, batch_size=batch_size, shuffle=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # the frozen trunk
+            warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_dataloader`")
+            # Few samples make short epochs: to evaluate after each would take most of the time.
+            found = fit_and_score(probe, (loader, evaluation), trainer, seed=seed, stage="val", watched=False)
+        return chosen_scores(found, directions)[name][chosen]
+
+    scores: dict[str, list[list[float]]] = {"frozen trunk": [], "from scratch": []}
+    with Progress("probe_transfer", 2 * len(num_samples) * len(seeds), show=progress) as shown:
+        for number in num_samples:
+            for own in scores.values():
+                own.append([])
+            for seed in seeds:
+                order = torch.randperm(_number_of_samples(samples), generator=torch.Generator().manual_seed(seed))
+                subset = Subset(samples, order[:number].tolist())
+                for trained_from, own in scores.items():
+                    shown.begin(f"task {name}, {number} samples, seed {seed}, {trained_from}")
+                    trainer = shown.only(fresh(trainer_factory()))
+                    own[-1].append(run(subset, seed, trained_from, trainer))
+    return ProbeResult(name, chosen, directions[name][chosen], tuple(num_samples), *scores.values())
 
 
 class _Probe(MultiTaskModule):

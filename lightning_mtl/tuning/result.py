@@ -20,7 +20,7 @@ from lightning_mtl.monitors.tables import Grid, console_for_lines
 from lightning_mtl.transfer.cache import write_whole
 from lightning_mtl.tuning.configuration import BaseConfig, trial_configuration
 from lightning_mtl.tuning.goals import Goal
-from lightning_mtl.tuning.space import Space
+from lightning_mtl.tuning.space import Space, as_text
 from lightning_mtl.tuning.storage import ERROR, SURPLUS, counts
 from lightning_mtl.tuning.workers import SEED_VALUES
 
@@ -88,7 +88,7 @@ class Result(Report):
             listed = [trial for trial in listed if trial.number in self.best]
         for trial in listed[:ROWS]:
             values = [f"{value:.6g}{_spread(trial, index)}" for index, value in enumerate(trial.values)]
-            grid.add(str(trial.number), *values, _in_words(self.space.in_words(trial.params, self.tasks)))
+            grid.add(str(trial.number), *values, as_text(self.space.in_words(trial.params, self.tasks)))
         return Shown(grid, f"Study {self.study.study_name}", self._told())
 
     def records(self) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
@@ -146,12 +146,6 @@ def _spread(trial: FrozenTrial, index: int) -> str:
         return ""
     values = [values[index] for values in by_seed.values()]
     return f" ({min(values):.4g} to {max(values):.4g})"
-
-
-def _in_words(params: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items()
-    )
 
 
 def write_report(study: optuna.Study, base: BaseConfig, space: Space, folder: Path) -> Result:

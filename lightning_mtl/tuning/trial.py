@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.distributed import of_each, of_first
+from lightning_mtl.transfer.progress import quiet
 from lightning_mtl.tuning.goals import Goal
 
 
@@ -65,23 +64,6 @@ class TrialProcesses:
 
 class RankError(RuntimeError):
     """Is raised on all ranks of a trial for an error on one of them."""
-
-
-# Lightning logs several lines for each Trainer and each seed, and a search has one of both for every trial.
-_TALKATIVE = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence Lightning's log but for warnings and errors inside the block."""
-    before = {name: logging.getLogger(name).level for name in _TALKATIVE}
-    for name in before:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
 
 
 @dataclass(frozen=True)
