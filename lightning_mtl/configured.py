@@ -164,7 +164,7 @@ def choices(name: str, known: list[str]) -> str:
 PROGRAM_DESCRIPTION = """Multi-task learning with PyTorch Lightning, from YAML.
 
 Besides the commands below: "lightning-mtl methods" prints the table of weighting methods, "lightning-mtl tune --help"
-tells of searches over weightings and hyperparameters.
+tells of searches over weightings and hyperparameters, "lightning-mtl compare --help" of comparisons on your own data.
 """
 
 

@@ -1,4 +1,4 @@
-"""The command line, ``lightning-mtl``: training from YAML, the table of methods, and searches."""
+"""The command line, ``lightning-mtl``: training from YAML, the table of methods, searches and comparisons."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 # What a command imports beyond the package's own dependencies, and the extra that brings it.
 NEEDED = {
     "tune": ("tune", ("jsonargparse", "rich", "optuna", "matplotlib")),
+    "compare": ("tune", ("jsonargparse", "rich", "optuna", "matplotlib")),
     "methods": ("cli", ("rich",)),
 }
 NEEDED_BY_THE_REST = ("cli", ("jsonargparse",))
@@ -41,6 +42,10 @@ def main() -> None:
         from lightning_mtl.cli.tune_command import search
 
         search(given[1:])
+    elif command == "compare":
+        from lightning_mtl.cli.compare_command import run
+
+        run(given[1:])
     else:
         from lightning_mtl.configured import MultiTaskCLI
 
