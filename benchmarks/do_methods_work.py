@@ -106,8 +106,8 @@ def against_the_literature(result: Comparison) -> list[str]:
     return [
         "Their papers report each of these methods ahead of equal weights, most on larger data and models than these.",
         (
-            "Kurin et al. (2022, arXiv:2201.04122) and Xin et al. (2022, arXiv:2209.11379) find that none beats the plain "
-            f"sum, or fixed weights, once these are tuned as carefully. Here {len(ahead)} of {len(learned)} are "
+            "Kurin et al. (2022, arXiv:2201.04122) and Xin et al. (2022, arXiv:2209.11379) find that none beats the "
+            f"plain sum, or fixed weights, once these are tuned as carefully. Here {len(ahead)} of {len(learned)} are "
             f"significantly better than equal weights{': ' + ', '.join(ahead) if ahead else ''}."
         ),
     ]

@@ -89,7 +89,7 @@ def test_a_tiny_run_writes_results_and_the_picture(tmp_path: Path, capsys: pytes
     assert (tmp_path / "do_methods_work_multidigits.png").stat().st_size > 10_000
     shown = capsys.readouterr()
     assert "2201.04122" in shown.out
-    assert "compare 20/20" in shown.err  # 5 sets of fixed weights to choose from, 2 x 5 models, one with monitors
+    assert "compare 16/16" in shown.err  # 5 sets of fixed weights to choose from, 2 x 5 models, one with monitors
     assert do_methods_work.main(arguments).records() == result.records()
     assert "compare 1/" not in capsys.readouterr().err
 

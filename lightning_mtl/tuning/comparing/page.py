@@ -103,7 +103,7 @@ def _main_table(result: Comparison) -> str:
         name = html.escape(row.name + of_seeds(len(result.finished(row.name)), len(result.seeds)))
         name += f"<br><small>{html.escape(row.variant)}</small>" if row.variant else ""
         if row.failed:
-            lines.append([name, "–", "failed", *["–"] * (len(heads) - 3)])
+            lines.append([html.escape(row.name), "–", "failed", *["–"] * (len(heads) - 3)])
             continue
         rates = " ".join(dict.fromkeys(f"{rate:g}" for rate in row.rates)) + ("*" if row.edges else "")
         difference, single = result.against_equal.get(row.name), result.against_single.get(row.name)

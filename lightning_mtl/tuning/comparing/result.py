@@ -176,7 +176,7 @@ class Comparison(Report):
         for row in self.rows:
             name = row.name + of_seeds(len(self.finished(row.name)), len(self.seeds))
             if row.failed:
-                grid.add(name, "–", "failed", *["–"] * (len(heading) - 3))
+                grid.add(row.name, "–", "failed", *["–"] * (len(heading) - 3))
                 continue
             difference, single = self.against_equal.get(row.name), self.against_single.get(row.name)
             rate = self.time_ratio(row.name)

@@ -129,9 +129,14 @@ def _of_scales(result: Comparison, better: list[str]) -> list[str]:
         return []
     large, small = max(norms, key=norms.__getitem__), min(norms, key=norms.__getitem__)
     ratio = norms[large] / norms[small]
-    figure = f"With equal weights the median gradient of {large} is {ratio:.3g} times as long as that of {small}"
     if ratio < FAR_APART:
-        return [f"{figure}, at most: scales are much alike, and there is little to gain from evening them out."]
+        return [
+            (
+                f"With equal weights the tasks' gradients are of much the same length (median of {large} over that of "
+                f"{small}: {ratio:.2f}): there is little to gain from evening scales out."
+            )
+        ]
+    figure = f"With equal weights the median gradient of {large} is {ratio:.3g} times as long as that of {small}"
     helped = [name for name in better if name in (STANDARDIZED, INITIAL, FIXED)]
     if helped:
         return [f"{figure}: that is what {', '.join(helped)} mend."]
