@@ -6,7 +6,7 @@ import math
 import statistics
 
 from lightning_mtl.paired import Difference
-from lightning_mtl.tuning.comparing.result import Comparison
+from lightning_mtl.tuning.comparing.result import Comparison, p_text
 from lightning_mtl.tuning.comparing.rows import EQUAL, FIXED, INITIAL, SINGLE, STANDARDIZED
 
 # Above it, one task's gradient drowns another's; below, lengths are much alike.
@@ -70,7 +70,8 @@ def _listed(found: dict[str, Difference]) -> str:
 def _numbers(one: Difference) -> str:
     mean, low, high = one.interval
     ends = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
-    p = "p < 0.001" if one.p_corrected < 0.001 else f"p = {one.p_corrected:.3f}"
+    p = p_text(one.p_corrected)
+    p = f"p {p}" if p.startswith("<") else f"p = {p}"
     return f"Δm {mean:+.1f} %{ends}, {p}"
 
 
@@ -105,7 +106,8 @@ def advice(result: Comparison) -> list[str]:
             )
     halves = [(one.interval.high - one.interval.low) / 2 for one in found.values()]
     widths = [half for half in halves if not math.isnan(half)]
-    if widths and (wide := statistics.median(widths)) > WIDE:
+    apart = all(one.significant for one in found.values())
+    if widths and not apart and (wide := statistics.median(widths)) > WIDE:
         needed = math.ceil(len(result.seeds) * (wide / WIDE) ** 2)
         said.append(
             f"Intervals are ±{wide:.2g} points wide: to see a difference of {WIDE:g} point takes roughly {needed} "
