@@ -37,6 +37,8 @@ def sdmgrad_weights(gramian: Tensor, preference: Tensor, lam: float) -> Tensor:
     # As Σ w = 1, w + λ p = (I + λ p 1ᵀ) w: the least norm of the gradients shifted by λ times the preferred one.
     shift = torch.eye(len(p), dtype=torch.float64) + lam * p[:, None]
     shifted = shift.T @ gramian.detach().cpu().double() @ shift
+    # Where a shifted gradient cancels, rounding may leave a squared norm a little below 0.
+    shifted.diagonal().clamp_(min=0.0)
     w = torch.from_numpy(min_norm_weights(shifted.numpy()))
     return (w + lam * p) / (1 + lam)
 
