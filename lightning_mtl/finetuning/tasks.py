@@ -53,7 +53,7 @@ def add_task(module: MultiTaskModule, name: str, head: nn.Module, task: Task) ->
         raise ValueError(f"The module has a task {name!r} already; its tasks are {list(module.tasks)}.")
     check_task_names([*module.tasks, name])
     _check_trunk(module, f"would have none for {name!r}")
-    check_arguments(module.trunk, {name: head}, {name: task}, 1, None, "norm")
+    check_arguments(module.trunk, {name: head}, {name: task})
     module.tasks[name] = task
     module.heads[name] = head
     module.target_units.add(name, task.standardize, module.heads)
@@ -61,7 +61,7 @@ def add_task(module: MultiTaskModule, name: str, head: nn.Module, task: Task) ->
         module.loss_modules[name] = task.loss
     if task.metrics is not None:
         for stage in METRIC_STAGES:
-            getattr(module, f"{stage}_metrics")[name] = task.metric_collection()
+            getattr(module, f"{stage}_task_metrics")[name] = task.metric_collection()
     if module.learned_tasks is not None:
         module.learned_tasks = module.learned_tasks | {name}
     _begin_anew(module)
@@ -103,7 +103,7 @@ def drop_task(module: MultiTaskModule, name: str) -> tuple[nn.Module, Task]:
     module._head_lr.pop(name, None)
     if (units := module.target_units.drop(name, head)) is not None and units.known and not units.running:
         task = replace(task, standardize=(units.mean.tolist(), units.std.tolist()))  # the head goes on in these units
-    for stored in (module.loss_modules, *(getattr(module, f"{stage}_metrics") for stage in METRIC_STAGES)):
+    for stored in (module.loss_modules, *(getattr(module, f"{stage}_task_metrics") for stage in METRIC_STAGES)):
         if name in stored:
             del stored[name]
     if module.learned_tasks is not None:

@@ -252,6 +252,31 @@ class TaskOutput:
     num_samples: int | Tensor | None = None
 
 
+def named_tasks(module: str, given: Any) -> dict[str, Task]:  # noqa: ANN401 - what is checked here
+    """Read ``{name: Task}``, or names of tasks whose losses ``task_losses`` computes by itself.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If a name comes twice.
+    """
+    names = list(given) if isinstance(given, Mapping | list | tuple) else []
+    tasks = {name: given[name] if isinstance(given, Mapping) else Task(by_task_losses) for name in names}
+    if not names or not all(isinstance(name, str) and isinstance(task, Task) for name, task in tasks.items()):
+        raise TypeError(f"{module}(tasks=...) must be a list of one name or more, or {{name: Task}}, found {given!r}.")
+    if len(tasks) < len(names):
+        raise ValueError(f"{module}(tasks={names}) names a task twice.")
+    return tasks
+
+
+def by_task_losses(prediction: Any, target: Any) -> Tensor:  # noqa: ANN401 - as losses are called
+    """Stand for the loss of a task that was given by its name alone.
+
+    Raises:
+        ValueError: When it is called.
+    """
+    raise ValueError("The task was given by its name alone: return its loss from task_losses, or give Task(loss).")
+
+
 def check_task_name(task: object) -> None:
     """Task names become names of modules and of what is logged; refuse those that cannot be both."""
     rule = "Task names become names of modules: a non-empty string without dots that is no attribute of nn.ModuleDict"

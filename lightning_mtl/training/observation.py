@@ -95,6 +95,8 @@ class Observation:
         shares = torch.ones(len(reduced.names), device=module.device) if shares is None else shares
         seeds = list((shares if scale is None else shares * scale).unbind())
         for place, members in self._beside.items():
+            if place == "trunk" and module.sharing is not None and not module.sharing.shared:
+                continue  # nothing is known to be shared yet
             rows = None
             with guarding(members, module.device), _leaving_no_trace(module):
                 rows = _rows_at(place, module, batch, seeds)
@@ -244,7 +246,8 @@ def _parameters_at(place: Place, module: TaskModule, batch: MicroBatch) -> list[
         if not shared:
             raise ValueError("at='trunk' finds no shared parameter that can be trained; measure at 'features'")
         return shared
-    return parameters_at(place, module, groups_read(batch), batch.ranks, among=module.trunk.parameters())
+    trunk = [] if module.the_trunk is None else module.the_trunk.parameters()
+    return parameters_at(place, module, groups_read(batch), batch.ranks, among=trunk)
 
 
 def _sum_and_multiply(rows: Rows | list[Tensor], ranks: Ranks, scale: Tensor | None) -> Tensor:

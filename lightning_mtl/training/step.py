@@ -34,6 +34,7 @@ from lightning_mtl.training.losses import micro_batch_of, over_scales, reduce_lo
 from lightning_mtl.training.observation import Observation
 from lightning_mtl.training.reduced import Reduced
 from lightning_mtl.training.scores import update_metrics
+from lightning_mtl.training.sharing import find_shared
 from lightning_mtl.training.snapshots import losses_after
 from lightning_mtl.training.synchronization import learns_graph, synchronizing
 from lightning_mtl.training.update import Update
@@ -132,7 +133,8 @@ class Optimization:
         step, epoch = trainer.global_step, trainer.current_epoch
         size = trainer.accumulate_grad_batches if module.automatic_optimization else module.accumulate_grad_batches
         shares = None if cast.steering is None else cast.steering.shares(module, step)
-        if cast.thaws and not any(parameter.requires_grad for parameter in module.shared_parameters()):
+        known = module.sharing is None  # what is shared, before the step's graph shows it
+        if cast.thaws and known and not any(parameter.requires_grad for parameter in module.shared_parameters()):
             # Until a callback unfreezes some of what is shared there is nothing to balance but the heads.
             able = weighting is not None and weighting.measures == "losses" and weighting.weighs_heads
             weighting, shares = weighting if able else None, None
@@ -157,7 +159,7 @@ class Optimization:
     def _collection(self, module: TaskModule, window: Window) -> Collection:
         """Make ready to keep the step's gradients, task by task, where its weights are not known before its end."""
         shared, others = module.trainable_parameters()
-        if window.wanted != "nothing" and window.measures_at == "trunk" and not shared:
+        if window.wanted != "nothing" and window.measures_at == "trunk" and not (shared or window.idle):
             raise no_shared_parameters(window.weighting)
         if window.weighting is not None and window.size > 1:
             check_accumulation(window.weighting, window.size)
@@ -180,13 +182,16 @@ class Optimization:
         observation = None if window.repeats else self._observation
         if observation is not None:
             observation.before_forward(module)
-        split = Split() if cast.sharded or self._needs_split(window) else _NOWHERE
-        watching = split.watching(module.heads) if cast.sharded else _SILENT
-        with self.phases.during("forward"), watching, _SILENT if split is _NOWHERE else split.applied_to(module.trunk):
+        trunk = module.the_trunk if cast.sharded or self._needs_split(window) else None
+        split = _NOWHERE if trunk is None else Split()
+        watching = split.watching(module.the_heads) if cast.sharded else _SILENT
+        with self.phases.during("forward"), watching, _SILENT if trunk is None else split.applied_to(trunk):
             outputs = module.present_outputs(batch)
+        if module.sharing is not None:
+            find_shared(module, cast, window, outputs, observed=getattr(observation, "measures", False))
         window.batches += [batch] if window.keeps_batches else []
         scores = None
-        if len(module.train_metrics) and not window.repeats:
+        if len(module.train_task_metrics) and not window.repeats:
             step_metric = None if weighting is None else weighting.step_metric
             scores = update_metrics(module, "train", outputs, step_metric)
         if cast.steering is not None and not window.repeats:
@@ -221,7 +226,7 @@ class Optimization:
         self, module: TaskModule, window: Window, reduced: Reduced, batch: MicroBatch, *, last: bool
     ) -> Tensor | None:
         """The loss to pass backward for this micro-batch; None where the step's gradients are still collected."""
-        names, losses, wanted = reduced.names, reduced.losses, window.wanted
+        names, losses, wanted = reduced.names, reduced.losses, "nothing" if window.idle else window.wanted
         engine: MicroBatch | FeatureGradients | Collection = batch
         if window.collects:
             engine = window.gradients = window.gradients or self._collection(module, window)
@@ -290,7 +295,7 @@ class Optimization:
             return
         if steering is not None:
             steering.observe(window, signals)
-        if (weighting := window.weighting) is not None:
+        if (weighting := window.weighting) is not None and not window.idle:
             if weighting.wants_losses_after and window.batches:
                 signals = replace(signals, losses_after=losses_after(module, window, signals.tasks))
             weighting.observe(signals, positions)

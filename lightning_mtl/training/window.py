@@ -51,6 +51,7 @@ class Window:
         keeps_batches: Whether the step's batches are kept until it is over.
         repeats: Whether this is a step of which an optimizer's closure asks again, see :meth:`again`.
         reached: The parameters that this rank's losses and penalties reach, where ``forgets`` is asked for.
+        idle: Whether no parameter is shared that the weighting could be asked about.
         forgets: Whether parameters that no rank reached may have got a gradient of 0, which has to go.
     """
 
@@ -95,7 +96,7 @@ class Window:
         self.samples: dict[Collected, list[Tensor]] = {}
         self.local: list[tuple[list[str], Tensor, Tensor | float]] = []
         self.reached: set[Tensor] = set()
-        self.collects = self.forgets = False
+        self.collects = self.forgets = self.idle = False
         self._asked: Signals | None = None
         self.tasks, self._position = tuple(tasks), {task: position for position, task in enumerate(tasks)}
         self._noted: list[tuple[list[int], Reduced]] = []
@@ -246,6 +247,10 @@ class Window:
         self._asked = signals
         if self.weighting is None:
             decision = Decision(torch.ones_like(wide))
+        elif self.idle:
+            ones = torch.ones_like(wide)
+            decision = Decision(self.weighting.with_importance(ones, signals))
+            decision.head_weights = None if self.weighting.weighs_heads else ones
         elif getattr(self.weighting, "takes_any_rows", False) or _is_finite(measured):
             decision = self.weighting.decide(signals, positions, measured=self.measures, rows=measured.rows)
         else:
