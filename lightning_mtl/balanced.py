@@ -10,8 +10,9 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_mtl.task.names import check_task_names, named_tasks
 from lightning_mtl.task.sharing import Sharing
-from lightning_mtl.task.task import Task, TaskOutput, check_task_names, named_tasks
+from lightning_mtl.task.task import Task, TaskOutput
 from lightning_mtl.task.units import Standardizers
 from lightning_mtl.training.checks import check_step_arguments
 from lightning_mtl.training.evaluation import evaluating

@@ -123,9 +123,9 @@ class MultiTaskModule(BalancedModule):
         return self.trunk
 
     @property
-    def the_heads(self) -> nn.ModuleDict:
+    def the_heads(self) -> dict[str, nn.Module]:
         """The heads."""
-        return self.heads
+        return dict(self.heads.items())
 
     @property
     def trunk_parts(self) -> TrunkParts:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
 from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task import Task
-from lightning_mtl.task.task import check_task_names
+from lightning_mtl.task.names import check_task_names
 from lightning_mtl.training.checks import check_arguments
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.step import Optimization
@@ -58,7 +59,7 @@ def add_task(module: MultiTaskModule, name: str, head: nn.Module, task: Task) ->
     module.heads[name] = head
     module.target_units.add(name, task.standardize, module.heads)
     if isinstance(task.loss, nn.Module):
-        module.loss_modules[name] = task.loss
+        cast("nn.ModuleDict", module.loss_modules)[name] = task.loss
     if task.metrics is not None:
         for stage in METRIC_STAGES:
             getattr(module, f"{stage}_task_metrics")[name] = task.metric_collection()

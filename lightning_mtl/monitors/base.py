@@ -91,8 +91,8 @@ class Monitor(Callback):
         """
         if not isinstance(pl_module, TaskModule):
             raise TypeError(
-                f"{type(self).__name__} looks at the tasks of a lightning_mtl.BalancedModule, found "
-                f"{type(pl_module).__name__}; subclass BalancedModule, or MultiTaskModule."
+                f"{type(self).__name__} looks at the tasks of a lightning_mtl.BalancedModule or MultiTaskModule, "
+                f"found {type(pl_module).__name__}; subclass one of them."
             )
         return pl_module.tasks
 

@@ -192,13 +192,20 @@ def present_outputs(
 
 
 class LossModule(TaskModule):
-    """Makes losses by task of a batch.
+    """Makes losses by task of a batch, and hands them to what takes the steps.
 
     Attributes:
         recorder: What is told of labels and shapes.
+        optimization: What takes the steps.
     """
 
     recorder: Any  # of a layer above
+    optimization: Any  # likewise
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
+        """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
+        loss: Tensor | None = self.optimization.run(self, batch, batch_idx)
+        return loss
 
     def task_output(self, task: str, prediction: Any, target: Any) -> TaskOutput:  # noqa: ANN401 - any pytree
         """Compute a task's loss on what is labeled, by its ``Task(loss=...)``; see ``Task(missing=...)``.
@@ -254,9 +261,3 @@ class LossModule(TaskModule):
             return self.penalties()
         finally:
             self.present_tasks = None
-
-    def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The shared parameters that need gradients now, and all other parameters that do."""
-        shared: list[Tensor] = [p for p in self.shared_parameters() if p.requires_grad]
-        known = set(shared)
-        return shared, [p for p in self.parameters() if p.requires_grad and p not in known]

@@ -109,10 +109,6 @@ class TaskModule(pl.LightningModule):
     def shared_parameters(self) -> list[nn.Parameter]:
         """The parameters that tasks share."""
 
-    @abstractmethod
-    def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The shared parameters that need gradients now, and all other parameters that do."""
-
     @property
     @abstractmethod
     def stage_scores(self) -> Mapping[str, Mapping[str, Mapping[str, float]]]:

@@ -79,7 +79,7 @@ class Sharing:
 
     def state(self, module: nn.Module, tasks: Sequence[str]) -> dict[str, Any]:
         """What is known, in plain values."""
-        names = {parameter: name for name, parameter in module.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         return {
             "owners": {names[p]: tasks[owner] for p, owner in self.owners.items() if p in names},
             "shared": [names[p] for p in self.owners if p in self.shared and p in names],

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.task.module import TaskModule
-from lightning_mtl.task.task import Task, check_task_names
+from lightning_mtl.task.names import check_task_names
+from lightning_mtl.task.task import Task
 
 REFUSED_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy)
 

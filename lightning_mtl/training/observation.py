@@ -73,10 +73,15 @@ class Observation:
         """Whether gradients are measured beside the update of the coming micro-batch."""
         return bool(self._beside) and not self._window.micro_batches
 
-    def before_forward(self, module: TaskModule) -> None:
-        """Keep what the window's first forward pass begins with, for monitors that look ahead."""
+    def before_forward(self, module: TaskModule) -> bool:
+        """Keep what the window's first forward pass begins with, for monitors that look ahead.
+
+        Returns:
+            Whether gradients are measured beside the update.
+        """
         if self.measures and any(monitor.looks_ahead for members in self._beside.values() for monitor in members):
             self._before = Snapshot(module, module.device)
+        return self.measures
 
     def measure(self, module: TaskModule, reduced: Reduced, batch: MicroBatch, given: Any) -> None:  # noqa: ANN401
         """Measure for the monitors that no weighting serves, before the micro-batch's backward pass.

@@ -177,9 +177,6 @@ class Taking(Protocol):
     def find_cast(self, module: TaskModule) -> Any:  # noqa: ANN401
         """Look for who takes part."""
 
-    def run(self, module: TaskModule, batch: object, batch_idx: int) -> Tensor | None:
-        """Take one micro-batch."""
-
 
 def putting_rates_back(step: Hook) -> Hook:
     """Let ``optimizer_step`` leave the learning rates as it found them, where tasks have their own."""
@@ -227,7 +224,7 @@ def judged_and_clipped(before_step: Hook) -> Hook:
 
 
 class OptimizerHooks(TaskModule):
-    """Lightning's training step, and its hooks around the optimizer, which are called here in manual optimization."""
+    """Lightning's hooks around the optimizer, which the module calls itself in manual optimization."""
 
     optimization: Taking
 
@@ -237,10 +234,6 @@ class OptimizerHooks(TaskModule):
             cls.optimizer_step = putting_rates_back(cls.optimizer_step)
         if "on_before_optimizer_step" in cls.__dict__:
             cls.on_before_optimizer_step = judged_and_clipped(cls.on_before_optimizer_step)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
-        """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
-        return self.optimization.run(self, batch, batch_idx)
 
     optimizer_step = putting_rates_back(pl.LightningModule.optimizer_step)
     on_before_optimizer_step = judged_and_clipped(pl.LightningModule.on_before_optimizer_step)

@@ -86,6 +86,9 @@ class Window:
         # Most methods compare the tasks' gradients and no more, which needs none of them in full.
         alone = size == 1 and self.way == "rows"
         self.keeps_rows = not (alone and weighting and self.wanted != "rows" and weighting.gradients == "automatic")
+        # The trunk's outputs have to be known to measure there, or to stand in for absent tasks.
+        self.needs_split = (self.wanted != "nothing" and self.measures_at != "trunk") or self.way == "features"
+        self.needs_split |= ranks.size > 1 and (self.way == "rows" or size > 1)
         self.gradients: Collection | None = None
         self.layer: list[Tensor] | None = None
         self.loss: Tensor | None = None
@@ -236,6 +239,7 @@ class Window:
         alike = self.size == 1 and all(decision.head_weights is None for decision in known)
         again = Window(self.tasks, None, self.step, self.epoch, self.size, self.ranks, scales=self.scales)
         again.way, again.collects = ("losses", False) if alike else (self.way, self.collects)
+        again.needs_split = self.needs_split and (again.way != "losses" or self.size > 1)
         again.passes_again, again.repeats, again._decisions = self.passes_again, True, list(known)
         return again
 
