@@ -50,7 +50,7 @@ class Trunk:
 
 TRUNKS = {"mlp": Trunk(mlp, (128, 784), 4, 1.40), "conv": Trunk(conv, (64, 3, 32, 32), 6, 1.10)}
 
-Batch = tuple[Tensor, dict[str, Tensor]]
+Batch = Any  # (inputs, {task: target}), or points
 Heads = dict[str, nn.Module]
 Device = Literal["cpu", "cuda"]
 Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed"]

@@ -70,8 +70,8 @@ class Decoder(BalancedModule):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(["a", "b"], optimizer=SGD, **arguments)
-        self.trunk = nn.ModuleDict({"left": mlp(3, 4), "right": mlp(3, 4)})
-        self.heads = mlp(4, 4, 2)
+        self.trunk: Any = nn.ModuleDict({"left": mlp(3, 4), "right": mlp(3, 4)})
+        self.heads: Any = mlp(4, 4, 2)
 
     def task_losses(self, batch: Any) -> Mapping[str, Tensor]:
         return {
@@ -87,7 +87,7 @@ class OneLayer(BalancedModule):
         super().__init__(["a", "b"], optimizer=SGD, **arguments)
         middle = nn.Linear(4, 4)
         self.first = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), middle, nn.Tanh(), nn.Linear(4, 1))
-        self.second = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), middle, nn.Tanh(), nn.Linear(4, 1))
+        self.second: Any = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), middle, nn.Tanh(), nn.Linear(4, 1))
 
     def task_losses(self, batch: Any) -> Mapping[str, Tensor]:
         again = nn.functional.linear(self.first[:2](batch), self.second[2].weight.t())
@@ -148,7 +148,8 @@ class Variational(BalancedModule):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(["reconstruction", "divergence", "sparsity"], optimizer=SGD, **arguments)
-        self.encoder, self.decoder = mlp(3, 4, 4), mlp(2, 4, 3)
+        self.encoder = mlp(3, 4, 4)
+        self.decoder: Any = mlp(2, 4, 3)
 
     def task_losses(self, batch: Any) -> Mapping[str, Tensor]:
         mean, log = self.encoder(batch).chunk(2, 1)

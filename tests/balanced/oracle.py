@@ -14,10 +14,10 @@ Gradients = dict[str, dict[str, Tensor]]
 
 
 def gradients(module: BalancedModule, batch: object, tasks: Sequence[str] | None = None) -> Gradients:
-    losses = module.task_losses(batch)
+    losses = {task: output.loss for task, output in module.present_outputs(batch).items()}
     found: Gradients = {}
     for task in module.tasks if tasks is None else tasks:
-        names, parameters = zip(*((n, p) for n, p in module.named_parameters() if p.requires_grad), strict=True)
+        names, parameters = zip(*module.named_parameters(), strict=True)
         given = torch.autograd.grad(losses[task], parameters, retain_graph=True, allow_unused=True)
         found[task] = {name: gradient for name, gradient in zip(names, given, strict=True) if gradient is not None}
     return found
