@@ -132,7 +132,7 @@ class Case:
         own, *shape = self.models[self.trunk].inputs
         size = own if self.batch_size is None else self.batch_size
         self.tasks = [f"task_{k}" for k in range(self.num_tasks)]
-        self.batch = (
+        self.batch: Batch = (
             torch.randn(size, *shape).to(self.device),
             {k: torch.randint(CLASSES, (size,)).to(self.device) for k in self.tasks},
         )

@@ -237,3 +237,15 @@ def call_trunk(parts: TrunkParts, inputs: Any, tasks: Sequence[str]) -> Any:  # 
     """Compute what the trunk makes of a batch's inputs, for ``tasks`` alone if it, or a part inside it, can."""
     positional, named = ((inputs,), {}) if isinstance(inputs, Tensor) else call_trunk_with(inputs, parts.trunk)
     return parts.call(positional, named, tasks) if parts.per_task else parts.trunk(*positional, **named)
+
+
+def check_parts(module: object, what: str) -> None:
+    """Refuse a module without a trunk and heads where something works on them.
+
+    Raises:
+        TypeError: Then.
+    """
+    if not isinstance(module, MultiTaskModule):
+        raise TypeError(
+            f"{what} works on a trunk and heads, which {type(module).__name__} has not; make it a MultiTaskModule."
+        )

@@ -8,7 +8,7 @@ from typing import cast
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
-from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.module import MultiTaskModule, check_parts
 from lightning_mtl.task import Task
 from lightning_mtl.task.names import check_task_names
 from lightning_mtl.training.checks import check_arguments
@@ -114,6 +114,7 @@ def drop_task(module: MultiTaskModule, name: str) -> tuple[nn.Module, Task]:
 
 
 def _check_idle(what: str, module: MultiTaskModule) -> None:
+    check_parts(module, what)
     trainer = module._trainer
     if trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
         raise RuntimeError(

@@ -40,6 +40,7 @@ class StepHooks(Callback):
             self._follow(trainer, pl_module)
 
     def _follow(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:
+        pl_module._trunk_parts = None
         if not pl_module.automatic_optimization:
             trainer.accumulate_grad_batches = pl_module.accumulate_grad_batches
 

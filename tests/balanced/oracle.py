@@ -18,7 +18,9 @@ def gradients(module: BalancedModule, batch: object, tasks: Sequence[str] | None
     found: Gradients = {}
     for task in module.tasks if tasks is None else tasks:
         names, parameters = zip(*module.named_parameters(), strict=True)
-        given = torch.autograd.grad(losses[task], parameters, retain_graph=True, allow_unused=True)
+        given: Sequence[Tensor | None] = torch.autograd.grad(
+            losses[task], parameters, retain_graph=True, allow_unused=True
+        )
         found[task] = {name: gradient for name, gradient in zip(names, given, strict=True) if gradient is not None}
     return found
 

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_mtl import BalancedModule, Task, TaskOutput
+from lightning_mtl.architectures import parameter_report
 from lightning_mtl.data import MultiTaskDataModule
+from lightning_mtl.finetuning import drop_task, export
+from lightning_mtl.learning_rates import Importance, TaskLearningRate
 from lightning_mtl.monitors import GradientConflict
+from lightning_mtl.transfer import train_and_score
 from lightning_mtl.weighting import MGDA, UncertaintyWeighting
 from tests.balanced import oracle
 from tests.balanced.models import SGD, Forces, mlp, points
 from tests.balanced.test_steps import Shared, Watch, weights_of
-from tests.training import Steps, fit, flat_parameters, loader
+from tests.training import Steps, fit, flat_parameters, loader, quiet_trainer
 
 METHODS: dict[str, Any] = {"gramian": MGDA, "known beforehand": Shared, "losses": UncertaintyWeighting}
 
@@ -31,7 +35,7 @@ class Turns(BalancedModule):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(["a", "b", "c"], optimizer=functools.partial(torch.optim.SGD, lr=0.1), **arguments)
         self.body, self.detour = mlp(3, 4, 4), nn.Linear(4, 4)
-        self.tops = nn.ModuleDict({task: nn.Linear(4, 1) for task in self.tasks})
+        self.tops: Any = nn.ModuleDict({task: nn.Linear(4, 1) for task in self.tasks})
 
     def task_losses(self, batch: Any) -> Mapping[str, Tensor]:
         losses = {}
@@ -275,6 +279,47 @@ def test_places_of_a_trunk_are_refused(at: str) -> None:
         fit(turns(), loader(inputs("abc")), callbacks=[MGDA(at=at)])
     with pytest.raises(ValueError, match=r"Turns has no trunk\. Use GradientConflict\(at='trunk'\)"):
         fit(turns(), loader(inputs("abc")), callbacks=[GradientConflict(at=at)])
+
+
+def test_tools_that_work_on_a_trunk_say_so(tmp_path: Path) -> None:
+    module: Any = turns()
+    with pytest.raises(TypeError, match=r"export works on a trunk and heads, which Turns has not"):
+        export(module, inputs("abc"), tmp_path / "model.pt2")
+    with pytest.raises(TypeError, match=r"drop_task works on a trunk and heads"):
+        drop_task(module, "a")
+    with pytest.raises(ValueError, match="parameter_report asks a trunk and heads"):
+        parameter_report(module, inputs("abc"))
+    with pytest.raises(ValueError, match=r"parameter_groups\(\) makes a group of the trunk and of each head"):
+        module.parameter_groups()
+    with pytest.raises(ValueError, match="give the optimizer groups of its own"):
+        fit(module, loader(inputs("abc")), callbacks=[TaskLearningRate(Importance({"a": 2.0}))], precision=64)
+
+
+def test_rates_of_tasks_whose_groups_are_named() -> None:
+    class Grouped(Turns):
+        def configure_optimizers(self) -> Any:
+            groups: list[dict[str, Any]] = [
+                {"params": top.parameters(), "name": f"head/{task}"} for task, top in self.tops.items()
+            ]
+            rest = [*self.body.parameters(), *self.detour.parameters()]
+            return torch.optim.SGD([*groups, {"params": rest}], lr=0.1)
+
+    torch.manual_seed(4)
+    module = Grouped().double()
+    before = module.tops["a"].weight.detach().clone()
+    expected = oracle.gradients(module, inputs("abc"))["a"]["tops.a.weight"]
+    fit(module, loader(inputs("abc")), callbacks=[TaskLearningRate(Importance({"a": 2.0}))], precision=64)
+    torch.testing.assert_close(before - module.tops["a"].weight.detach(), 0.2 * expected)
+
+
+def test_single_task_baselines() -> None:
+    scores = train_and_score(
+        turns().float(),
+        (loader({task: x.float() for task, x in inputs("abc").items()}),) * 2,
+        lambda: quiet_trainer(callbacks=[MGDA()]),
+        tasks=["b"],
+    )
+    assert list(scores) == ["b"]
 
 
 def test_what_cannot_work_is_refused() -> None:

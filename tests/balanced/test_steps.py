@@ -13,7 +13,7 @@ from lightning_mtl import Aggregator, BalancedModule, Signals, Weighting
 from lightning_mtl.method.base import Measure
 from lightning_mtl.weighting import MGDA
 from tests.balanced import oracle
-from tests.balanced.models import MODELS, made, points
+from tests.balanced.models import MODELS, Physics, made, points
 from tests.training import Steps, fit, loader
 
 
@@ -124,3 +124,28 @@ def test_named_modules_are_measured_alone() -> None:
     expected = oracle.update(found, oracle.shared(found), w, dict.fromkeys(w, 1.0))
     for n, parameter in module.named_parameters():
         torch.testing.assert_close(before[n] - parameter.detach(), expected[n])
+
+
+@pytest.mark.parametrize("number", [3, 200])
+@pytest.mark.parametrize("method", ["none", "gramian", "gramian by rows", "norms"])
+def test_losses_with_graphs_of_their_own_are_passed_backward_once(method: str, number: int) -> None:
+    # Each hidden tensor's gradient is computed as often as plain training of the sum does: there is no pass to apply.
+    class Counted(Physics):
+        calls = 0
+
+        def count(self, _: Tensor) -> None:
+            self.calls += 1
+
+        def forward(self, points: Tensor) -> Tensor:
+            hidden = self.net[:2](points)
+            hidden.register_hook(self.count)
+            result: Tensor = self.net[2:](hidden)
+            return result
+
+    torch.manual_seed(1)
+    module, batch, weighting = Counted(width=32).double(), points("Physics", number), METHODS[method]()
+    torch.stack([output.loss for output in module.present_outputs(batch).values()]).sum().backward()
+    plain, module.calls = module.calls, 0
+    fit(module, loader(batch), callbacks=[] if weighting is None else [weighting], precision=64)
+    assert plain >= 3
+    assert module.calls == plain
