@@ -158,5 +158,5 @@ class BalancedModule(SteppedModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
         """Predict a batch: ``self(batch)``; with autograd on where ``evaluate_with_gradients`` says so."""
-        with evaluating(self, batch, enabled=self.evaluate_with_gradients) as given:
+        with evaluating(self, batch) as given:
             return apply_to_collection(self(given), Tensor, Tensor.detach)

@@ -195,12 +195,10 @@ class LossModule(TaskModule):
     """Makes losses by task of a batch, and hands them to what takes the steps.
 
     Attributes:
-        recorder: What is told of labels and shapes.
         optimization: What takes the steps.
     """
 
-    recorder: Any  # of a layer above
-    optimization: Any  # likewise
+    optimization: Any  # of a layer above
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
         """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""

@@ -40,6 +40,9 @@ class TaskModule(pl.LightningModule):
         present_tasks: The tasks that some rank's micro-batch has; None outside of a training step.
         delta_m_over: The tasks whose baselines ``val/delta_m`` compares with: ``"all"``, or the ``"main"`` ones alone.
         sharing: What the steps' graphs say about shared parameters; None where the module says it itself.
+        evaluate_with_gradients: Whether validation, test and prediction have autograd on, for losses that
+            differentiate the model themselves.
+        recorder: What is told of each step, to log it.
         depths: Parts of the model with learning rates of their own, as a callback that unfreezes them gives them.
     """
 
@@ -54,6 +57,8 @@ class TaskModule(pl.LightningModule):
     present_tasks: Sequence[str] | None = None
     delta_m_over: Literal["all", "main"] = "all"
     sharing: Sharing | None = None
+    evaluate_with_gradients: bool = False
+    recorder: Any  # of a layer above
     depths: tuple[Depth, ...] = ()
     train_task_metrics: nn.ModuleDict
     _trunk_parts: TrunkParts | None = None

@@ -71,10 +71,6 @@ class SteppedModule(LossModule, OptimizerHooks):
     _trunk_lr: float | None
     _head_lr: dict[str, float]
 
-    evaluate_with_gradients: bool = False
-    """Whether losses are computed with autograd on in validation and test, too, for those that differentiate the model
-    themselves."""
-
     def __init__(self) -> None:
         # Lightning forgets what a subclass has set before its super().__init__(), or as an attribute of the class.
         automatic = getattr(self, "automatic_optimization", False)
@@ -119,7 +115,7 @@ class SteppedModule(LossModule, OptimizerHooks):
         batch = self.under_its_name(stage, batch, dataloader_idx)
         if dataloader_idx > 0 and not is_per_task(batch, self.tasks):
             raise several_loaders()
-        with evaluating(self, batch, enabled=self.evaluate_with_gradients) as given:
+        with evaluating(self, batch) as given:
             outputs = self.present_outputs(given)
         if not outputs:
             return

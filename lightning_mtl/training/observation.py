@@ -21,6 +21,7 @@ from lightning_mtl.gradients.side_pass import gradients_beside
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.monitors.base import Monitor, guarding, turn_off_if_slow, turned_off_elsewhere
 from lightning_mtl.task.module import TaskModule
+from lightning_mtl.training.evaluation import second_look
 from lightning_mtl.training.reduced import Reduced
 from lightning_mtl.training.snapshots import Snapshot
 from lightning_mtl.training.window import Window
@@ -184,7 +185,7 @@ class Observation:
                 if self._before is not None:
                     self._before.put_back()  # the random numbers that the losses were computed with
                 torch.clear_autocast_cache()  # which holds the parameters in half precision, as they were
-                with module.trainer.precision_plugin.train_step_context():
+                with module.trainer.precision_plugin.train_step_context(), second_look(module):
                     outputs = module.present_outputs(given)
                 for other, name in enumerate(names):
                     if name in outputs:

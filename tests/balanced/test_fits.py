@@ -18,11 +18,11 @@ from lightning_mtl.architectures import parameter_report
 from lightning_mtl.data import MultiTaskDataModule
 from lightning_mtl.finetuning import drop_task, export
 from lightning_mtl.learning_rates import Importance, TaskLearningRate
-from lightning_mtl.monitors import GradientConflict
+from lightning_mtl.monitors import GradientConflict, TaskAffinity
 from lightning_mtl.transfer import train_and_score
-from lightning_mtl.weighting import MGDA, UncertaintyWeighting
+from lightning_mtl.weighting import FAMO, MGDA, UncertaintyWeighting
 from tests.balanced import oracle
-from tests.balanced.models import SGD, Forces, mlp, points
+from tests.balanced.models import SGD, Forces, made, mlp, points
 from tests.balanced.test_steps import Shared, Watch, weights_of
 from tests.training import Steps, fit, flat_parameters, loader, quiet_trainer
 
@@ -195,6 +195,14 @@ def test_validation_differentiates_where_it_is_asked_to() -> None:
 def test_validation_that_cannot_differentiate_names_the_fix() -> None:
     with pytest.raises(RuntimeError, match="evaluate_with_gradients = True"):
         fit(Forces().double(), loader(points("Forces")), loader(points("Forces")))
+
+
+def test_losses_that_differentiate_are_computed_again_beside_a_step() -> None:
+    module, batch = made("Forces"), points("Forces")
+    famo, affinity = FAMO(), TaskAffinity(every_n_steps=1, exact=True)
+    fit(module, loader(batch, batch), callbacks=[famo, affinity], precision=64)
+    assert not affinity.off
+    assert famo.last.isfinite().all()
 
 
 def test_metrics_of_what_task_losses_returns() -> None:
