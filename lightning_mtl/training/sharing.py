@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
+from lightning_mtl.devices import numbers, send
 from lightning_mtl.gradients.graph import note_reach
 from lightning_mtl.gradients.trunk import TrunkGradients
 from lightning_mtl.task.module import TaskModule
@@ -60,6 +60,6 @@ def find_shared(
 def _agree(sharing: Sharing, window: Window, parameters: Sequence[Tensor], *, news: bool) -> None:
     """Put together what the ranks know, if one of them has learned something."""
     device = parameters[0].device
-    if window.ranks.sum(torch.tensor(float(news), device=device)):
-        table = sharing.table(parameters, len(window.tasks)).to(device)
+    if window.ranks.sum(numbers([float(news)], device)):
+        table = send(sharing.table(parameters, len(window.tasks)), device)
         sharing.take(window.ranks.sum(table), parameters)
