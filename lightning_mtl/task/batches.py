@@ -94,8 +94,12 @@ def under_its_name(batch: Any, loaders: Any, dataloader_idx: int, tasks: Collect
     """
     if not isinstance(loaders, Mapping) or not set(loaders) <= set(tasks):
         return batch
-    if is_joint(batch, tasks) or is_per_task(batch, tasks):
-        return batch
+    if (
+        is_joint(batch, tasks)
+        or is_per_task(batch, tasks)
+        or (isinstance(batch, Mapping) and set(batch) == set(loaders))
+    ):
+        return batch  # one of all loaders at once, or of tasks anyway
     return {list(loaders)[dataloader_idx]: batch}
 
 

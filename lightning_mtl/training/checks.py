@@ -132,7 +132,8 @@ def check_evaluation_loaders(module: TaskModule, step: str, loaders: Any) -> Non
     if not getattr(type(module), step).__module__.startswith(__name__.rpartition(".")[0]):
         return
     if isinstance(loaders, Mapping):
-        if len(loaders) > 1 and not set(loaders) <= set(module.tasks):
+        # A module without a trunk reads batches by itself, under whatever names.
+        if len(loaders) > 1 and module.the_trunk is not None and not set(loaders) <= set(module.tasks):
             raise several_loaders()
     elif isinstance(loaders, list | tuple) and len(loaders) > 1:
         raise several_loaders()

@@ -112,10 +112,12 @@ class SteppedModule(LossModule, OptimizerHooks):
         return under_its_name(batch, loaders, dataloader_idx, self.tasks)
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
-        batch = self.under_its_name(stage, batch, dataloader_idx)
-        if dataloader_idx > 0 and not is_per_task(batch, self.tasks):
+        named = self.under_its_name(stage, batch, dataloader_idx)
+        # A module without a trunk reads what comes under a name by itself.
+        known = is_per_task(named, self.tasks) or (self.the_trunk is None and named is not batch)
+        if dataloader_idx > 0 and not known:
             raise several_loaders()
-        with evaluating(self, batch) as given:
+        with evaluating(self, named) as given:
             outputs = self.present_outputs(given)
         if not outputs:
             return

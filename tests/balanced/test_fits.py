@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -20,7 +21,7 @@ from lightning_mtl.finetuning import drop_task, export
 from lightning_mtl.learning_rates import Importance, TaskLearningRate
 from lightning_mtl.monitors import GradientConflict, TaskAffinity
 from lightning_mtl.transfer import train_and_score
-from lightning_mtl.weighting import FAMO, MGDA, UncertaintyWeighting
+from lightning_mtl.weighting import FAMO, MGDA, ExcessMTL, UncertaintyWeighting
 from tests.balanced import oracle
 from tests.balanced.models import SGD, Forces, made, mlp, points
 from tests.balanced.test_steps import Shared, Watch, weights_of
@@ -257,6 +258,22 @@ def test_losses_by_name_from_several_loaders() -> None:
     trainer.fit(module, datamodule=data_module)
     assert module.seen == [["boundary", "points"]] * 4
     assert "val/loss/smooth" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_validation_of_several_loaders_by_name(together: bool) -> None:
+    module = turns().float()
+    parts = {task: loader(inputs(task)[task].float()) for task in "abc"}
+    trainer = fit(module, loader({"a": torch.rand(2, 3)}), CombinedLoader(parts, "max_size") if together else parts)
+    with torch.no_grad():
+        expected = {task: module.task_losses({task: inputs(task)[task].float()})[task].item() for task in "abc"}
+    assert {task: trainer.callback_metrics[f"val/loss/{task}"].item() for task in "abc"} == pytest.approx(expected)
+
+
+def test_a_method_with_a_number_a_parameter_refuses_a_set_that_grows() -> None:
+    batches = [inputs("a"), inputs("b"), inputs("abc"), inputs("b", 7)]
+    with pytest.raises(ValueError, match=r"name them by shared_parameters\(\)"):
+        fit(turns(), loader(*batches), callbacks=[ExcessMTL()], precision=64)
 
 
 # What tasks share may be said
