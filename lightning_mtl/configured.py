@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.balanced import BalancedModule
 
 ROOMS = ("weighting", "architectures", "monitors", "learning_rates", "data", "finetuning")
 
@@ -169,7 +169,7 @@ tells of searches over weightings and hyperparameters.
 
 
 class MultiTaskCLI(LightningCLI):
-    """Runs LightningCLI for a :class:`~lightning_mtl.MultiTaskModule`, or a subclass of it, and any data module.
+    """Runs LightningCLI for a :class:`~lightning_mtl.BalancedModule`, of trunk and heads or not, and any data module.
 
     Everything in the package goes by its short name (``--trainer.callbacks+=MGDA``), all else by its class path. What
     cannot be read, or is refused by a constructor, ends with one line and exit code 2; with the environment variable
@@ -191,7 +191,7 @@ class MultiTaskCLI(LightningCLI):
     ) -> None:
         load_short_names()
         super().__init__(
-            MultiTaskModule,
+            BalancedModule,
             pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,

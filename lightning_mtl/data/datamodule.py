@@ -147,7 +147,8 @@ class MultiTaskDataModule(pl.LightningDataModule):
         """Refuse data whose names are not those of the module's tasks; start the training data from the beginning."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         if isinstance(module, TaskModule):
-            for part in LOADED_STAGES[stage]:
+            # A module without a trunk reads batches by itself, under whatever names.
+            for part in LOADED_STAGES[stage] if module.the_trunk is not None else ():
                 if (data := self.task_data(part)) is not None:
                     check_names(part, list(data), list(module.tasks), complete=part == "train")
         # Lightning validates where the hook val_dataloader is overridden. Whether there are validation data is known

@@ -89,8 +89,8 @@ def check_tasks(
     tasks = getattr(module, "tasks", None)
     if not isinstance(tasks, Mapping):
         raise TypeError(
-            f"{method} balances the tasks of a lightning_mtl.MultiTaskModule, found {type(module).__name__}; subclass "
-            "MultiTaskModule."
+            f"{method} balances the tasks of a lightning_mtl.BalancedModule or MultiTaskModule, found "
+            f"{type(module).__name__}; subclass one of them."
         )
     for argument, given in named.items():
         if unknown := [task for task in given if task not in tasks] if isinstance(given, Mapping) else []:

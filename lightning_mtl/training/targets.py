@@ -78,12 +78,12 @@ def follow_targets(module: TaskModule, trainer: pl.Trainer, batch: Any) -> None:
                 [labels.new_full((), labels.numel()), labels.sum(), labels.square().sum()]
             )
     for task, own in zip(running, sum_over(trainer, sums).unbind(), strict=True):
-        if isinstance(final_layer(task, module.heads[task]).weight, DTensor):
+        if isinstance(final_layer(task, module.the_heads[task]).weight, DTensor):
             raise ValueError(
                 f"Task(standardize='running') of task {task!r} corrects a layer of its head, which is sharded (FSDP2); "
                 "give standardize=(mean, std)."
             )
-        _units(module, task).follow(own, module.heads[task])
+        _units(module, task).follow(own, module.the_heads[task])
 
 
 def _units(module: TaskModule, task: str) -> Units:
