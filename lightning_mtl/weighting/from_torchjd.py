@@ -28,6 +28,8 @@ class FromTorchJD(Weighting):
     has classes of its own. The library is installed by ``pip install 'lightning-mtl[torchjd]'``. Heads follow their
     own, unweighted losses.
 
+    When: a weighting that TorchJD has and this package has not.
+
     Args:
         weighting: A ``torchjd.aggregation.Weighting`` over the Gramian, ``UPGradWeighting()`` for instance; an
             aggregator that has one, ``UPGrad()``; or any function from ``[K, K]``, float64 on the CPU, to ``[K]``.
