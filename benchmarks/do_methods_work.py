@@ -26,7 +26,7 @@ from rich.progress import Progress
 from benchmarks.methods_report import Row, compared, rows_of, table, verdict, write
 from benchmarks.real_problems import PROBLEMS, Problem, digits
 from benchmarks.trials import NAMED, REST, SINGLE, STATIC, Method, Tuned, complete, shared_methods, tune
-from quickstart import quieten
+from program import quieten
 
 TUNING_SEEDS = 2
 FILE_WIDTH = 160  # columns of a table that goes to a file, where no terminal says how many there are

@@ -51,7 +51,7 @@ class Problem:
 
 
 def digits(data_dir: Path | None = None) -> Problem:
-    """MultiDigits, or MultiMNIST from a folder; the model is the quickstart's."""
+    """MultiDigits, or MultiMNIST from a folder; the model is that of examples/two_digits.py."""
 
     @functools.cache
     def fold(seed: int) -> Fold:

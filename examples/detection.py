@@ -43,7 +43,7 @@ from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl import weighting as methods
 from lightning_mtl.metrics import delta_m
 from lightning_mtl.monitors.figures import blank_figure, log_figure
-from quickstart import Watcher, next_folder, positive, quieten, spread
+from program import Watcher, next_folder, positive, quieten, spread
 from scattered_digits import TASKS, Scenes, Splits, load_splits
 
 CHOICES: dict[str, Callable[[], Weighting]] = {

@@ -31,7 +31,7 @@ from lightning_mtl.metrics import delta_m
 from lightning_mtl.monitors import GateUsage
 from lightning_mtl.monitors.figures import heatmap
 from lightning_mtl.monitors.gates import GateTable
-from quickstart import margin_of, next_folder, positive, quieten, spread
+from program import margin_of, next_folder, positive, quieten, spread
 
 OUTPUTS = 16
 

@@ -32,7 +32,7 @@ from lightning_mtl import MultiTaskModule, Task
 from lightning_mtl.finetuning import GradualUnfreezing, add_task
 from lightning_mtl.metrics import paired_bootstrap_interval
 from lightning_mtl.monitors.figures import blank_figure
-from quickstart import quieten, spread
+from program import quieten, spread
 
 CLASSES = {"digit": 10, "odd": 2, "upper": 2}
 NEW = ("odd", "upper")

@@ -29,7 +29,7 @@ from lightning_mtl.monitors import TaskAffinity, best_grouping
 from lightning_mtl.transfer import TaskScores, TransferReport, single_task_baselines, train_and_score
 from lightning_mtl.weighting import MGDA, UncertaintyWeighting
 from multi_digits import DigitPairs, load_splits
-from quickstart import next_folder, quieten
+from program import next_folder, quieten
 
 CLASSES = {"left": 10, "left_odd": 2, "right": 10, "right_odd": 2}
 Loader = DataLoader[tuple[Tensor, dict[str, Tensor]]]

@@ -36,7 +36,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_mtl import MultiTaskModule, Task
 from lightning_mtl.data import Joint, Mixing, MultiTaskDataModule, Proportional, RoundRobin, Schedule
-from quickstart import next_folder, quieten
+from program import next_folder, quieten
 
 SAMPLES = {"digit": 1200, "parity": 300, "large": 60}
 CLASSES = {"digit": 10, "parity": 2, "large": 2}

@@ -39,7 +39,7 @@ from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl import weighting as methods
 from lightning_mtl.monitors.figures import blank_figure, log_figure
 from missing_labels import EXPECTED, MISSING, Splits, load, split
-from quickstart import next_folder, positive, quieten, spread
+from program import next_folder, positive, quieten, spread
 
 CHOICES: dict[str, Callable[[], Weighting]] = {
     "GradNorm": methods.GradNorm,

@@ -29,7 +29,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_mtl import MultiTaskModule, Task
 from lightning_mtl.architectures import SoftSharing, parameter_report
 from lightning_mtl.monitors.figures import blank_figure
-from quickstart import margin_of, quieten, spread
+from program import margin_of, quieten, spread
 
 TASKS = ("sharp", "blurred")
 LABELED, HELD_OUT = 50, 200  # scans of each task to train on, and of all to choose the strength with

@@ -120,6 +120,8 @@ def _of_a_step(line: dict[str, float]) -> bool:
 OTHERS = [pytest.param(row.make, id=row.label, marks=pytest.mark.slow) for row in SHELF if row.fits]
 
 
+# SoftOptimalUncertainty's weights on these few, learned batches.
+@pytest.mark.filterwarnings("ignore:.* times the median weight of the others")
 @pytest.mark.parametrize(
     "make", thinned([*one_of_each((row.make for row in ROWS if row not in SHELF), memory), *OTHERS])
 )

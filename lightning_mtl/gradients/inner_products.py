@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -208,3 +208,22 @@ def _norms_again(block: Tensor, norms: Tensor) -> Tensor:
         found = block[row].cpu() if block.device.type in WITHOUT_FLOAT64 else block[row]
         norms[row] = torch.linalg.vector_norm(found.double())
     return norms
+
+
+class MadeBlocks(Sequence[Tensor]):
+    """Matrices of rows; those of layers are made when they are asked for, so that one at a time is in memory."""
+
+    def __init__(self, rows: Sequence[Tensor], made: Sequence[Callable[[], Tensor]]) -> None:
+        self._rows, self._made = rows, made
+        self._newest: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._made)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # nobody asks for a slice
+        if index < len(self._rows):
+            return self._rows[index]
+        if self._newest is None or self._newest[0] != index:
+            self._newest = None
+            self._newest = index, self._made[index - len(self._rows)]()
+        return self._newest[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -16,10 +17,12 @@ from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.batched import all_at_once
 from lightning_mtl.gradients.compressed import Convolution, Cotangents, Embedding, Layer, Linear
 from lightning_mtl.gradients.graph import check_nothing_hidden, check_repeatable
-from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian
+from lightning_mtl.gradients.inner_products import MadeBlocks, Measured, Wanted, gramian
 from lightning_mtl.gradients.micro_batch import MicroBatch, surrogate
 from lightning_mtl.gradients.rows import Rows, add_gradients, by_parameter, in_order, rows_for, weighted_sums
 from lightning_mtl.gradients.torch_internals import ACCUMULATE_GRAD, CAST, TRANSPOSE, hooks_of, parameter_hooks_off
+
+_logger = logging.getLogger(__name__)
 
 
 class TrunkGramian:
@@ -64,6 +67,13 @@ class TrunkGramian:
         if batch.unseen:
             check_repeatable(losses)
         layers, rest = self._sorted(losses)
+        if batch.unseen:
+            _logger.debug(
+                "per-task gradients: %d layers measured without rows (%d parameters), rows of %d parameters",
+                len(layers),
+                sum(parameter.numel() for layer in layers for parameter in layer.parameters),
+                sum(parameter.numel() for parameter in rest),
+            )
         self._layers = [(layer, []) for layer in layers]
         edges = [edge for layer in layers for edge in layer.edges]
         if rest:
@@ -120,7 +130,7 @@ class TrunkGramian:
         if self.ranks.size > 1:
             blocks = [self.ranks.part_of(rows) for rows in blocks]
         if made := self._compressed():
-            blocks = _Blocks(blocks, made)
+            blocks = MadeBlocks(blocks, made)
         # Where several ranks train, each takes a part of the columns, and the products add up.
         if wanted == "gramian":
             return Measured.of_products(gramian(blocks, self.ranks, scale=self._batch.scale))
@@ -160,25 +170,6 @@ class TrunkGramian:
         loss = surrogate((self._losses * weights).sum(), parameters, gradients)
         penalty, self._batch.penalty = self._batch.penalty, None  # its graph need not outlive the backward pass
         return loss if penalty is None else loss + penalty
-
-
-class _Blocks(Sequence[Tensor]):
-    """Matrices of rows; those of layers are made when they are asked for, so that one at a time is in memory."""
-
-    def __init__(self, rows: Sequence[Tensor], made: Sequence[Callable[[], Tensor]]) -> None:
-        self._rows, self._made = rows, made
-        self._newest: tuple[int, Tensor] | None = None
-
-    def __len__(self) -> int:
-        return len(self._rows) + len(self._made)
-
-    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # nobody asks for a slice
-        if index < len(self._rows):
-            return self._rows[index]
-        if self._newest is None or self._newest[0] != index:
-            self._newest = None
-            self._newest = index, self._made[index - len(self._rows)]()
-        return self._newest[1]
 
 
 # What a node does with its input at a position, which has been transposed on the way or not, and which dimension of a

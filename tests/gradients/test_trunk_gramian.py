@@ -14,6 +14,9 @@ from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.trunk_gramian import TrunkGramian, layers_of
+from lightning_mtl.weighting import MGDA
+from tests.small import batch, small
+from tests.training import fit, loader
 
 Losses = Sequence[Tensor]
 WEIGHTS = torch.tensor([0.3, -1.7, 0.6], dtype=torch.float64)
@@ -190,3 +193,12 @@ def test_nearly_stationary_points_are_as_exact_as_rows(by: float) -> None:
         gradient = torch.randn(64, 512)
         losses.append((z * torch.cat([gradient, -gradient + by * torch.randn(64, 512)])).sum())
     check(losses, list(layer.parameters()), 3e-5, layers=1, cancels_to=by)
+
+
+def test_what_goes_without_rows_is_told_once_a_fit(caplog: pytest.LogCaptureFixture, every_layer: None) -> None:
+    model = small()
+    with caplog.at_level("DEBUG", logger="lightning_mtl.gradients.trunk_gramian"):
+        fit(model, loader(batch(8), batch(8)), callbacks=[MGDA()], max_epochs=2)
+    weights = sum(parameter.numel() for parameter in model.trunk.parameters())
+    [line] = [record.getMessage() for record in caplog.records if record.name.endswith("trunk_gramian")]
+    assert f"layers measured without rows ({weights} parameters), rows of 0 parameters" in line
