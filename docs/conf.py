@@ -9,7 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "extensions"), str(HERE.parent)]
 
-import lightning_mtl  # noqa: E402 - found by the line above
+import lightning_mtl
 
 project = "lightning_mtl"
 author = "The lightning_mtl contributors"
@@ -32,15 +32,15 @@ repository = os.environ.get("LIGHTNING_MTL_REPOSITORY", "").rstrip("/")
 myst_enable_extensions = ["attrs_inline", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebooks hold their outputs; a test executes them
-# What one builder cannot show, another one can: Sphinx writes no notebook's widgets.
-suppress_warnings = ["mystnb.unknown_mime_type"]
 
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # overridden hooks are Lightning's to describe
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_class_signature = "mixed"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes that are documented twice are no duplicates then
 napoleon_use_rtype = False
 add_module_names = False
 html_math_renderer = "mathml"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from lightning_mtl.cli.method_table import Method, methods
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
+WRAPPERS = ("CRMOGM", "Frozen")
+COSTS_AS_MUCH = {"PIVRG": "FairGrad"}  # whose solver it has
 Costs = Mapping[str, Mapping[str, float]]
 
 
@@ -36,7 +39,8 @@ def read_weights() -> dict[str, dict[str, Any]]:
 
 def cost(method: str, costs: Costs) -> str:
     """Both trunks' ratios, ``"4.6 / 4.2"``; empty where none was measured."""
-    row = costs.get(method, {})
+    name, _, place = method.partition(" ")
+    row = costs.get(f"{COSTS_AS_MUCH.get(name, name)} {place}".strip(), {})
     return f"{row['mlp']:.1f} / {row['conv']:.1f}" if {"mlp", "conv"} <= row.keys() else ""
 
 
@@ -53,7 +57,7 @@ def measured(method: Method) -> str:
     what = {"gramian": "Gramian", "losses": "a metric" if method.name == "DTP" else "losses"}.get(
         method.measures, method.measures
     )
-    if method.name in ("CRMOGM", "Frozen"):
+    if method.name in WRAPPERS:
         return "as the wrapped method"
     if method.measures == "losses" and not issubclass(kind, Aggregator):
         return what
@@ -62,7 +66,7 @@ def measured(method: Method) -> str:
 
 def scales_heads(method: Method) -> str:
     kind: type[Weighting] = getattr(weighting, method.name)
-    if method.name in ("CRMOGM", "Frozen"):
+    if method.name in WRAPPERS:
         return "as wrapped"
     if kind.head_weights is not Weighting.head_weights:
         return "by another factor"
@@ -103,16 +107,19 @@ def with_table(page: str) -> str:
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
 
 
-def draw_weights(shown: str, weights: Mapping[str, list[float]], every_n_steps: int, path: Path) -> None:
-    """The weights of both tasks over the steps, as SVG."""
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
+def draw_weights(shown: str, weights: Mapping[str, list[float | None]], every_n_steps: int, path: Path) -> None:
+    """The weights of all tasks over the steps, as SVG; the axis ends a little above most of them."""
+    figure = Figure(figsize=(7.5, 3), layout="constrained")
     axes = figure.subplots()
     for task, values in weights.items():
-        axes.plot([every_n_steps * n for n in range(len(values))], values, label=task, linewidth=1.3)
+        numbers = [math.nan if value is None else value for value in values]
+        axes.plot([every_n_steps * n for n in range(len(values))], numbers, label=task, linewidth=1.2)
+    known = sorted(value for values in weights.values() for value in values if value is not None)
+    low, high = known[len(known) // 50], known[-len(known) // 20]
+    axes.set_ylim(min(0.0, 1.3 * low), 1.3 * high)
     axes.set_xlabel("step")
     axes.set_ylabel("weight")
     axes.set_title(shown, fontsize=10, family="monospace")
-    axes.set_ylim(bottom=min(0.0, *(min(values) for values in weights.values())))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, ncols=len(weights))
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, format="svg", metadata={"Date": None})

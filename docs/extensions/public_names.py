@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, get_origin
 
 import lightning_mtl
 
@@ -28,6 +28,11 @@ WITHOUT_ALL = {
 }
 # Packages whose public names are those of the root.
 AT_THE_ROOT = ("lightning_mtl.method", "lightning_mtl.task")
+# What has no docstring of its own.
+DATA = {
+    "TaskScores": "``{task: {metric: value}}``, as :func:`~lightning_mtl.transfer.task_scores` returns it.",
+    "__version__": "The version of the package, as in the metadata of its wheel.",
+}
 # The pages: title, modules in order. Packages that no page names get a page of their own.
 PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "module": ("Modules, tasks and bases", ("lightning_mtl", "lightning_mtl.task.labels", "lightning_mtl.trunk")),
@@ -57,26 +62,26 @@ class Entry:
 
     @property
     def directive(self) -> str:
+        if get_origin(self.value) is not None:  # an alias such as dict[str, float]
+            return "data"
         if isinstance(self.value, type):
             return "autoexception" if issubclass(self.value, BaseException) else "autoclass"
-        return "autofunction" if callable(self.value) else "autodata"
+        return "autofunction" if callable(self.value) else "data"
 
     @property
     def summary(self) -> str:
         """The docstring's first sentence."""
-        if self.directive == "autodata":
-            return ""
+        if self.directive == "data":
+            return DATA[self.name]
         text = (inspect.getdoc(self.value) or "").partition("\n\n")[0]
         return " ".join(text.split())
 
 
 def public_modules() -> list[str]:
     """The package, and every module below it that says by ``__all__`` what is public."""
-    found = ["lightning_mtl"]
-    for info in pkgutil.iter_modules(lightning_mtl.__path__, "lightning_mtl."):
-        if hasattr(importlib.import_module(info.name), "__all__") and info.name not in AT_THE_ROOT:
-            found.append(info.name)
-    return found
+    below = [info.name for info in pkgutil.iter_modules(lightning_mtl.__path__, "lightning_mtl.")]
+    public = [name for name in below if hasattr(importlib.import_module(name), "__all__") and name not in AT_THE_ROOT]
+    return ["lightning_mtl", *public]
 
 
 def entries_of(module_name: str) -> list[Entry]:
