@@ -30,7 +30,7 @@ WITHOUT_ALL = {
 AT_THE_ROOT = ("lightning_mtl.method", "lightning_mtl.task")
 # What has no docstring of its own.
 DATA = {
-    "TaskScores": "``{task: {metric: value}}``, as :func:`~lightning_mtl.transfer.task_scores` returns it.",
+    "TaskScores": '``{task: {metric: value}}``; ``"loss"`` stands for the task\'s loss.',
     "__version__": "The version of the package, as in the metadata of its wheel.",
 }
 # The pages: title, modules in order. Packages that no page names get a page of their own.

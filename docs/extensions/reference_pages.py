@@ -5,6 +5,7 @@ They lie in ``docs/generated``, which git ignores, beside copies of the pages th
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from pathlib import Path
@@ -34,27 +35,22 @@ COPIES = {
 LINK = re.compile(
     r"(?P<mark>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?!https?:|mailto:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)"
 )
-# Bases whose own members the reference leaves to their libraries.
-OTHERS = (
-    "LightningModule, LightningDataModule, Callback, ModelHooks, DataHooks, CheckpointHooks, HyperparametersMixin, "
-    "_DeviceDtypeModuleMixin, Module, object, tuple, dict"
-)
+# What users call or set of bases that are not public themselves.
+INHERITED = {"Weighting": ("add_state",), "MultiTaskModule": ("parameter_groups",)}
 
 
 def heading(text: str, line: str = "=") -> str:
     return f"{text}\n{line * len(text)}\n\n"
 
 
-def documented(entry: Entry, inherited: bool) -> str:
-    lines = [f".. {entry.directive}:: {entry.path}"]
-    if entry.directive == "autoclass":
-        lines.append("   :members:")
-        if inherited:
-            lines.append(f"   :inherited-members: {OTHERS}")
+def documented(entry: Entry) -> str:
     if entry.directive == "data":
-        lines[0] = f".. py:data:: {entry.path}"
-        lines += ["", f"   {entry.summary}"]
-    return "\n".join(lines) + "\n\n"
+        return f".. py:data:: {entry.path}\n\n   {entry.summary}\n\n"
+    text = f".. {entry.directive}:: {entry.path}\n"
+    if entry.directive == "autoclass":
+        text += "   :members:\n"
+        text += "".join(f"\n   .. automethod:: {entry.path}.{name}\n" for name in INHERITED.get(entry.name, ()))
+    return text + "\n"
 
 
 def api_page(title: str, entries: list[Entry]) -> str:
@@ -69,7 +65,7 @@ def api_page(title: str, entries: list[Entry]) -> str:
         text += heading(module, "-") if len(modules) > 1 else ""
         for entry in entries:
             if entry.module == module and module != "lightning_mtl.weighting":
-                text += documented(entry, inherited=module == "lightning_mtl")
+                text += documented(entry)
     return text
 
 
@@ -101,8 +97,8 @@ def method_page(method: Method, picture: str | None, shown: str | None) -> str:
         return f"{text}{reason}, so there is no picture.\n"
     return text + (
         f"``{shown}`` on the `quickstart's <../examples.html#quickstart-py>`__ six tasks with ``ink`` standardized, "
-        "the first 200 steps of seed 0. ``digit`` has 30 labels, which are soon learned by heart; methods that divide by "
-        "losses or gradients then give it large weights, and what exceeds the axis is cut off.\n\n"
+        "the first 200 steps of seed 0. ``digit`` has 30 labels, which are soon learned by heart; methods that divide "
+        "by losses or gradients then give it large weights, and what exceeds the axis is cut off.\n\n"
         f".. image:: {picture}\n   :alt: The weights of six tasks over the steps\n"
     )
 
@@ -197,10 +193,25 @@ class LinkNames(SphinxTransform):
             target += node
 
 
-def emphasize_sections(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Set the first word of the paragraphs that every docstring of a method has in bold."""
+def prepare_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Set the first word of the paragraphs that every docstring of a method has in bold; keep napoleon off attributes.
+
+    Of an attribute's first line it would take what stands before a colon for the type.
+    """
+    if what in ("attribute", "data"):
+        lines.insert(0, "")
     for index, line in enumerate(lines):
         lines[index] = re.sub(r"^(When|Source|Deviations): ", r"**\1:** ", line)
+
+
+def whole_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: object, arguments: str | None, returns: str | None
+) -> tuple[str, str] | None:
+    """The arguments of a class as ``inspect`` has them; Sphinx takes those of ``__new__``, which says nothing."""
+    if what != "class" or arguments is None or not obj.__module__.startswith("lightning_mtl"):
+        return None
+    plain = [one.replace(annotation=one.empty) for one in inspect.signature(obj).parameters.values()]
+    return str(inspect.Signature(plain)), ""
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
@@ -208,5 +219,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_transform(LinkNames)
     app.connect("builder-inited", write_pages)
     app.connect("source-read", link_repository)
-    app.connect("autodoc-process-docstring", emphasize_sections)
+    app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", whole_signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
