@@ -13,7 +13,7 @@ from typing import Any
 
 from docutils import nodes
 from method_facts import cost, draw_weights, measured, papers, read_costs, read_weights, scales_heads, with_table
-from public_names import Entry, pages, paths_by_name
+from public_names import PAGES, Entry, pages, paths_by_name
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
@@ -180,7 +180,16 @@ class LinkNames(SphinxTransform):
 
     def apply(self, **kwargs: Any) -> None:
         known = paths_by_name()
+        modules = {module: page for page, (_, names) in PAGES.items() for module in names}
         for node in list(self.document.findall(nodes.literal)):
+            if page := modules.get(node.astext()):
+                target = addnodes.pending_xref(
+                    "", refdomain="std", reftype="doc", reftarget=f"/generated/api/{page}", refexplicit=True
+                )
+                target["refdoc"] = self.env.docname
+                node.replace_self(target)
+                target += node
+                continue
             name = re.match(r"\w+", node.astext())
             path = known.get(name[0]) if name else None
             own = self.env.docname == f"generated/methods/{name[0]}" if name else False
