@@ -174,32 +174,28 @@ def _matches(folder: Path, pattern: str) -> bool:
 
 
 class LinkNames(SphinxTransform):
-    """Makes inline code that begins with a public name a link to its entry in the reference."""
+    """Makes inline code that is a public module, or begins with a public name, a link to the reference."""
 
     default_priority = 400
 
     def apply(self, **kwargs: Any) -> None:
         known = paths_by_name()
         modules = {module: page for page, (_, names) in PAGES.items() for module in names}
+        here = self.env.docname
         for node in list(self.document.findall(nodes.literal)):
-            if page := modules.get(node.astext()):
-                target = addnodes.pending_xref(
-                    "", refdomain="std", reftype="doc", reftarget=f"/generated/api/{page}", refexplicit=True
-                )
-                target["refdoc"] = self.env.docname
-                node.replace_self(target)
-                target += node
+            if isinstance(node.parent, nodes.reference | addnodes.pending_xref | nodes.title):
                 continue
-            name = re.match(r"\w+", node.astext())
-            path = known.get(name[0]) if name else None
-            own = self.env.docname == f"generated/methods/{name[0]}" if name else False
-            if path is None or own or isinstance(node.parent, nodes.reference | addnodes.pending_xref | nodes.title):
+            text = node.astext()
+            name = re.match(r"\w*", text)
+            if page := modules.get(text):
+                target = {"refdomain": "std", "reftype": "doc", "reftarget": f"/generated/api/{page}"}
+            elif name and (path := known.get(name[0])) and here != f"generated/methods/{name[0]}":
+                target = {"refdomain": "py", "reftype": "obj", "reftarget": path}
+            else:
                 continue
-            target = addnodes.pending_xref(
-                "", refdomain="py", reftype="obj", reftarget=path, refexplicit=True, refdoc=self.env.docname
-            )
-            node.replace_self(target)
-            target += node
+            link = addnodes.pending_xref("", refexplicit=True, refdoc=here, refwarn=True, **target)
+            node.replace_self(link)
+            link += node
 
 
 def prepare_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

@@ -1,8 +1,9 @@
-"""Addresses of databases in messages: without passwords, with the extra that brings a missing driver."""
+"""Addresses of databases in messages: without passwords, with the package that brings a missing driver."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import traceback
 from typing import Any
 
