@@ -199,14 +199,20 @@ class LinkNames(SphinxTransform):
 
 
 def prepare_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Set the first word of the paragraphs that every docstring of a method has in bold; keep napoleon off attributes.
-
-    Of an attribute's first line it would take what stands before a colon for the type.
-    """
-    if what in ("attribute", "data"):
-        lines.insert(0, "")
+    """Set the first word of the paragraphs that every docstring of a method has in bold."""
     for index, line in enumerate(lines):
         lines[index] = re.sub(r"^(When|Source|Deviations): ", r"**\1:** ", line)
+
+
+def keep_attribute(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Keep napoleon off attributes: of the first line it would take what stands before a colon for the type."""
+    if what == "attribute":
+        app.env.temp_data[f"docstring of {name}"] = list(lines)
+
+
+def restore_attribute(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Put back what napoleon has made of an attribute's docstring."""
+    lines[:] = app.env.temp_data.pop(f"docstring of {name}", lines)
 
 
 def whole_signature(
@@ -224,6 +230,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_transform(LinkNames)
     app.connect("builder-inited", write_pages)
     app.connect("source-read", link_repository)
-    app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # napoleon comes at 500
+    app.connect("autodoc-process-docstring", keep_attribute, priority=450)
+    app.connect("autodoc-process-docstring", restore_attribute, priority=550)
     app.connect("autodoc-process-signature", whole_signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
