@@ -35,7 +35,7 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> Any:
 def exported() -> dict[str, Any]:
     """``{path: object}`` of every name that a module of the package exports."""
     modules = [info.name for info in pkgutil.walk_packages(lightning_mtl.__path__, "lightning_mtl.")]
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("lightning_mtl", *(name for name in modules if not name.endswith("__main__"))):
         module = importlib.import_module(name)
         found |= {f"{name}.{public}": getattr(module, public) for public in getattr(module, "__all__", ())}
