@@ -53,6 +53,8 @@ class SDMGrad(Preferring):
     MGDA, large values are the mean. Heads follow their own, unweighted losses. As with MGDA, one gradient that almost
     vanishes takes w for itself, and what is left of the others is their part in λ p; at exactly zero it takes no part.
 
+    When: gradients conflict, and a compromise between ``MGDA`` and the mean gradient is wanted; ``lam`` says where.
+
     Args:
         lam: λ, not negative; the authors' experiments have 0.3.
         preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the sum 1.
