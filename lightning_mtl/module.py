@@ -18,6 +18,7 @@ from lightning_mtl.task.batches import (
     refuse_batch,
 )
 from lightning_mtl.task.concatenation import concatenate, rows_of
+from lightning_mtl.task.flat import FlatBatches
 from lightning_mtl.task.labels import number_of_samples
 from lightning_mtl.task.task import Task, TaskOutput, name_task
 from lightning_mtl.task.units import Standardizers
@@ -48,6 +49,10 @@ class MultiTaskModule(BalancedModule):
             automatic optimization.
         gradient_clip_val: Clip gradients to this norm, or value, before each optimizer step.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+        inputs: For flat batches, one dict with inputs and targets: the keys that the trunk takes as keyword arguments,
+            or one key, as a plain text, that it takes by position. None takes all keys that are no targets.
+        targets: ``{task: key}`` for flat batches; a task that is not named has its own name for a key. Either of the
+            two makes every stage read flat batches, and ``{task: flat batch}``.
         concatenate_inputs: Where each task has inputs of its own, call the trunk once on all of them behind each other
             instead of once a task. The numbers are the same but for what mixes samples (BatchNorm, whose statistics
             are then over all tasks) or draws at random (dropout). It is faster where losses alone are weighed and
@@ -89,6 +94,8 @@ class MultiTaskModule(BalancedModule):
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        inputs: str | Sequence[str] | None = None,
+        targets: Mapping[str, str] | None = None,
         concatenate_inputs: bool = False,
         max_skipped_steps: int = 100,
         optimizer: OptimizerCallable = torch.optim.Adam,
@@ -107,6 +114,7 @@ class MultiTaskModule(BalancedModule):
             lr_scheduler=lr_scheduler,
         )
         self.concatenate_inputs = concatenate_inputs
+        self.flat_batches = FlatBatches.of(inputs, targets, tasks)
         self._trunk_lr, self._head_lr = trunk_lr, dict(head_lr or {})
         self.trunk = trunk
         self.heads = nn.ModuleDict({task: heads[task] for task in tasks})
@@ -114,6 +122,11 @@ class MultiTaskModule(BalancedModule):
 
     def _standardizers(self) -> Standardizers:
         return Standardizers({}, {})  # until the heads are known
+
+    def in_known_form(self, batch: Any) -> Any:  # noqa: ANN401 - whatever the loader yields
+        """Bring a flat batch into one of the two forms; an overridden ``task_losses`` gets it as the loader made it."""
+        own = type(self).task_losses is MultiTaskModule.task_losses
+        return self.flat_batches.read(batch, self.tasks) if own and self.flat_batches is not None else batch
 
     # The model
 
@@ -185,6 +198,7 @@ class MultiTaskModule(BalancedModule):
         Raises:
             ValueError: If the batch has another form.
         """
+        batch = batch if self.flat_batches is None else self.flat_batches.read(batch, self.tasks)
         if is_joint(batch, self.tasks):
             inputs, targets = batch
             predictions = self(inputs)
@@ -224,6 +238,8 @@ class MultiTaskModule(BalancedModule):
         """Predict every task of a batch of inputs, with or without targets; a task with a loader of its own, alone."""
         named = self.under_its_name("predict", batch, dataloader_idx)
         batch = batch if named is batch else {task: as_pair(own) for task, own in named.items()}
+        if self.flat_batches is not None:
+            batch = self.flat_batches.read(batch, self.tasks, labeled=False)
         if is_joint(batch, self.tasks):
             return self.forward(batch[0])
         if is_per_task(batch, self.tasks):

@@ -248,7 +248,7 @@ class LossModule(TaskModule):
         learned = self.learned_tasks
         if learned is None:
             return present_outputs(self.task_losses(batch), list(self.tasks), self.device)
-        found = self.task_losses(without_others(batch, self.tasks, learned))
+        found = self.task_losses(without_others(self.in_known_form(batch), self.tasks, learned))
         outputs = present_outputs(found, list(self.tasks), self.device)
         return {task: output for task, output in outputs.items() if task in learned}
 

@@ -12,6 +12,8 @@ from lightning_mtl.gradients.micro_batch import stack_losses
 from lightning_mtl.learning_rates.parameter_groups import Rate, apply_lr_factors, parameter_groups
 from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
 from lightning_mtl.method.base import Weighting, weighting_of
+from lightning_mtl.monitors.fit_table import bring_fit_table
+from lightning_mtl.monitors.model_summary import show_heads
 from lightning_mtl.task.batches import LossModule, is_per_task, under_its_name
 from lightning_mtl.training.checks import check_trainer_arguments, several_loaders
 from lightning_mtl.training.evaluation import evaluating
@@ -32,7 +34,7 @@ from lightning_mtl.training.update import OptimizerHooks
 
 
 def with_own_callbacks(configure: Hook) -> Hook:
-    """Let ``configure_callbacks`` also bring the recorder and the step's hooks along, once."""
+    """Let ``configure_callbacks`` also bring the recorder, the step's hooks and the final table along, once."""
 
     @functools.wraps(configure)
     def configure_callbacks(self: SteppedModule) -> list[pl.Callback]:
@@ -51,7 +53,11 @@ def with_own_callbacks(configure: Hook) -> Hook:
         there: list[pl.Callback] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         if self.recorder in there and any(type(callback) is hooks for callback in there):
             return callbacks
-        return [*callbacks, self.recorder, hooks(self.optimization), Resume(self.optimization)]
+        shown: list[pl.Callback] = []
+        if self._trainer is not None:
+            show_heads(self.trainer)
+            shown += bring_fit_table(self.trainer)
+        return [*callbacks, self.recorder, hooks(self.optimization), Resume(self.optimization), *shown]
 
     return cast("Hook", configure_callbacks)
 
@@ -112,7 +118,7 @@ class SteppedModule(LossModule, OptimizerHooks):
         return under_its_name(batch, loaders, dataloader_idx, self.tasks)
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
-        named = self.under_its_name(stage, batch, dataloader_idx)
+        named = self.in_known_form(self.under_its_name(stage, batch, dataloader_idx))
         # A module without a trunk reads what comes under a name by itself.
         known = is_per_task(named, self.tasks) or (self.the_trunk is None and named is not batch)
         if dataloader_idx > 0 and not known:
