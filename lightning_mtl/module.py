@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, cast
 
 import torch
@@ -230,9 +230,11 @@ class MultiTaskModule(SteppedModule):
             name_task(error, "loss", task)
             raise
 
-    def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
-        """The checked outputs of the tasks that a batch has labels for, in order."""
+    def present_outputs(self, batch: Any, without: Set[str] = frozenset()) -> dict[str, TaskOutput]:  # noqa: ANN401
+        """The checked outputs of the tasks that a batch has labels for, in order; none of tasks ``without``."""
         learned = self.learned_tasks
+        if without:
+            learned = frozenset(self.tasks if learned is None else learned) - without
         if learned is None:
             return present_outputs(self.task_losses(batch), list(self.tasks), self.device)
         found = self.task_losses(without_others(batch, self.tasks, learned))

@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mtl.devices import fetch, numbers, send, widest
-from lightning_mtl.distributed import sum_over
+from lightning_mtl.distributed import log_reduced, sum_over
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import Task
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.shapes import SeenShapes
 from lightning_mtl.training.checks import check_model, check_trainer
 from lightning_mtl.training.losses import LabelCounts
-from lightning_mtl.training.reduced import log_reduced
 from lightning_mtl.training.scales import LossScales, warn_of_units
 from lightning_mtl.training.schedulers import step_schedulers
 from lightning_mtl.training.scores import Scores, StageMetrics, change_from_baselines
@@ -94,6 +93,11 @@ class Recorder(Callback):
         """The tasks of the newest step."""
         return self._vectors["loss"][0] if self._vectors else ()
 
+    def count(self, window: Window, *, finite: bool) -> None:
+        """Count a step's losses into the epoch's means, unless the step is skipped."""
+        for names, losses, samples in window.local if finite else ():
+            self.losses["train"].add(losses, samples, names)
+
     def record_step(
         self,
         window: Window,
@@ -111,8 +115,6 @@ class Recorder(Callback):
             weights: ``[K]`` over all tasks, what multiplied the shared gradients; None where no weights describe it.
             rates: The tasks' own learning rates, for those that have one.
         """
-        for names, losses, samples in window.local:
-            self.losses["train"].add(losses, samples, names)
         tasks, losses, norms = signals.tasks, signals.losses, signals.norms
         if weights is not None and len(positions) < len(weights):
             weights = weights[numbers(positions, weights.device)]

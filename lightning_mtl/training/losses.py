@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.devices import numbers, widest
-from lightning_mtl.distributed import Ranks, sum_over
+from lightning_mtl.distributed import Ranks, log_reduced, sum_over
 from lightning_mtl.gradients.graph import reached_leaves
 from lightning_mtl.gradients.micro_batch import MicroBatch, stack_losses, starts_of
 from lightning_mtl.gradients.split import Split
@@ -20,7 +20,7 @@ from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import TaskOutput
 from lightning_mtl.training.absent import standing_in
 from lightning_mtl.training.cast import Cast
-from lightning_mtl.training.reduced import Reduced, log_reduced
+from lightning_mtl.training.reduced import Reduced
 from lightning_mtl.training.window import Window
 
 

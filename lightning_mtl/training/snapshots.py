@@ -137,7 +137,7 @@ def losses_after(module: TaskModule, window: Window, names: Sequence[str]) -> Te
     before = Snapshot(module, module.device)
     try:
         for batch in window.batches:
-            outputs = module.present_outputs(batch)
+            outputs = module.present_outputs(batch, window.resting.dropped)
             with torch.autocast(module.device.type, enabled=False):
                 again.note(reduce_losses(outputs, again.tasks, again.ranks, module.device), {})
     finally:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_mtl.control.resting import NONE_RESTS, Resting
 from lightning_mtl.devices import numbers
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.inner_products import Measured, Wanted
@@ -39,6 +40,7 @@ class Window:
         ranks: The processes that train together.
         shares: ``[K]``, what multiplies each task's weight in the shared gradient, and there alone; None for 1.
         scales: What losses are divided by before anyone but the loggers sees them; None for 1.
+        resting: The tasks that a callback has taken out of the training of what is shared.
 
     Attributes:
         wanted: What to measure before the weighting is asked.
@@ -64,19 +66,21 @@ class Window:
         ranks: Ranks,
         shares: Tensor | None = None,
         scales: LossScales | None = None,
+        resting: Resting = NONE_RESTS,
     ) -> None:
         self.weighting, self.step, self.epoch, self.size, self.ranks = weighting, step, epoch, size, ranks
-        self.shares, self.scales = shares, scales
+        self.shares, self.scales, self.resting = shares, scales, resting
         # What follows from the arguments alone is decided once, so that a step asks attributes instead of the method.
         self.measures = weighting is not None and weighting.measures_in(step)
         self.wanted: Wanted = "nothing"
         self.measures_at: str | tuple[str, ...] = "features"
-        self.passes_again = shares is not None
+        self.passes_again = shares is not None or bool(resting.head_only)
         # The cheapest way that does what the weighting says. Shares are the trunk's alone: heads keep their weights.
         self.way: Way = "losses" if shares is None else "features"
         if weighting is not None:
             self.measures_at = weighting.at
-            self.passes_again = weighting.measures != "losses" or not weighting.weighs_heads or size > 1
+            more = weighting.measures != "losses" or not weighting.weighs_heads or size > 1
+            self.passes_again = more or bool(resting.head_only)
             if self.measures and weighting.measures != "losses":
                 self.wanted = weighting.measures
                 self.way = "rows" if weighting.at == "trunk" else "features"
@@ -123,7 +127,7 @@ class Window:
         Args:
             reduced: Its losses over all ranks.
             penalties: Its penalties.
-            learned: How many tasks train; None for all.
+            learned: How many tasks the weighting may see; None for all.
         """
         self.micro_batches += 1
         self.penalties = {name: value.detach() for name, value in penalties.items()}
@@ -233,7 +237,7 @@ class Window:
             )
         # Weights and heads' weights that agree make a sum of losses, of which one backward pass is enough.
         alike = self.size == 1 and all(decision.head_weights is None for decision in known)
-        again = Window(self.tasks, None, self.step, self.epoch, self.size, self.ranks, scales=self.scales)
+        again = Window(self.tasks, None, self.step, self.epoch, self.size, self.ranks, None, self.scales, self.resting)
         again.way, again.collects = ("losses", False) if alike else (self.way, self.collects)
         again.passes_again, again.repeats, again._decisions = self.passes_again, True, list(known)
         return again
