@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -166,7 +167,7 @@ class TaskCheckpoint(Checkpoint):
         """Refuse settings that cannot work, and begin a fit with nothing kept."""
         name = type(self).__name__
         learned = tasks_of(name, pl_module)
-        tasks = pl_module.tasks  # type: ignore[union-attr]  # tasks_of has seen it
+        tasks = pl_module.tasks
         check_named(name, "mode", self.mode, tasks)  # type: ignore[arg-type]
         metrics = metrics_of(name, self.metrics, tasks)  # type: ignore[arg-type]
         higher = higher_is_better(name, metrics, tasks, self.mode)  # type: ignore[arg-type]
@@ -266,30 +267,25 @@ class TaskCheckpoint(Checkpoint):
             return None
         values = {position: self.epochs[position]["value"] for position in candidates}
         if self.compromise == "mean_rank":
-            rows = {position: [e["scores"].get(t, math.nan) for t in self._metrics] for position, e in self._numbered()}
+            rows = {
+                position: [e["scores"].get(t, math.nan) for t in self._metrics]
+                for position, e in enumerate(self.epochs)
+            }
             whole = [position for position, row in rows.items() if not any(map(math.isnan, row))]
             ranks = mean_rank([rows[p] for p in whole], list(self._higher.values())) if whole else []
             values = {p: -rank for p, rank in zip(whole, ranks, strict=True) if p in values}
         known = [position for position, value in values.items() if not math.isnan(value)]
         return max(known, key=lambda position: (values[position], -position), default=None)
 
-    def _numbered(self) -> list[tuple[int, Epoch]]:
-        return list(enumerate(self.epochs))
-
     def state_dict(self) -> dict[str, Any]:
         """All validations' scores, and which of them have files."""
         self._take_in()
-        epochs = [{**epoch, "scores": dict(epoch["scores"])} for epoch in self.epochs]
-        return {
-            "epochs": epochs,
-            "best": dict(self._best),
-            "compromise": self._compromise,
-            "prefix": self._prefix,
-        }
+        epochs, best = copy.deepcopy(self.epochs), dict(self._best)
+        return {"epochs": epochs, "best": best, "compromise": self._compromise, "prefix": self._prefix}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.epochs = [{**epoch, "scores": dict(epoch["scores"])} for epoch in state_dict["epochs"]]
+        self.epochs = copy.deepcopy(state_dict["epochs"])
         self._best = {task: at for task, at in state_dict["best"].items() if task in self._metrics}
         self._compromise, self._prefix = state_dict["compromise"], state_dict["prefix"]
 

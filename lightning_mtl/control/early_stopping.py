@@ -134,7 +134,7 @@ class TaskEarlyStopping(Callback):
         if sum(isinstance(callback, TaskEarlyStopping) for callback in callbacks) > 1:
             raise ValueError(f"The Trainer holds more than one {name}; give one of them all tasks.")
         learned = tasks_of(name, pl_module)
-        tasks = pl_module.tasks  # type: ignore[union-attr]  # tasks_of has seen it
+        tasks = pl_module.tasks
         for argument in ("patience", "mode", "min_delta", "then", "regret"):
             check_named(name, argument, getattr(self, argument), tasks)  # type: ignore[arg-type]
         metrics = metrics_of(name, self.metrics, tasks)  # type: ignore[arg-type]

@@ -115,6 +115,7 @@ class Recorder(Callback):
             weights: ``[K]`` over all tasks, what multiplied the shared gradients; None where no weights describe it.
             rates: The tasks' own learning rates, for those that have one.
         """
+        self.count(window, finite=True)
         tasks, losses, norms = signals.tasks, signals.losses, signals.norms
         if weights is not None and len(positions) < len(weights):
             weights = weights[numbers(positions, weights.device)]

@@ -21,6 +21,7 @@ from lightning_mtl.task.task import TaskOutput
 from lightning_mtl.training.absent import standing_in
 from lightning_mtl.training.cast import Cast
 from lightning_mtl.training.reduced import Reduced
+from lightning_mtl.training.resting import set_aside
 from lightning_mtl.training.window import Window
 
 
@@ -85,6 +86,17 @@ def over_scales(
         for (task, output), scale in zip(outputs.items(), own.unbind(), strict=True)
     }
     return scaled, replace(reduced, losses=reduced.losses / scales)
+
+
+def to_weigh(
+    module: TaskModule, window: Window, cast: Cast, outputs: dict[str, TaskOutput], reduced: Reduced
+) -> tuple[dict[str, TaskOutput], Reduced, dict[str, Tensor]]:
+    """Make of a micro-batch's losses what a weighting may see, and a penalty of those that it may not."""
+    if window.scales is not None:
+        outputs, reduced = over_scales(window, outputs, reduced)
+    if not window.resting.head_only:
+        return outputs, reduced, {}
+    return set_aside(module, window, cast, outputs, reduced)
 
 
 def _counts(given: Sequence[int | Tensor | None], losses: Tensor) -> Tensor:

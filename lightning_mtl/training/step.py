@@ -10,26 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mtl.control.resting import NONE_RESTS
 from lightning_mtl.gradients.feature_measurement import groups_read
 from lightning_mtl.gradients.features import FeatureGradients
+from lightning_mtl.gradients.gathered import GatheredGramian
 from lightning_mtl.gradients.graph import writing_no_gradients
 from lightning_mtl.gradients.inner_products import Measured
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.gradients.rows import Rows
+from lightning_mtl.gradients.sharded import ShardedTrunkGradients
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.torch_internals import KEEPING_BUFFERS
+from lightning_mtl.gradients.trunk import TrunkGradients
+from lightning_mtl.gradients.trunk_gramian import TrunkGramian
 from lightning_mtl.monitors.throughput import Phases
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_absent
 from lightning_mtl.training.cast import Cast
+from lightning_mtl.training.checks import check_collection
 from lightning_mtl.training.closure import forward_alone, pass_again
-from lightning_mtl.training.features import collection_of, features_of, find_layer
+from lightning_mtl.training.features import features_of, find_layer
 from lightning_mtl.training.logging import Recorder
-from lightning_mtl.training.losses import micro_batch_of, over_scales, reduce_losses, sample_counts
+from lightning_mtl.training.losses import micro_batch_of, reduce_losses, sample_counts, to_weigh
 from lightning_mtl.training.observation import Observation
 from lightning_mtl.training.reduced import Reduced
-from lightning_mtl.training.resting import set_aside
 from lightning_mtl.training.scores import update_metrics
 from lightning_mtl.training.snapshots import losses_after
 from lightning_mtl.training.synchronization import learns_graph, synchronizing
@@ -133,14 +136,13 @@ class Optimization:
             # Until a callback unfreezes some of what is shared there is nothing to balance but the heads.
             able = weighting is not None and weighting.measures == "losses" and weighting.weighs_heads
             weighting, shares = weighting if able else None, None
-        resting = NONE_RESTS if cast.stopping is None else cast.stopping.resting
-        tasks, scales = tuple(module.tasks), self.recorder.scales
-        window = Window(tasks, weighting, step, epoch, size, cast.ranks, shares, scales, resting)
+        scales, resting = self.recorder.scales, cast.stopping.resting if cast.stopping else None
+        window = Window(tuple(module.tasks), weighting, step, epoch, size, cast.ranks, shares, scales, resting)
         if not module.automatic_optimization:
             self.zero_gradients(module, batch_idx)
         if window.way == "rows" and cast.sharded:
             # Before the forward pass: after it, a sharded module lists other tensors, which get no gradients.
-            window.gradients = collection_of(module, window, self._rows, sharded=self.cast.sharded)
+            window.gradients = self._collection(module, window)
         window.keeps_batches = cast.asks_again or (weighting is not None and weighting.wants_losses_after)
         self._observation = Observation(module, window, cast.monitors, cast.scaler) if cast.monitors else None
         return window
@@ -153,11 +155,25 @@ class Optimization:
         module.on_before_zero_grad(optimizer)
         module.optimizer_zero_grad(module.trainer.current_epoch, batch_idx, optimizer)
 
+    def _collection(self, module: TaskModule, window: Window) -> Collection:
+        """Make ready to keep the step's gradients, task by task, where its weights are not known before its end."""
+        shared, others = module.trainable_parameters()
+        if self.cast.sharded or window.size > 1 or not shared:
+            check_collection(window, shared, sharded=self.cast.sharded)
+        tasks, ranks = tuple(module.tasks), window.ranks
+        if self.cast.sharded:
+            return ShardedTrunkGradients(tasks, shared, others)
+        features = window.wanted != "nothing" and window.measures_at == "features"
+        # Hooks of this older kind may change a layer's weight gradient, which is never computed without rows.
+        if not window.keeps_rows and not any(part._is_full_backward_hook is False for part in module.modules()):
+            return (GatheredGramian if ranks.size > 1 else TrunkGramian)(tasks, shared, others, ranks, self._rows)
+        return TrunkGradients(tasks, shared, others, ranks, kept=self._rows, features=features)
+
     # Forward: losses, over all ranks
 
     def _forward(self, module: TaskModule, window: Window, batch: object) -> tuple[MicroBatch, Reduced]:
         """Pass one micro-batch forward, and tell everybody about its losses before any gradient is taken."""
-        cast, recorder, weighting = self.cast, self.recorder, window.weighting
+        cast, weighting = self.cast, window.weighting
         observation = None if window.repeats else self._observation
         if observation is not None:
             observation.before_forward(module)
@@ -168,28 +184,25 @@ class Optimization:
         window.batches += [batch] if window.keeps_batches else []
         scores = None
         if len(module.train_metrics) and not window.repeats:
-            step_metric = None if weighting is None else weighting.step_metric
-            scores = update_metrics(module, "train", outputs, step_metric)
+            scores = update_metrics(module, "train", outputs, weighting.step_metric if weighting else None)
         kind = module.device.type
         off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT
         with off:
             reduced = reduce_losses(outputs, window.tasks, window.ranks, module.device, scores)
-            if outputs:
-                window.local.append((list(outputs), reduced.own, sample_counts(list(outputs.values()))))
-                recorder.labels.add_whole(outputs)
-            if window.scales is not None:
-                outputs, reduced = over_scales(window, outputs, reduced)
-            beside: dict[str, Tensor] = {}
-            if window.resting.head_only:
-                outputs, reduced, beside = set_aside(module, window, cast, outputs, reduced)
+            all_outputs, own, beside = outputs, reduced.own, dict[str, Tensor]()
+            if window.scales is not None or window.resting.head_only:
+                outputs, reduced, beside = to_weigh(module, window, cast, outputs, reduced)
         if cast.steering is not None and not window.repeats:
             cast.steering.collect(module, window, batch, outputs)
         with self.phases.during("forward"):
             penalties = module.penalties_with(reduced.names)
         with off:
-            window.note(reduced, penalties, window.resting.left(module.learned_tasks or window.tasks))
-            extra = {**penalties, **beside} if beside else penalties
-            found = micro_batch_of(module, window, cast, reduced, outputs, extra, split, unseen=not self._looked)
+            window.note(reduced, penalties, module.learned_tasks)
+            if all_outputs:
+                window.local.append((list(all_outputs), own, sample_counts(list(all_outputs.values()))))
+                self.recorder.labels.add_whole(all_outputs)
+            penalties = {**penalties, **beside}
+            found = micro_batch_of(module, window, cast, reduced, outputs, penalties, split, unseen=not self._looked)
             if observation is not None and window.micro_batches == 1:
                 with self.phases.during("monitors"):
                     observation.measure(module, reduced, found, batch)
@@ -197,9 +210,9 @@ class Optimization:
 
     def _needs_split(self, window: Window) -> bool:
         """Whether the trunk's outputs have to be known: to measure there, or to stand in for absent tasks."""
+        at_features = window.way == "features" or (window.wanted != "nothing" and window.measures_at != "trunk")
         stands_in = window.ranks.size > 1 and (window.way == "rows" or window.size > 1)
-        at_features = window.wanted != "nothing" and window.measures_at != "trunk"
-        return window.way == "features" or at_features or stands_in or getattr(self._observation, "measures", False)
+        return at_features or stands_in or getattr(self._observation, "measures", False)
 
     # Gradients and weights
 
@@ -210,9 +223,7 @@ class Optimization:
         names, losses, wanted = reduced.names, reduced.losses, window.wanted
         engine: MicroBatch | FeatureGradients | Collection = batch
         if window.collects:
-            engine = window.gradients = window.gradients or collection_of(
-                module, window, self._rows, sharded=self.cast.sharded
-            )
+            engine = window.gradients = window.gradients or self._collection(module, window)
             if names and wanted != "nothing" and window.measures_at != "trunk":
                 find_layer(module, window, batch, groups_read(batch))
             engine.add(batch, last=last)
@@ -274,8 +285,8 @@ class Optimization:
                 update.step(module, batch_idx, loss, again, scaler=cast.scaler, finite=finite)
             if module.trainer.lr_scheduler_configs:  # those that follow a metric wait until it is logged
                 self.recorder.plateau_due = "step", module.trainer.fit_loop.epoch_loop.batch_idx
-        self.recorder.count(window, finite=finite)
         if not finite or signals is None:
+            self.recorder.count(window, finite=finite)
             return
         if steering is not None:
             steering.observe(window, signals)
