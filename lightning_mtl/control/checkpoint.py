@@ -35,7 +35,7 @@ class Epoch(TypedDict):
     epoch: int
     step: int
     scores: dict[str, float]
-    value: float
+    value: float | None
     path: str
 
 
@@ -253,13 +253,14 @@ class TaskCheckpoint(Checkpoint):
                 self._best[task] = newest
         self._compromise = self._chosen(candidates)
 
-    def _value_of(self, trainer: pl.Trainer, module: Any) -> float:  # noqa: ANN401 - setup has seen its tasks
-        """What the criterion says of the newest validation, higher being better; nan where it says nothing."""
+    def _value_of(self, trainer: pl.Trainer, module: Any) -> float | None:  # noqa: ANN401 - setup has seen its tasks
+        """What the criterion says of the newest validation, higher being better; None where it says nothing."""
+        value = math.nan
         if callable(self.compromise):
-            return float(self.compromise({task: dict(own) for task, own in module.stage_scores["val"].items()}))
-        if self.compromise == "delta_m":
-            return -float(trainer.callback_metrics.get("val/delta_m", math.nan))
-        return math.nan
+            value = float(self.compromise({task: dict(own) for task, own in module.stage_scores["val"].items()}))
+        elif self.compromise == "delta_m":
+            value = -float(trainer.callback_metrics.get("val/delta_m", math.nan))
+        return None if math.isnan(value) else value
 
     def _chosen(self, candidates: list[int]) -> int | None:
         """The best compromise among these validations, the earlier one of two that are as good."""
@@ -274,8 +275,8 @@ class TaskCheckpoint(Checkpoint):
             whole = [position for position, row in rows.items() if not any(map(math.isnan, row))]
             ranks = mean_rank([rows[p] for p in whole], list(self._higher.values())) if whole else []
             values = {p: -rank for p, rank in zip(whole, ranks, strict=True) if p in values}
-        known = [position for position, value in values.items() if not math.isnan(value)]
-        return max(known, key=lambda position: (values[position], -position), default=None)
+        known = [(value, -position) for position, value in values.items() if value is not None]
+        return -max(known)[1] if known else None
 
     def state_dict(self) -> dict[str, Any]:
         """All validations' scores, and which of them have files."""

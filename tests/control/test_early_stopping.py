@@ -129,7 +129,8 @@ def test_a_head_alone_is_plain_training_on_detached_features(accumulate: int, au
 def test_what_is_shared_and_the_other_heads_train_as_without_the_task(name: str, accumulate: int) -> None:
     module, trainer = alone(name, accumulate_grad_batches=accumulate)
     other, reference = trained(Lacking, METHODS[name](), accumulate_grad_batches=accumulate)
-    for part, twin in [(module.trunk, other.trunk), *((module.heads[t], other.heads[t]) for t in ("a", "c"))]:
+    pairs: list[Any] = [(module.trunk, other.trunk), *((module.heads[t], other.heads[t]) for t in ("a", "c"))]
+    for part, twin in pairs:
         torch.testing.assert_close(flat_parameters(part), flat_parameters(twin), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(remembered(trainer), remembered(reference), rtol=1e-4, atol=1e-5, equal_nan=True)
 
@@ -157,7 +158,7 @@ class Alone(MultiTaskModule):
 
 @pytest.mark.parametrize("name", thinned(["equal", "trunk", "features", "rows", "heads at 1", "last layer"], 3))
 def test_a_head_alone_has_weight_one_whatever_the_method(name: str) -> None:
-    module = small(TASKS, cls=Alone, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+    module: Any = small(TASKS, cls=Alone, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
     callbacks = [after_two(then="head_only"), *METHODS[name]()]
     fit(module, loader(*TRAIN), loader(*VAL), callbacks=callbacks, max_epochs=4)
     assert module.rival is not None
