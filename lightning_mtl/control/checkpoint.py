@@ -20,7 +20,7 @@ from lightning_mtl.control.scores import (
     counts,
     higher_is_better,
     metrics_of,
-    newest_scores,
+    scores_of,
     tasks_of,
 )
 from lightning_mtl.metrics import mean_rank
@@ -102,7 +102,7 @@ class TaskCheckpoint(Checkpoint):
         self.save_weights_only = save_weights_only
         self._metrics: dict[str, str] = {}
         self._higher: dict[str, bool] = {}
-        self._module: pl.LightningModule | None = None
+        self._module: Any = None  # setup has seen its tasks
         self._begin()
 
     def _begin(self) -> None:
@@ -232,7 +232,7 @@ class TaskCheckpoint(Checkpoint):
         self._pending = False
         name, module = type(self).__name__, self._module
         trainer = module.trainer
-        scores = newest_scores(name, module, self._metrics)
+        scores = scores_of(name, module.stage_scores["val"], self._metrics)
         if not self.epochs:
             check_all_scored(name, scores, self._metrics)
         path = Path(self._folder) / f"{self._prefix}-epoch={trainer.current_epoch}-step={trainer.global_step}.ckpt"

@@ -21,8 +21,8 @@ from lightning_mtl.control.scores import (
     counts,
     higher_is_better,
     metrics_of,
-    newest_scores,
     of_task,
+    scores_of,
     tasks_of,
 )
 from lightning_mtl.distributed import log_reduced
@@ -170,7 +170,8 @@ class TaskEarlyStopping(Callback):
         if not counts(trainer):
             return
         name = type(self).__name__
-        scores = newest_scores(name, pl_module, self._metrics)
+        # Not from the Trainer's metrics: those keep an earlier validation's value of a task that this one lacked.
+        scores = scores_of(name, pl_module.stage_scores["val"], self._metrics)  # type: ignore[index,arg-type]
         if not self._best and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             check_all_scored(name, scores, self._metrics)
         before = set(self._done)

@@ -112,14 +112,12 @@ def counts(trainer: pl.Trainer) -> bool:
     return not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING
 
 
-def newest_scores(owner: str, module: pl.LightningModule, metrics: Mapping[str, str]) -> dict[str, float]:
-    """The newest validation's score of each followed task, over all ranks; a task without samples has none.
+def scores_of(owner: str, scores: Mapping[str, Mapping[str, float]], metrics: Mapping[str, str]) -> dict[str, float]:
+    """The score of each followed task among a validation's; a task without samples has none.
 
     Raises:
         ValueError: If a task was validated, but its metric gave no number.
     """
-    # Not from the Trainer's metrics: those keep an earlier validation's value of a task that this one lacked.
-    scores = module.stage_scores["val"] if isinstance(module, TaskModule) else {}
     found = {}
     for task, metric in metrics.items():
         if task not in scores:

@@ -163,6 +163,7 @@ class Recorder(Callback):
         self.shapes.clear()
         if stage == "fit":
             check_trainer(pl_module, trainer)
+            self.scores.update({of: {} for of in ("train", "val")})
             self.labels.reset()
             if self.scales is not None:
                 self.scales.reset()
@@ -216,6 +217,8 @@ class Recorder(Callback):
         if self.unlogged:
             self._log_latest(pl_module, on_step=False)
         self._log_stage(pl_module, "train", "loss_epoch")
+        if shares := getattr(getattr(trainer, "datamodule", None), "shares", None):
+            log_reduced(pl_module, {f"share/{task}": share for task, share in shares.items()})
         if trainer.current_epoch == 0:
             self.labels.log(pl_module)
         if pl_module.automatic_optimization:
@@ -250,7 +253,8 @@ class Recorder(Callback):
         for task, own in self._metrics.compute(module, stage).items():
             values.update((f"{stage}/{name}/{task}", value) for name, value in own.items())
             scores.setdefault(task, {}).update(own)
-        self.scores[stage] = scores
+        if not module.trainer.sanity_checking:  # which sees a part of the data
+            self.scores[stage] = scores
         if stage != "train":
             compared = change_from_baselines(self.tasks, scores, module.delta_m_over)
             values |= {} if compared is None else {f"{stage}/delta_m": compared}
