@@ -34,6 +34,8 @@ class Watch(Callback):
         self.tasks.append([])
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if not self.tasks:  # resumed in the middle of an epoch
+            self.tasks.append([])
         self.tasks[-1] += list(batch)
         if len(self.tasks[-1]) == 1:
             self.shares.append(trainer.datamodule.shares)
