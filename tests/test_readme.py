@@ -16,7 +16,7 @@ import pytest
 import quickstart
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "examples/README.md")
+PAGES = ("README.md", "docs/control.md", "examples/README.md")
 PYTHON, SHELL = {"python", "py", "pycon"}, {"bash", "sh", "shell", "console"}
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)(?P<path>[^)#\s]+)")

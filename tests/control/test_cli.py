@@ -48,7 +48,7 @@ def worst(scores: dict[str, dict[str, float]]) -> float:
 class Model(MultiTaskModule):
     def __init__(self) -> None:
         made = binary(tasks=TASKS)
-        super().__init__(made.trunk, made.heads, made.tasks)
+        super().__init__(made.trunk, dict(made.heads.items()), made.tasks)
 
 
 class Data(MultiTaskDataModule):

@@ -19,6 +19,7 @@ from lightning_mtl.learning_rates import Importance, TaskLearningRate
 from lightning_mtl.weighting import FAMO, MGDA, PCGrad, UncertaintyWeighting
 from tests.control.stopped import NEVER, TASKS, Detached, Lacking, after_two, head_of, scripted
 from tests.small import batches, small
+from tests.test_precision import PRECISIONS
 from tests.thinning import thinned
 from tests.training import Memory, fit, flat_parameters, loader, quiet_trainer
 from tests.weightings import WeightedSum, fixed
@@ -133,6 +134,25 @@ def test_what_is_shared_and_the_other_heads_train_as_without_the_task(name: str,
     for part, twin in pairs:
         torch.testing.assert_close(flat_parameters(part), flat_parameters(twin), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(remembered(trainer), remembered(reference), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["16-mixed", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+def test_a_head_alone_gets_the_same_gradient_in_half_precision(name: str) -> None:
+    found, expected = (
+        fit(
+            module,
+            loader(*TRAIN),
+            loader(*VAL),
+            callbacks=callbacks,
+            max_epochs=4,
+            plugins=[PRECISIONS[name]()],
+        ).lightning_module
+        for module, callbacks in (
+            (small(TASKS, optimizer=adam), [after_two(then="head_only")]),
+            (small(TASKS, cls=Detached, optimizer=adam), []),
+        )
+    )
+    torch.testing.assert_close(flat_parameters(found), flat_parameters(expected), rtol=1e-3, atol=1e-3)
 
 
 class Alone(MultiTaskModule):

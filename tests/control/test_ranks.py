@@ -20,6 +20,8 @@ CASES = [
     ("equal", 1, "find_unused_parameters"),
     ("trunk", 1, "find_unused_parameters"),
     ("losses", 1, "gradient_as_bucket_view"),
+    ("losses", 1, "static_graph"),
+    ("trunk", 1, "static_graph"),
 ]
 
 
