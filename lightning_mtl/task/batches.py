@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -243,9 +243,11 @@ class LossModule(TaskModule):
             name_task(error, "loss", task)
             raise
 
-    def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
-        """The checked outputs of the tasks that a batch has labels for, in order."""
+    def present_outputs(self, batch: Any, without: Set[str] = frozenset()) -> dict[str, TaskOutput]:  # noqa: ANN401
+        """The checked outputs of the tasks that a batch has labels for, in order; none of tasks ``without``."""
         learned = self.learned_tasks
+        if without:
+            learned = frozenset(self.tasks if learned is None else learned) - without
         if learned is None:
             return present_outputs(self.task_losses(batch), list(self.tasks), self.device)
         found = self.task_losses(without_others(self.in_known_form(batch), self.tasks, learned))
