@@ -117,7 +117,7 @@ def test_the_compromise_of_delta_m(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("ours_first", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_beside_lightnings_checkpoints_and_resumed_from_them(ours_first: bool, tmp_path: Path) -> None:
     def fitted(resume: str | None = None) -> TaskCheckpoint:
         lightnings = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
@@ -145,6 +145,7 @@ def test_a_resumed_fit_says_which_files_are_gone(tmp_path: Path) -> None:
         run(TaskCheckpoint("loss"), again, script=script, epochs=3, ckpt_path=str(tmp_path / "epoch=1.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_second_fit_leaves_the_first_ones_files(tmp_path: Path) -> None:
     checkpoint = TaskCheckpoint("loss", dirpath=tmp_path)
     run(checkpoint, epochs=1)
@@ -159,6 +160,7 @@ def test_lightnings_best_is_the_compromise(tmp_path: Path) -> None:
     assert torch.equal(flat_parameters(module), seen.kept[3])
 
 
+@pytest.mark.slow
 def test_two_processes_keep_the_same(pair: Pair, tmp_path: Path) -> None:
     first, second = pair.run(keep, str(tmp_path))
     assert first == second

@@ -73,7 +73,7 @@ def assert_equal_fits(found: Any, expected: Any, tolerance: float = 0.0) -> None
         torch.testing.assert_close(*kept, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-@pytest.mark.parametrize(("name", "accumulate"), thinned(CASES, 3))
+@pytest.mark.parametrize(("name", "accumulate"), thinned(CASES, 4))
 def test_a_dropped_task_is_one_that_the_batches_lack(name: str, accumulate: int) -> None:
     found = trained(MultiTaskModule, [after_two(), *METHODS[name]()], accumulate_grad_batches=accumulate)
     expected = trained(Lacking, METHODS[name](), accumulate_grad_batches=accumulate)
@@ -126,7 +126,7 @@ def test_a_head_alone_is_plain_training_on_detached_features(accumulate: int, au
     torch.testing.assert_close(flat_parameters(found[0]), flat_parameters(expected[0]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "accumulate"), thinned(CASES, 3))
+@pytest.mark.parametrize(("name", "accumulate"), thinned(CASES, 4))
 def test_what_is_shared_and_the_other_heads_train_as_without_the_task(name: str, accumulate: int) -> None:
     module, trainer = alone(name, accumulate_grad_batches=accumulate)
     other, reference = trained(Lacking, METHODS[name](), accumulate_grad_batches=accumulate)

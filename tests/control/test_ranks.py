@@ -25,7 +25,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "accumulate", "flavour"), thinned(CASES, 3))
+@pytest.mark.parametrize(("name", "accumulate", "flavour"), thinned(CASES, 6))
 def test_two_processes_follow_one(name: str, accumulate: int, flavour: str, pair: Pair) -> None:
     expected = train(name, accumulate)
     first, second = pair.run(train, name, accumulate, flavour)
