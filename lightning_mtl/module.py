@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl.balanced import BalancedModule
+from lightning_mtl.task.advice import on_head, on_trunk
 from lightning_mtl.task.batches import (
     as_pair,
     call_trunk_with,
@@ -23,6 +24,7 @@ from lightning_mtl.task.labels import number_of_samples
 from lightning_mtl.task.task import Task, TaskOutput, name_task
 from lightning_mtl.task.units import Standardizers
 from lightning_mtl.training.checks import check_arguments, check_inputs_differ
+from lightning_mtl.training.loading import keep_configuration
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
 from lightning_mtl.trunk import TrunkParts
 
@@ -118,6 +120,7 @@ class MultiTaskModule(BalancedModule):
         self._trunk_lr, self._head_lr = trunk_lr, dict(head_lr or {})
         self.trunk = trunk
         self.heads = nn.ModuleDict({task: heads[task] for task in tasks})
+        keep_configuration(self)
         self._hold(Standardizers({k: task.standardize for k, task in tasks.items()}, heads))
 
     def _standardizers(self) -> Standardizers:
@@ -165,7 +168,7 @@ class MultiTaskModule(BalancedModule):
             try:
                 predictions[task] = self.heads[task](own)
             except Exception as error:
-                name_task(error, "head", task)
+                name_task(error, "head", task, on_head(self.heads[task], own))
                 raise
         return predictions
 
@@ -252,7 +255,12 @@ class MultiTaskModule(BalancedModule):
 def call_trunk(parts: TrunkParts, inputs: Any, tasks: Sequence[str]) -> Any:  # noqa: ANN401 - whatever the trunk takes
     """Compute what the trunk makes of a batch's inputs, for ``tasks`` alone if it, or a part inside it, can."""
     positional, named = ((inputs,), {}) if isinstance(inputs, Tensor) else call_trunk_with(inputs, parts.trunk)
-    return parts.call(positional, named, tasks) if parts.per_task else parts.trunk(*positional, **named)
+    try:
+        return parts.call(positional, named, tasks) if parts.per_task else parts.trunk(*positional, **named)
+    except TypeError as error:
+        if parts.per_task or (said := on_trunk(parts.trunk, positional, named)) is None:
+            raise
+        raise TypeError(said) from error
 
 
 def check_parts(module: object, what: str) -> None:

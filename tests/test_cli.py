@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import lightning_mtl
-from lightning_mtl import weighting
+from lightning_mtl import MultiTaskModule, weighting
 from lightning_mtl.cli import main
 from lightning_mtl.cli.method_table import methods
 from lightning_mtl.configured import MultiTaskCLI, condense, load_short_names
@@ -191,6 +191,16 @@ def test_what_users_code_raises_keeps_its_traceback(monkeypatch: pytest.MonkeyPa
     file = config(model__init_args__tasks={name: {"loss": "own.loss"} for name in ("left", "right")})
     with pytest.raises(ValueError, match="mine"):
         run(monkeypatch, "fit", "--config", file, "--trainer.logger=false")
+
+
+def test_a_checkpoint_of_a_fit_from_yaml_rebuilds_trunk_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    run(monkeypatch, "fit", "--config", str(EXAMPLES / "run.yaml"), *SHORT)
+    (checkpoint,) = Path("lightning_logs").rglob("*.ckpt")
+    loaded = MultiTaskModule.load_from_checkpoint(checkpoint)
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(saved))
+    assert not any("trunk" in name for name in yaml.safe_load(next(Path().rglob("hparams.yaml")).read_text()))
 
 
 def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

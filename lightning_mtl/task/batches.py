@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_mtl.task.advice import on_loss
 from lightning_mtl.task.labels import MaskedTarget, labeled_part, number_of_samples
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import TaskOutput, name_task
@@ -240,7 +241,7 @@ class LossModule(TaskModule):
             loss = declared.loss((prediction - mean) / std, (target - mean) / std)
             return TaskOutput(loss, prediction, target, num_samples)
         except Exception as error:
-            name_task(error, "loss", task)
+            name_task(error, "loss", task, on_loss(prediction, target))
             raise
 
     def present_outputs(self, batch: Any, without: Set[str] = frozenset()) -> dict[str, TaskOutput]:  # noqa: ANN401

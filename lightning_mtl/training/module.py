@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from typing_extensions import Self
 
 from lightning_mtl.gradients.micro_batch import stack_losses
 from lightning_mtl.learning_rates.parameter_groups import Rate, apply_lr_factors, parameter_groups
@@ -15,9 +16,11 @@ from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.monitors.fit_table import bring_fit_table
 from lightning_mtl.monitors.model_summary import show_heads
 from lightning_mtl.task.batches import LossModule, is_per_task, under_its_name
+from lightning_mtl.training.arguments import refuse_callbacks
 from lightning_mtl.training.checks import check_trainer_arguments, several_loaders
 from lightning_mtl.training.evaluation import evaluating
 from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
+from lightning_mtl.training.loading import missing_arguments
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import sample_counts
 from lightning_mtl.training.resume import Resume
@@ -103,6 +106,25 @@ class SteppedModule(LossModule, OptimizerHooks):
     def weighting(self) -> Weighting | None:
         """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""
         return weighting_of(self.trainer)
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Self:  # noqa: ANN401 - a subclass's
+        """Refuse a weighting, or another callback, that was meant for the Trainer."""
+        refuse_callbacks(cls, arguments, named)
+        return super().__new__(cls)
+
+    @classmethod
+    def load_from_checkpoint(cls, *arguments: Any, **named: Any) -> Self:  # type: ignore[override]  # noqa: ANN401
+        """Load a module as Lightning does; name the arguments that a checkpoint lacks.
+
+        Raises:
+            TypeError: If the constructor has arguments that neither the checkpoint nor the call has.
+        """
+        try:
+            return super().load_from_checkpoint(*arguments, **named)
+        except TypeError as error:
+            if (said := missing_arguments(cls, named, error)) is not None:
+                raise said from error
+            raise
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
         """Count the batch into ``val/loss/<task>`` and ``val/<metric>/<task>``."""
