@@ -239,6 +239,9 @@ class TaskOutput:
         num_samples: How many labeled samples the loss is a mean over; 0 stands for an absent task. Epoch means,
             gradients averaged over ranks, and gradients accumulated at the trunk are then exact sample means; without
             it all batches count the same.
+        residuals: The numbers r whose mean square the loss is, with their graph, any shape: what
+            :class:`~lightning_mtl.weighting.NTKWeighting` differentiates. A factor c before the loss belongs into them
+            as √c.
 
     Example:
         >>> import torch
@@ -250,6 +253,7 @@ class TaskOutput:
     prediction: Any = field(default=None, repr=False)
     target: Any = field(default=None, repr=False)
     num_samples: int | Tensor | None = None
+    residuals: Tensor | None = field(default=None, repr=False)
 
 
 def name_task(error: Exception, part: str, task: str) -> None:

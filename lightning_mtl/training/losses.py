@@ -84,7 +84,9 @@ def over_scales(
         task: replace(output, loss=output.loss / scale)
         for (task, output), scale in zip(outputs.items(), own.unbind(), strict=True)
     }
-    return scaled, replace(reduced, losses=reduced.losses / scales)
+    kernels = window.probes and reduced.scores is not None  # of residuals that are not scaled
+    scores = reduced.scores / scales if kernels else reduced.scores  # type: ignore[operator]
+    return scaled, replace(reduced, losses=reduced.losses / scales, scores=scores)
 
 
 def _counts(given: Sequence[int | Tensor | None], losses: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ def micro_batch_of(
     every_loss = [losses.get(task, zero) for task in reduced.names]
     scale: Tensor | None = None
     starts: list[Tensor | None] = [None] * len(every_loss)
-    if cast.scaler is not None and (window.collects or window.way == "features"):
+    if cast.scaler is not None and (window.collects or window.way == "features" or window.renews):
         scale = cast.scaler.scale(torch.ones((), device=module.device))
     if scale is not None or shares is not None:
         starts = starts_of(every_loss, shares, scale)

@@ -25,10 +25,11 @@ from lightning_mtl.gradients.trunk_gramian import TrunkGramian
 from lightning_mtl.monitors.throughput import Phases
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_absent
+from lightning_mtl.training.beside import renewed_rows, traces_of
 from lightning_mtl.training.cast import Cast
 from lightning_mtl.training.checks import check_accumulation, collects_shards, no_shared_parameters
 from lightning_mtl.training.closure import forward_alone, pass_again
-from lightning_mtl.training.features import features_of, find_layer
+from lightning_mtl.training.features import features_of, find_layer, trainable_parameters
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import micro_batch_of, over_scales, reduce_losses, sample_counts
 from lightning_mtl.training.observation import Observation
@@ -42,13 +43,6 @@ from lightning_mtl.training.window import Collection, Window
 
 _SILENT: AbstractContextManager[None] = nullcontext()
 _NOWHERE = Split()  # the trunk's outputs where nobody asks for them
-
-
-def trainable_parameters(module: TaskModule) -> tuple[list[Tensor], list[Tensor]]:
-    """The shared parameters that need gradients now, and all other parameters that do."""
-    shared: list[Tensor] = [p for p in module.shared_parameters() if p.requires_grad]
-    known = set(shared)
-    return shared, [p for p in module.parameters() if p.requires_grad and p not in known]
 
 
 class Optimization:
@@ -203,6 +197,8 @@ class Optimization:
         kind = module.device.type
         off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT
         with off:
+            if window.probes and not window.idle:
+                scores = traces_of(module, window, cast, outputs, unseen=not self._looked)
             reduced = reduce_losses(outputs, window.tasks, window.ranks, module.device, scores)
         with self.phases.during("forward"):
             penalties = module.penalties_with(reduced.names) if cast.penalizes else {}
@@ -224,6 +220,9 @@ class Optimization:
         """The loss to pass backward for this micro-batch; None where the step's gradients are still collected."""
         names, losses, wanted = found.names, found.losses, "nothing" if window.idle else window.wanted
         engine: MicroBatch | FeatureGradients | Collection = batch
+        measured = Measured()
+        if names and window.renews and not (window.collects or window.idle):
+            measured = renewed_rows(module, window, batch)
         if window.collects:
             engine = window.gradients = window.gradients or self._collection(module, window)
             if names and wanted != "nothing" and window.measures_at != "trunk":
@@ -241,7 +240,7 @@ class Optimization:
             if wanted != "nothing":
                 find_layer(module, window, batch, engine.groups())
         if names:
-            measured = engine.measure(wanted, window.layer) if wanted != "nothing" else Measured()
+            measured = engine.measure(wanted, window.layer) if wanted != "nothing" else measured
             with self.phases.during("solving"):
                 decision = window.decide(names, losses, measured)
             loss = engine.surrogate_loss(decision.weights, decision.head_weights, decision.directions)
@@ -256,7 +255,7 @@ class Optimization:
 
     def _looking(self, module: TaskModule, window: Window) -> AbstractContextManager[None]:
         """Look once a fit: a graph that writes gradients while it is measured does so in every step."""
-        if self._looked or not (window.collects or window.way == "features"):
+        if self._looked or not (window.collects or window.way == "features" or window.at_shared):
             return _SILENT
         self._looked = True
         return writing_no_gradients(module.parameters())
