@@ -86,7 +86,7 @@ def test_the_example_trains_and_is_reproduced_by_what_it_saved(monkeypatch: pyte
     for name, value in first["state_dict"].items():
         assert torch.equal(value, second["state_dict"][name]), name
 
-    for stage in ("validate", "predict"):  # a test is among the commands of the README
+    for stage in ("validate", "predict"):  # a test is among the commands of the guide
         run(monkeypatch, stage, "--config", str(saved / "config.yaml"), "--ckpt_path", str(checkpoint))
 
 
@@ -247,11 +247,11 @@ def test_the_installed_program_runs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_every_command_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_command_of_the_guide_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("run.yaml", "multi_digits.py"):
         shutil.copy(EXAMPLES / name, tmp_path)
     # Those of searches, and what these leave, are run with the searches' tests.
-    all_words = [words for words in commands_of("README.md") if words[0] == "lightning-mtl"]
+    all_words = [words for words in commands_of("docs/guides/yaml.md") if words[0] == "lightning-mtl"]
     commands = [words[1:] for words in itertools.takewhile(lambda words: words[1] != "tune", all_words)]
     assert {words[0] for words in commands} == {"fit", "test", "methods"}
     for words in commands:
@@ -271,7 +271,8 @@ def test_a_missing_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, extra: str
 ) -> None:
     monkeypatch.setattr(sys.modules[main.__module__], "_is_installed", lambda module: False)
-    assert f"pip install 'lightning-mtl[{extra}]'" in refused(monkeypatch, capsys, command)
+    said = refused(monkeypatch, capsys, command)
+    assert re.search(rf"pip install ('jsonargparse\[signatures\]'|rich).*, as the extra {extra} of this package", said)
 
 
 @pytest.mark.slow

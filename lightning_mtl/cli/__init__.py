@@ -6,12 +6,13 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# What a command imports beyond the package's own dependencies, and the extra that brings it.
+# What a command imports beyond the package's own dependencies, the extra that brings it, and what pip installs it by.
 NEEDED = {
     "tune": ("tune", ("jsonargparse", "rich", "optuna", "matplotlib")),
     "methods": ("cli", ("rich",)),
 }
 NEEDED_BY_THE_REST = ("cli", ("jsonargparse",))
+PACKAGES = {"jsonargparse": "'jsonargparse[signatures]'"}  # where it is not the module's name
 
 
 def main() -> None:
@@ -25,8 +26,10 @@ def main() -> None:
     command = given[0] if given else ""
     extra, modules = NEEDED.get(command, NEEDED_BY_THE_REST)
     if missing := [module for module in modules if not _is_installed(module)]:
+        packages = " ".join(PACKAGES.get(module, module) for module in missing)
         sys.stderr.write(
-            f"lightning-mtl: error: {', '.join(missing)} is not installed; run pip install 'lightning-mtl[{extra}]'.\n"
+            f"lightning-mtl: error: {', '.join(missing)} is not installed; run pip install {packages}, as the extra "
+            f"{extra} of this package does.\n"
         )
         sys.exit(2)
     # As with ``python -m``: a YAML file names classes of modules that lie beside it.

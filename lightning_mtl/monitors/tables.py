@@ -81,7 +81,7 @@ class Grid:
             from rich.text import Text
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "The table is one of rich's, which is not installed; run pip install 'lightning-mtl[tables]', or take "
+                "The table is one of rich's, which is not installed; run pip install rich, or take "
                 "markdown() of a TransferReport, and print() of a ParameterReport."
             ) from error
         colors = {"better": "green", "worse": "red", "": ""}
