@@ -52,6 +52,8 @@ class LRAnnealing(Weighting):
     Each task's whole gradient is needed in the steps that measure: ``every_n_steps=10``, as in the official code, makes
     most of them plain. Sharded parameters (FSDP2) have no such rows, and are refused.
 
+    When: the boundary or initial conditions of a differential equation are not learned beside its residual.
+
     Args:
         alpha: α, above 0 and at most 1: the share of the newest ratio.
         main: The task that keeps weight 1; None for the module's first.

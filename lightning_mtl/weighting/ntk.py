@@ -48,6 +48,8 @@ class NTKWeighting(Weighting):
     each draws for its own residuals; the traces are averaged over the ranks, and are another sample of the same mean
     than one process would draw. Sharded parameters (FSDP2) are refused.
 
+    When: the residuals of a differential equation and of its conditions have to fall at one rate.
+
     Args:
         momentum: The share of the old traces in a running mean, which smooths the probes' noise; 0 takes the newest.
         probes: Random probes of each task in a step that measures.

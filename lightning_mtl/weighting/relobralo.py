@@ -39,6 +39,8 @@ class ReLoBRaLo(Weighting):
     as long as all tasks are there. What counts is each loss beside itself, so that the losses' units do not matter; a
     loss that is too large for the others from the start stays so. Losses must be positive.
 
+    When: some losses of a differential equation fall slower than others, in whatever units; it costs nothing.
+
     Args:
         alpha: α, at least 0 and below 1: the share of the past.
         tau: τ; a large one makes the weights equal, a small one leaves all weight to the slowest loss.

@@ -33,6 +33,8 @@ class Rotating(Wrapper):
     parameters, in checkpoints, too; ``grad_norm/<task>`` is not logged. With accumulated gradients all tasks' are kept
     until the step's end anyway, and nothing is saved. Sharded parameters (FSDP2) are refused.
 
+    When: a method of Gramians helps, and a gradient for each task in each step costs too much.
+
     Args:
         weighting: The method to ask, at ``"trunk"``, constructed without ``importance``, ``start_step`` and ``total``.
         **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.

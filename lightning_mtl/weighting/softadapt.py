@@ -48,6 +48,8 @@ class SoftAdapt(Weighting):
     divided by :math:`\sum_j |s_j|`, so that β means the same whatever the losses' units. The weights sum to 1. A task
     without a step before has slope 0; without any, all weights are 1 / K.
 
+    When: all losses are of one unit and some have stopped falling; it costs nothing.
+
     Args:
         beta: β; above 0 the worst performing losses get more, below 0 the best.
         loss_weighted: Whether a larger loss gets more. A negative loss counts as 0.
