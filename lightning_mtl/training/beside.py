@@ -13,9 +13,8 @@ from lightning_mtl.gradients.inner_products import Measured
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import TaskOutput
-from lightning_mtl.training.cast import Cast
+from lightning_mtl.training.cast import Cast, trainable_parameters
 from lightning_mtl.training.checks import no_shared_parameters
-from lightning_mtl.training.features import trainable_parameters
 from lightning_mtl.training.window import Window
 
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
@@ -86,3 +87,10 @@ def _penalizes(module: TaskModule) -> bool:
         return True
     parts = [] if module.the_trunk is None else module.the_trunk.modules()
     return any(callable(getattr(part, "penalties", None)) for part in parts)
+
+
+def trainable_parameters(module: TaskModule) -> tuple[list[Tensor], list[Tensor]]:
+    """The shared parameters that need gradients now, and all other parameters that do."""
+    shared: list[Tensor] = [p for p in module.shared_parameters() if p.requires_grad]
+    known = set(shared)
+    return shared, [p for p in module.parameters() if p.requires_grad and p not in known]

@@ -28,10 +28,3 @@ def find_layer(module: TaskModule, window: Window, batch: MicroBatch, groups: Se
     if window.measures_at not in ("trunk", "features"):
         found = parameters_at(window.measures_at, module, groups, window.ranks, among=module.shared_parameters())
         window.layer = list(dict.fromkeys([*(window.layer or []), *found]))
-
-
-def trainable_parameters(module: TaskModule) -> tuple[list[Tensor], list[Tensor]]:
-    """The shared parameters that need gradients now, and all other parameters that do."""
-    shared: list[Tensor] = [p for p in module.shared_parameters() if p.requires_grad]
-    known = set(shared)
-    return shared, [p for p in module.parameters() if p.requires_grad and p not in known]

@@ -26,10 +26,10 @@ from lightning_mtl.monitors.throughput import Phases
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_absent
 from lightning_mtl.training.beside import renewed_rows, traces_of
-from lightning_mtl.training.cast import Cast
+from lightning_mtl.training.cast import Cast, trainable_parameters
 from lightning_mtl.training.checks import check_accumulation, collects_shards, no_shared_parameters
 from lightning_mtl.training.closure import forward_alone, pass_again
-from lightning_mtl.training.features import features_of, find_layer, trainable_parameters
+from lightning_mtl.training.features import features_of, find_layer
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import micro_batch_of, over_scales, reduce_losses, sample_counts
 from lightning_mtl.training.observation import Observation
