@@ -156,10 +156,13 @@ def _plain(name: str) -> MakeWeighting:
     return lambda _: getattr(methods, name)()
 
 
-# Every other method that can be constructed without arguments; fixed weights have a row that is tuned.
+# Every other method that can be constructed without arguments and needs no residuals; fixed weights have a row that is
+# tuned.
 REST: dict[str, MakeWeighting] = _WITH_ARGUMENTS | {
     name: _plain(name)
-    for name in sorted(set(methods.__all__) - {*NAMED, *_WITH_ARGUMENTS, "StaticWeights"})
+    for name in sorted(
+        set(methods.__all__) - {*NAMED, *_WITH_ARGUMENTS, "StaticWeights", "NTKWeighting"}
+    )  # no residuals
     if takes_no_argument(getattr(methods, name))
 }
 

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -87,8 +87,14 @@ ADAM = torch.optim.Adam([nn.Parameter(torch.ones(1))])
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: Task(nn.L1Loss), r"Task\(loss=...\) was given the class L1Loss, .*make one: L1Loss\(\)"),
-        (lambda: Task(l1_loss, MulticlassAccuracy), r"class MulticlassAccuracy, .*make one: MulticlassAccuracy\(\)"),
+        (lambda: Task(cast("Any", nn.L1Loss)), r"Task\(loss=...\) was given the class L1Loss, .*make one: L1Loss\(\)"),
+        (
+            lambda: Task(l1_loss, cast("Any", MulticlassAccuracy)),
+            r"class MulticlassAccuracy, .*make one: MulticlassAccuracy\(\)",
+        ),
+            lambda: Task(l1_loss, cast("Any", MulticlassAccuracy)),
+            r"class MulticlassAccuracy, .*make one: MulticlassAccuracy\(\)",
+        ),
         (
             lambda: made(optimizer=ADAM),
             r"optimizer must be a function .*Adam, lr=1e-3\); found Adam",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
@@ -74,7 +74,7 @@ def test_every_stage_reads_them_as_it_reads_pairs(wrap: Any, standardize: bool) 
         trainer = fit(module, train, val, callbacks=[MGDA()])
         numbers = logged(module, trainer, val)
         (prediction,) = trainer.predict(module, val)  # type: ignore[misc]
-        found.append((numbers, prediction))
+        found.append((numbers, cast("dict[str, Any]", prediction)))
     assert found[0][0] == found[1][0]
     assert "val/error in points/a" in found[0][0]
     for task in "ab":
@@ -121,10 +121,11 @@ def test_a_dataset_for_each_task_in_every_stage() -> None:
         return {task: of(data) for task, data in sets(seed).items()}
 
     found = []
-    for made, arguments in (
+    cases: list[tuple[Any, dict[str, Any]]] = [
         (sets, {"inputs": ["ids", "mask"], "targets": {"a": "labels", "b": "labels"}}),
         (pairs, {}),
-    ):
+    ]
+    for made, arguments in cases:
         module = model(**arguments)
         data = MultiTaskDataModule(train=made(0), val=made(5), test=made(6), predict=made(7), batch_size=2)
         trainer = quiet_trainer()

@@ -18,7 +18,7 @@ from lightning_mtl.cli.method_table import Method, methods
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
-WRAPPERS = ("CRMOGM", "Frozen")
+WRAPPERS = ("CRMOGM", "Frozen", "Rotating")
 COSTS_AS_MUCH = {"PIVRG": "FairGrad"}  # whose solver it has
 Costs = Mapping[str, Mapping[str, float]]
 
@@ -54,9 +54,8 @@ def when(name: str) -> str:
 def measured(method: Method) -> str:
     """What the method reads, and where."""
     kind: type[Weighting] = getattr(weighting, method.name)
-    what = {"gramian": "Gramian", "losses": "a metric" if method.name == "DTP" else "losses"}.get(
-        method.measures, method.measures
-    )
+    other = {"DTP": "a metric", "NTKWeighting": "residuals"}.get(method.name, "losses")
+    what = {"gramian": "Gramian", "losses": other}.get(method.measures, method.measures)
     if method.name in WRAPPERS:
         return "as the wrapped method"
     if method.measures == "losses" and not issubclass(kind, Aggregator):

@@ -190,7 +190,7 @@ def present_outputs(
                     f"The loss of task {task!r} must be a scalar, found shape {list(output.loss.shape)}; "
                     "reduce it, by its mean over the labeled samples for instance."
                 )
-            output = TaskOutput(output.loss.reshape(()), output.prediction, output.target, output.num_samples)
+            output = replace(output, loss=output.loss.reshape(()))
         if output.num_samples is None or int(output.num_samples) > 0:
             outputs[task] = output
     return outputs

@@ -46,7 +46,8 @@ class FlatBatches:
         keys = {task: task for task in tasks} | dict(targets or {})
         given = inputs if inputs is None or isinstance(inputs, str) else tuple(inputs)
         named = () if given is None else (given,) if isinstance(given, str) else given
-        for wrong in [key for key in (*named, *keys.values()) if not isinstance(key, str)]:
+        asked: list[object] = [*named, *keys.values()]
+        for wrong in [key for key in asked if not isinstance(key, str)]:
             raise TypeError(f"inputs and targets name keys of the batch by their names, found {wrong!r}.")
         if both := [key for key in named if key in keys.values()]:
             raise ValueError(f"inputs names {both}, which are targets, too; targets are {keys}. Leave them out of one.")

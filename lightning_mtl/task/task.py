@@ -122,10 +122,10 @@ class Task:
         kinds = Metric | MetricCollection
         if refused := [wrong for one in found if (wrong := class_for_object("Task(metrics=...)", one)) is not None]:
             raise refused[0]
-        if wrong := [type(metric).__name__ for metric in found if not isinstance(metric, kinds)]:
+        if others := [type(metric).__name__ for metric in found if not isinstance(metric, kinds)]:
             raise TypeError(
                 "Task(metrics=...) must be a torchmetrics Metric or MetricCollection, or a list or dict of them, found "
-                f"{wrong[0]}."
+                f"{others[0]}."
             )
         for name in self.metric_collection():
             if name in RESERVED_METRICS:
@@ -244,6 +244,9 @@ class TaskOutput:
         num_samples: How many labeled samples the loss is a mean over; 0 stands for an absent task. Epoch means,
             gradients averaged over ranks, and gradients accumulated at the trunk are then exact sample means; without
             it all batches count the same.
+        residuals: The numbers r whose mean square the loss is, with their graph, any shape: what
+            :class:`~lightning_mtl.weighting.NTKWeighting` differentiates. A factor c before the loss belongs into them
+            as √c.
 
     Example:
         >>> import torch
@@ -255,6 +258,7 @@ class TaskOutput:
     prediction: Any = field(default=None, repr=False)
     target: Any = field(default=None, repr=False)
     num_samples: int | Tensor | None = None
+    residuals: Tensor | None = field(default=None, repr=False)
 
 
 def name_task(error: Exception, part: str, task: str, advice: str = "") -> None:

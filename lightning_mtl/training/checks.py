@@ -222,6 +222,11 @@ def _check_sharded(module: TaskModule, trainer: pl.Trainer) -> None:
     name, at, size = type(weighting).__name__, weighting.at, module.micro_batches_a_step
     if size > 1 and (weighting.measures != "losses" or weighting.reads_losses):
         raise collects_shards(weighting, size)
+    if weighting.kernel_probes or weighting.renews_rows:
+        raise ValueError(
+            f"{name} differentiates by the shared parameters beside the step's backward pass, in which alone a sharded "
+            "model (FSDP2) has gradients; use strategy='ddp'."
+        )
     if weighting.measures == "losses":
         return
     if at not in ("trunk", "features"):

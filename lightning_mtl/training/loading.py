@@ -39,5 +39,6 @@ def missing_arguments(cls: type[pl.LightningModule], given: Collection[str], err
     return TypeError(
         f"{cls.__name__}.load_from_checkpoint needs {', '.join(needed)}, which the checkpoint does not hold. Give "
         f"them: {cls.__name__}.load_from_checkpoint(path, {shown}). Call self.save_hyperparameters() in a "
-        "constructor whose arguments are plain values to have a checkpoint hold them; checkpoints of lightning-mtl fit always do."
+        "constructor whose arguments are plain values to have a checkpoint hold them; checkpoints of lightning-mtl "
+        "fit always do."
     )

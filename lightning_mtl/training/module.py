@@ -113,7 +113,7 @@ class SteppedModule(LossModule, OptimizerHooks):
         return super().__new__(cls)
 
     @classmethod
-    def load_from_checkpoint(cls, *arguments: Any, **named: Any) -> Self:  # type: ignore[override]  # noqa: ANN401
+    def load_from_checkpoint(cls, *arguments: Any, **named: Any) -> Self:  # noqa: ANN401
         """Load a module as Lightning does; name the arguments that a checkpoint lacks.
 
         Raises:

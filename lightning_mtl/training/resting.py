@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,6 @@ from lightning_mtl.devices import numbers
 from lightning_mtl.gradients.micro_batch import stack_losses, surrogate, unscaled
 from lightning_mtl.gradients.rows import by_parameter
 from lightning_mtl.gradients.torch_internals import parameter_hooks_off
-from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import TaskOutput
 from lightning_mtl.training.cast import Cast
 from lightning_mtl.training.reduced import Reduced
@@ -19,9 +19,16 @@ from lightning_mtl.training.window import Window
 
 
 def set_aside(
-    module: TaskModule, window: Window, cast: Cast, outputs: dict[str, TaskOutput], reduced: Reduced
+    window: Window, cast: Cast, outputs: dict[str, TaskOutput], reduced: Reduced, others: Sequence[Tensor]
 ) -> tuple[dict[str, TaskOutput], Reduced, dict[str, Tensor]]:
     """Part a micro-batch's tasks: those that a weighting is to weigh, and those whose heads train alone.
+
+    Args:
+        window: The step.
+        cast: Who takes part.
+        outputs: This rank's outputs of all tasks.
+        reduced: Their losses over all ranks.
+        others: The trainable parameters that are not shared.
 
     Returns:
         This rank's outputs of the former; their losses over all ranks; and the latter's losses as one scalar, which
@@ -35,7 +42,7 @@ def set_aside(
     shares = reduced.shares()
     if shares is not None:
         shares = shares[numbers([names.index(task) for task in beside], shares.device, torch.long)]
-    loss = _heads_alone(module, window, cast, list(beside.values()), shares)
+    loss = _heads_alone(window, cast, list(beside.values()), shares, reduced.losses.device, list(others))
     outputs = {task: output for task, output in outputs.items() if task not in alone}
     # It is there on every rank and in every micro-batch, so that no rank looks for what another lacks.
     return outputs, _cut(reduced, kept, own), {"heads that train alone": loss}
@@ -60,14 +67,21 @@ def _cut(reduced: Reduced, kept: list[int], own: list[int]) -> Reduced:
     )
 
 
-def _heads_alone(module: TaskModule, window: Window, cast: Cast, losses: list[Tensor], shares: Tensor | None) -> Tensor:
+def _heads_alone(
+    window: Window,
+    cast: Cast,
+    losses: list[Tensor],
+    shares: Tensor | None,
+    device: torch.device,
+    parameters: list[Tensor],
+) -> Tensor:
     """The sum of these losses, as a scalar with the gradients of parameters that are not shared, and no others.
 
     The graph stays whole, and is differentiated by those parameters alone: autograd stops where nothing leads to them,
     so that the trunk is not passed. To detach features instead would need to know where heads begin, which a
     ``task_losses`` of the user's does not say.
     """
-    device, ranks = module.device, window.ranks
+    ranks = window.ranks
     if not losses:
         return torch.zeros((), device=device)
     # The backward pass averages over the ranks, and this rank has but its share of a mean over all samples.
@@ -76,8 +90,6 @@ def _heads_alone(module: TaskModule, window: Window, cast: Cast, losses: list[Te
     scale = None if cast.scaler is None else cast.scaler.scale(torch.ones((), device=device))
     seeds = (factors if scale is None else factors * scale).unbind()
     pairs = [(loss, seed.to(loss)) for loss, seed in zip(losses, seeds, strict=True) if loss.requires_grad]
-    shared = set(module.shared_parameters())
-    parameters = [p for p in module.parameters() if p.requires_grad and p not in shared]
     if not pairs or not parameters:
         return value
     with parameter_hooks_off(parameters):  # they act once, on the final gradient

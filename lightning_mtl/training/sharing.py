@@ -35,7 +35,8 @@ def find_shared(
         ValueError: If a weighting measures at shared parameters, all tasks were seen, and none are shared.
     """
     sharing = module.sharing
-    if sharing is None or window.repeats or (window.way == "losses" and window.size == 1 and not observed):
+    needed = window.way != "losses" or window.size > 1 or observed or window.at_shared
+    if sharing is None or window.repeats or not needed:
         return
     parameters: list[Tensor] = list(module.parameters())
     if not sharing.is_settled(parameters):
@@ -49,7 +50,7 @@ def find_shared(
     if isinstance(window.gradients, TrunkGradients):
         others = [p for p in parameters if p.requires_grad and p not in sharing.shared]
         window.gradients.share(shared, others)
-    window.idle = not shared and window.wanted != "nothing" and window.measures_at == "trunk"
+    window.idle = not shared and window.at_shared
     if window.idle:
         window.keeps_rows = True  # of none: no layer can do without
         learned = module.tasks if module.learned_tasks is None else module.learned_tasks

@@ -25,6 +25,7 @@ from lightning_mtl.gradients.trunk_gramian import TrunkGramian
 from lightning_mtl.monitors.throughput import Phases
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_absent
+from lightning_mtl.training.beside import renewed_rows, traces_of
 from lightning_mtl.training.cast import Cast
 from lightning_mtl.training.checks import check_collection
 from lightning_mtl.training.closure import forward_alone, pass_again
@@ -198,10 +199,12 @@ class Optimization:
         kind = module.device.type
         off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT
         with off:
+            if window.probes and not window.idle:
+                scores = traces_of(window, cast, outputs, trainable_parameters(module)[0], unseen=not self._looked)
             reduced = reduce_losses(outputs, window.tasks, window.ranks, module.device, scores)
             all_outputs, own, beside = outputs, reduced.own, dict[str, Tensor]()
             if window.scales is not None or window.resting.head_only:
-                outputs, reduced, beside = to_weigh(module, window, cast, outputs, reduced)
+                outputs, reduced, beside = to_weigh(window, cast, outputs, reduced, trainable_parameters(module)[1])
         if cast.steering is not None and not window.repeats:
             cast.steering.collect(module, window, batch, outputs)
         with self.phases.during("forward"):
@@ -224,6 +227,9 @@ class Optimization:
         """The loss to pass backward for this micro-batch; None where the step's gradients are still collected."""
         names, losses, wanted = found.names, found.losses, "nothing" if window.idle else window.wanted
         engine: MicroBatch | FeatureGradients | Collection = batch
+        measured = Measured()
+        if names and window.renews and not (window.collects or window.idle):
+            measured = renewed_rows(window, batch, trainable_parameters(module)[0])
         if window.collects:
             engine = window.gradients = window.gradients or self._collection(module, window)
             if names and wanted != "nothing" and window.measures_at != "trunk":
@@ -241,7 +247,7 @@ class Optimization:
             if wanted != "nothing":
                 find_layer(module, window, batch, engine.groups())
         if names:
-            measured = engine.measure(wanted, window.layer) if wanted != "nothing" else Measured()
+            measured = engine.measure(wanted, window.layer) if wanted != "nothing" else measured
             with self.phases.during("solving"):
                 decision = window.decide(names, losses, measured)
             loss = engine.surrogate_loss(decision.weights, decision.head_weights, decision.directions)
@@ -256,7 +262,7 @@ class Optimization:
 
     def _looking(self, module: TaskModule, window: Window) -> AbstractContextManager[None]:
         """Look once a fit: a graph that writes gradients while it is measured does so in every step."""
-        if self._looked or not (window.collects or window.way == "features"):
+        if self._looked or not (window.collects or window.way == "features" or window.at_shared):
             return _SILENT
         self._looked = True
         return writing_no_gradients(module.parameters())

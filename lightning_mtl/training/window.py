@@ -43,15 +43,14 @@ class Window:
         resting: The tasks that a callback has taken out of the training of what is shared; None for no task.
 
     Attributes:
-        wanted: What to measure before the weighting is asked.
-        measures_at: Where gradients are measured.
-        keeps_rows: Whether the step's gradients are kept in full, where it collects them.
-        gradients: The gradients kept until the step's weights are known, where the step collects them.
+        probes, renews, at_shared: Probes of each kernel; whether some tasks' rows, or anything, is measured.
+        wanted, measures_at: What to measure before the weighting is asked, and where.
+        keeps_rows, gradients: Whether gradients are kept in full until the step's weights are known, and those kept.
         layer: The parameters that gradients are measured at, over the micro-batches so far; None for a place of all.
         passes_again: Whether some step of the training may pass a part of the graph more than once.
         loss: The step's loss, detached; None before the first backward pass.
         keeps_batches: Whether the step's batches are kept until it is over.
-        repeats: Whether this is a step of which an optimizer's closure asks again, see :meth:`again`.
+        repeats: Whether an optimizer's closure asks for this step again, see :meth:`again`.
         reached: The parameters that this rank's losses and penalties reach, where ``forgets`` is asked for.
         idle: Whether no parameter is shared that the weighting could be asked about.
         forgets: Whether parameters that no rank reached may have got a gradient of 0, which has to go.
@@ -78,11 +77,16 @@ class Window:
         self.passes_again = shares is not None or bool(self.resting.head_only)
         # The cheapest way that does what the weighting says. Shares are the trunk's alone: heads keep their weights.
         self.way: Way = "losses" if shares is None else "features"
+        self.probes, self.renews = 0, False  # at the shared parameters, beside the step's own way
         if weighting is not None:
             self.measures_at = weighting.at
-            more = weighting.measures != "losses" or not weighting.weighs_heads or size > 1
-            self.passes_again = more or bool(self.resting.head_only)
-            if self.measures and weighting.measures != "losses":
+            self.probes = weighting.kernel_probes if self.measures else 0
+            self.renews = weighting.renews_rows and self.measures
+            self.passes_again = weighting.measures != "losses" or not weighting.weighs_heads or size > 1
+            self.passes_again |= weighting.kernel_probes > 0 or bool(self.resting.head_only)
+            if self.renews and size > 1:  # all gradients are kept until the step's end, and seen there
+                self.wanted, self.way = "rows", "rows"
+            elif self.measures and weighting.measures != "losses" and not self.renews:
                 self.wanted = weighting.measures
                 self.way = "rows" if weighting.at == "trunk" else "features"
             elif not weighting.weighs_heads and (step >= weighting.start_step or weighting.importance):
@@ -93,6 +97,7 @@ class Window:
         # The trunk's outputs have to be known to measure there, or to stand in for absent tasks.
         self.needs_split = (self.wanted != "nothing" and self.measures_at != "trunk") or self.way == "features"
         self.needs_split |= ranks.size > 1 and (self.way == "rows" or size > 1)
+        self.at_shared = self.probes > 0 or self.renews or (self.wanted != "nothing" and self.measures_at == "trunk")
         self.gradients: Collection | None = None
         self.layer: list[Tensor] | None = None
         self.loss: Tensor | None = None
@@ -249,10 +254,10 @@ class Window:
 
     def _ask(self, names: Sequence[str], positions: list[int], losses: Tensor, measured: Measured) -> Decision:
         wide = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        scores = self._mean_scores(names) if self.weighting is not None and self.weighting.step_metric else None
-        norms, known = measured.norms, measured.sizes
-        signals = Signals(tuple(names), wide, self.step, self.epoch, norms, measured.gramian, scores, host_norms=known)
-        self._asked = signals
+        found, norms, known = self._mean_scores(names), measured.norms, measured.sizes
+        scores, traces = (None, found) if self.probes else (found, None)  # kernel traces travel as metrics do
+        given = (tuple(names), wide, self.step, self.epoch, norms, measured.gramian, scores, traces)
+        self._asked = signals = Signals(*given, host_norms=known)
         if self.weighting is None:
             decision = Decision(torch.ones_like(wide))
         elif self.idle:
