@@ -92,9 +92,6 @@ ADAM = torch.optim.Adam([nn.Parameter(torch.ones(1))])
             lambda: Task(l1_loss, cast("Any", MulticlassAccuracy)),
             r"class MulticlassAccuracy, .*make one: MulticlassAccuracy\(\)",
         ),
-            lambda: Task(l1_loss, cast("Any", MulticlassAccuracy)),
-            r"class MulticlassAccuracy, .*make one: MulticlassAccuracy\(\)",
-        ),
         (
             lambda: made(optimizer=ADAM),
             r"optimizer must be a function .*Adam, lr=1e-3\); found Adam",
