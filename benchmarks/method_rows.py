@@ -45,6 +45,7 @@ _WITH_ARGUMENTS: dict[str, MakeWeighting] = {
 LEFT_OUT = {
     "AuxiliaryCosine": "it tells main tasks from auxiliary ones, and here all are main ones",
     "MetaBalance": "it tells main tasks from auxiliary ones, and here all are main ones",
+    "NTKWeighting": "it weighs residuals of a physics-informed loss, and these tasks are classified",
     "PIVRG": "it reads how far each task is from a baseline on validation data, and the tasks have none",
 }
 

@@ -39,9 +39,10 @@ MAKE: dict[str, Callable[[], Weighting]] = {
     "DTP": functools.partial(methods.DTP, METRIC, stage="train"),
     "CRMOGM": lambda: methods.CRMOGM(methods.MGDA()),
     "Frozen": lambda: methods.Frozen(methods.MGDA(), steps=2),
+    "Rotating": lambda: methods.Rotating(methods.MGDA()),
 }
 WITH_A_MAIN_TASK = ("AuxiliaryCosine", "MetaBalance")
-LEFT_OUT = ("FromTorchJD", "PIVRG")
+LEFT_OUT = ("FromTorchJD", "NTKWeighting", "PIVRG")
 
 
 def variants() -> list[Variant]:

@@ -117,11 +117,12 @@ def signals(
     scores: Tensor | None = None,
     tasks: Sequence[str] | None = None,
 ) -> Signals:
-    """What a module would say; norms and Gramian are those of ``rows``."""
+    """What a module would say; norms, Gramian and, for want of residuals, kernel traces are those of ``rows``."""
     gramian = None if rows is None else rows.double() @ rows.double().T
     norms = None if gramian is None else gramian.diagonal().sqrt()
     tasks = names(len(losses)) if tasks is None else tuple(tasks)
-    return Signals(tuple(tasks), losses, step, epoch, norms=norms, gramian=gramian, scores=scores)
+    traces = None if gramian is None else gramian.diagonal()
+    return Signals(tuple(tasks), losses, step, epoch, norms=norms, gramian=gramian, scores=scores, traces=traces)
 
 
 def ask(weighting: Weighting, given: Signals) -> Tensor:

@@ -46,6 +46,7 @@ from lightning_mtl.weighting import (
     UPGrad,
 )
 from tests.contract import J1, J2, Golden, Row
+from tests.contract_physics import PHYSICS
 from tests.contract_shelf import SHELF
 
 
@@ -263,6 +264,7 @@ ROWS: tuple[Row, ...] = (
     of_gramian("CRMOGM", lambda: CRMOGM(GradVac()), required=(GradVac(),), unique=None, equivariant=False),
     of_gramian("FromTorchJD", functools.partial(FromTorchJD, inverse_norms), required=(inverse_norms,)),
     *SHELF,
+    *PHYSICS,
 )
 
 AGGREGATORS: tuple[Callable[[], Aggregator], ...] = (GradDrop, functools.partial(GradDrop, leak=0.3, seed=2))

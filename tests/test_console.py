@@ -13,7 +13,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelSummary, RichModelSummary, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
-from torchmetrics import MeanSquaredError
+from torchmetrics import R2Score
 
 from lightning_mtl.monitors import FitTable
 from lightning_mtl.monitors.fit_table import FitReport
@@ -89,14 +89,14 @@ def test_the_model_summary_has_a_row_for_each_head_and_none_for_metrics() -> Non
 
 
 def test_metrics_with_parameters_stay_in_the_summary() -> None:
-    class WithNet(MeanSquaredError):
+    class WithNet(R2Score):
         def __init__(self) -> None:
             super().__init__()
             self.net = nn.Linear(2, 2)
 
     module = small()
-    module.val_metrics = nn.ModuleDict({"a": WithNet()})  # type: ignore[assignment]
-    assert TaskSummary(module).layer_names == ["trunk", "heads/a", "heads/b", "val_metrics"]
+    module.val_task_metrics = nn.ModuleDict({"a": WithNet()})
+    assert TaskSummary(module).layer_names == ["trunk", "heads/a", "heads/b", "val_task_metrics"]
 
 
 class _Plain(pl.LightningModule):

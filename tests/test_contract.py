@@ -139,6 +139,7 @@ def _permute(given: Signals, order: list[int], tasks: list[str]) -> Signals:
     assert given.norms is not None
     assert given.gramian is not None
     assert given.scores is not None
+    assert given.traces is not None
     return Signals(
         tuple(tasks),
         given.losses[order],
@@ -147,6 +148,7 @@ def _permute(given: Signals, order: list[int], tasks: list[str]) -> Signals:
         norms=given.norms[order],
         gramian=given.gramian[order][:, order],
         scores=given.scores[order],
+        traces=given.traces[order],
     )
 
 

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout  # type: ignore[import-untyped]
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]
 
 from lightning_mtl.learning_rates import Importance, TaskLearningRate
 from lightning_mtl.monitors.loggers import hyperparameters_of, log_figure, log_text

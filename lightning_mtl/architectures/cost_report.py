@@ -196,6 +196,11 @@ def parameter_report(
         >>> report.single_task_total.parameters, round(report.ratios["parameters"], 2)
         (107, 0.63)
     """
+    if module.the_trunk is None:
+        raise ValueError(
+            f"parameter_report asks a trunk and heads for one task alone, which {type(module).__name__} has not; use "
+            "a MultiTaskModule."
+        )
     if repeats < 1:
         raise ValueError(f"parameter_report(repeats={repeats}) must be at least 1.")
     tasks = list(module.tasks)
@@ -211,8 +216,8 @@ def parameter_report(
             needed = parameters_behind(model, run)
             costs[task] = _cost(task, model, run, needed, users, repeats)
         whole = _cost("multi-task model", module, partial(module, inputs), list(users), users, repeats)
-    held = sum(p.numel() for part in (module.trunk, module.heads) for p in part.parameters())
-    return ParameterReport(whole, costs, held - whole.parameters, _assumption(module, single_task))
+    held = sum(p.numel() for part in (module.the_trunk, *module.the_heads.values()) for p in part.parameters())
+    return ParameterReport(whole, costs, held - whole.parameters, _assumption(module.the_trunk, single_task))
 
 
 def _cost(
@@ -250,12 +255,12 @@ class _SingleTaskModel(nn.Module):
 
 def _alone(module: TaskModule, task: str) -> nn.Module:
     own = module.trunk_parts.single_task(task)
-    return module if own is None else _SingleTaskModel(own, module.heads[task], task, list(module.tasks))
+    return module if own is None else _SingleTaskModel(own, module.the_heads[task], task, list(module.tasks))
 
 
-def _assumption(module: TaskModule, single_task: Mapping[str, nn.Module] | None) -> str:
+def _assumption(trunk: nn.Module, single_task: Mapping[str, nn.Module] | None) -> str:
     if single_task is not None:
         return "Single-task models: as given."
-    if parts := [type(part).__name__ for _, part in outermost(module.trunk, "single_task")]:
+    if parts := [type(part).__name__ for _, part in outermost(trunk, "single_task")]:
         return f"Single-task models: what {' and '.join(parts)} has for one task, and the task's head."
     return "Single-task models: the trunk, without what only other tasks use, and the task's head."

@@ -89,8 +89,8 @@ def check_tasks(
     tasks = getattr(module, "tasks", None)
     if not isinstance(tasks, Mapping):
         raise TypeError(
-            f"{method} balances the tasks of a lightning_mtl.MultiTaskModule, found {type(module).__name__}; subclass "
-            "MultiTaskModule."
+            f"{method} balances the tasks of a lightning_mtl.BalancedModule or MultiTaskModule, found "
+            f"{type(module).__name__}; subclass one of them."
         )
     for argument, given in named.items():
         if unknown := [task for task in given if task not in tasks] if isinstance(given, Mapping) else []:
@@ -98,7 +98,7 @@ def check_tasks(
     return tasks
 
 
-Plain = bool | int | float | str | tuple | list | dict
+PLAIN = (bool, int, float, str, tuple, list, dict)
 
 
 class GivenArguments:
@@ -141,7 +141,7 @@ class GivenArguments:
 
 def _same(value: object, default: object) -> bool:
     # Tensors and arrays compare element by element, and are no defaults.
-    return value is default or (isinstance(value, type(default)) and isinstance(value, Plain) and value == default)
+    return value is default or (isinstance(value, type(default)) and isinstance(value, PLAIN) and value == default)
 
 
 class NamedArguments(GivenArguments):

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_mtl.devices import numbers, send
 from lightning_mtl.method.arguments import NamedArguments, check_common_arguments, check_tasks
 from lightning_mtl.method.complaints import log_zero_gradients, negative_losses
+from lightning_mtl.method.requests import Requests
 from lightning_mtl.method.search_space import SearchSpace
 from lightning_mtl.method.signals import Decision, Signals
 from lightning_mtl.method.task_state import TaskState
@@ -24,7 +25,7 @@ NEGLIGIBLE = 1e-5
 """A gradient this short beside the longest counts as zero for the methods that solve for weights."""
 
 
-class Weighting(NamedArguments, TaskState, ABC):
+class Weighting(NamedArguments, Requests, TaskState, ABC):
     """Turns what one step measured into one weight a task; the base of every balancing method.
 
     A subclass says what it ``measures`` and implements :meth:`weigh`. What it remembers between steps it declares with
@@ -79,10 +80,6 @@ class Weighting(NamedArguments, TaskState, ABC):
     """Whether the method takes the losses' logarithms; a negative loss then ends the training with an error."""
     by_task: ClassVar[tuple[str, ...]] = ()
     """Arguments, kept as attributes of the same names, that map tasks to something; unknown names are refused."""
-    step_metric: str | None = None
-    """The metric whose value on each training batch :attr:`Signals.scores` must hold."""
-    wants_losses_after: bool = False
-    """Whether :meth:`update` needs :attr:`Signals.losses_after`, for which the window's batches are passed again."""
     negligible: float = 0.0
     """A gradient that is not longer than this share of the longest counts as zero."""
     zero_gradient_steps: Tensor

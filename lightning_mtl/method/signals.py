@@ -25,6 +25,8 @@ class Signals:
         norms: ``[K]``, ‖g_k‖, for methods that measure ``"norms"`` or more.
         gramian: ``[K, K]``, the inner products g_i · g_j, float64 on the CPU, for methods that measure ``"gramian"``.
         scores: ``[K]``, this batch's value of the metric that a method asked for through ``step_metric``.
+        traces: ``[K]``, the mean diagonal entry of each task's neural tangent kernel, for methods with
+            ``kernel_probes``.
         losses_after: ``[K]``, the same samples' losses under the parameters that the step led to, in the ``update`` of
             methods that asked for them through ``wants_losses_after``.
         losses_ahead: ``[K, K]``, L_j after a trial step along task i's gradient alone, in row i, for monitors
@@ -45,6 +47,7 @@ class Signals:
     norms: Tensor | None = None
     gramian: Tensor | None = None
     scores: Tensor | None = None
+    traces: Tensor | None = None
     losses_after: Tensor | None = None
     losses_ahead: Tensor | None = None
     host_losses: Tensor | None = None

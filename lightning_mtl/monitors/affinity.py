@@ -173,8 +173,9 @@ class TaskAffinity(PairMonitor):
             self.write(pl_module, {"mean": beside.mean(), "lowest": beside.min()})
 
 
-def _learning_rate(pl_module: Any) -> float:  # noqa: ANN401 - a MultiTaskModule, which stands above this room
-    shared = set(pl_module.shared_parameters())
+def _learning_rate(pl_module: Any) -> float:  # noqa: ANN401 - a BalancedModule, which stands above this room
+    # What tasks share may not be known before the first step: then it can be any parameter.
+    shared = set(pl_module.shared_parameters() or pl_module.parameters())
     groups = pl_module.optimizers().param_groups
     rates = {float(group["lr"]) for group in groups if not shared.isdisjoint(group["params"])}
     if len(rates) != 1:

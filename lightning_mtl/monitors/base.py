@@ -33,7 +33,7 @@ class Monitor(GivenArguments, Callback):
     was first called. Where several processes train, one that measures gradients is then turned off on all of them.
 
     Raises:
-        TypeError: At setup, if the module is no :class:`~lightning_mtl.MultiTaskModule`.
+        TypeError: At setup, if the module is no :class:`~lightning_mtl.BalancedModule`.
         ValueError: At setup, if it measures gradients at a module that there is not, or of sharded parameters (FSDP2).
 
     Example:
@@ -92,12 +92,12 @@ class Monitor(GivenArguments, Callback):
         """Return the module's tasks.
 
         Raises:
-            TypeError: If it is no :class:`~lightning_mtl.MultiTaskModule`.
+            TypeError: If it is no :class:`~lightning_mtl.BalancedModule`.
         """
         if not isinstance(pl_module, TaskModule):
             raise TypeError(
-                f"{type(self).__name__} looks at the tasks of a lightning_mtl.MultiTaskModule, found "
-                f"{type(pl_module).__name__}; subclass MultiTaskModule."
+                f"{type(self).__name__} looks at the tasks of a lightning_mtl.BalancedModule or MultiTaskModule, "
+                f"found {type(pl_module).__name__}; subclass one of them."
             )
         return pl_module.tasks
 
@@ -109,6 +109,8 @@ class Monitor(GivenArguments, Callback):
         self.tasks_of(pl_module)
         if self.measures == "losses":
             return
+        if isinstance(pl_module, TaskModule):
+            pl_module.check_place(name, self.at)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise ValueError(
                 f"{name} measures gradients beside the update, and sharded parameters (FSDP2) have none outside of the "

@@ -29,7 +29,7 @@ def require_matplotlib(who: str) -> None:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{who} draws with matplotlib, which is not installed; run pip install 'lightning-mtl[plot]'."
+            f"{who} draws with matplotlib, which is not installed; run pip install matplotlib."
         ) from error
 
 

@@ -127,7 +127,7 @@ def log_hyperparameters(
             logger.log_hyperparams(dict(found))
             continue
         # Not log_hyperparams, which would write values of the metrics at step 0 into their curves.
-        logger.hparams = {**logger.hparams, **others, **found}  # type: ignore[dict-item]
+        logger.hparams = {**logger.hparams, **others, **found}
         values = logger._sanitize_params(_flat(logger.hparams))
         writer = logger.experiment._get_file_writer()
         for summary in hparams(values, dict.fromkeys(results, 0.0)):

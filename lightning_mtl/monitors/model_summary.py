@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
-from lightning.pytorch.utilities.model_summary import ModelSummary as Summary
+from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary as Summary
 from torch import nn
 
 from lightning_mtl.task.module import TaskModule
 
-HELD_FOR_STAGES = ("train_metrics", "val_metrics", "test_metrics")
+HELD_FOR_STAGES = ("train_task_metrics", "val_task_metrics", "test_task_metrics")
 
 
 class TaskSummary(Summary):
@@ -43,14 +43,14 @@ def _rows(found: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]
 class TaskModelSummary(ModelSummary):
     """Prints a :class:`TaskSummary` as text."""
 
-    def _summary(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Summary:  # type: ignore[override]
+    def _summary(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Summary:
         return TaskSummary(pl_module, max_depth=self._max_depth)
 
 
 class RichTaskModelSummary(RichModelSummary):
     """Prints a :class:`TaskSummary` as a table of the package rich."""
 
-    def _summary(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Summary:  # type: ignore[override]
+    def _summary(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Summary:
         return TaskSummary(pl_module, max_depth=self._max_depth)
 
 

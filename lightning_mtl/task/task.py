@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_mtl.task.advice import class_for_object
 from lightning_mtl.task.labels import MissingPer
 from lightning_mtl.task.units import Standardize, check_standardize
 
@@ -88,6 +89,8 @@ class Task:
     standardize: Standardize = False
 
     def __post_init__(self) -> None:
+        if (refused := class_for_object("Task(loss=...)", self.loss)) is not None:
+            raise refused
         if not callable(self.loss):
             raise TypeError(
                 f"Task(loss=...) must be a function (prediction, target) -> scalar, found {type(self.loss).__name__}."
@@ -117,10 +120,12 @@ class Task:
         else:
             found = list(given) if isinstance(given, list | tuple) else [given]
         kinds = Metric | MetricCollection
-        if wrong := [type(metric).__name__ for metric in found if not isinstance(metric, kinds)]:
+        if refused := [wrong for one in found if (wrong := class_for_object("Task(metrics=...)", one)) is not None]:
+            raise refused[0]
+        if others := [type(metric).__name__ for metric in found if not isinstance(metric, kinds)]:
             raise TypeError(
                 "Task(metrics=...) must be a torchmetrics Metric or MetricCollection, or a list or dict of them, found "
-                f"{wrong[0]}."
+                f"{others[0]}."
             )
         for name in self.metric_collection():
             if name in RESERVED_METRICS:
@@ -239,6 +244,9 @@ class TaskOutput:
         num_samples: How many labeled samples the loss is a mean over; 0 stands for an absent task. Epoch means,
             gradients averaged over ranks, and gradients accumulated at the trunk are then exact sample means; without
             it all batches count the same.
+        residuals: The numbers r whose mean square the loss is, with their graph, any shape: what
+            :class:`~lightning_mtl.weighting.NTKWeighting` differentiates. A factor c before the loss belongs into them
+            as √c.
 
     Example:
         >>> import torch
@@ -250,43 +258,12 @@ class TaskOutput:
     prediction: Any = field(default=None, repr=False)
     target: Any = field(default=None, repr=False)
     num_samples: int | Tensor | None = None
+    residuals: Tensor | None = field(default=None, repr=False)
 
 
-def check_task_name(task: object) -> None:
-    """Task names become names of modules and of what is logged; refuse those that cannot be both."""
-    rule = "Task names become names of modules: a non-empty string without dots that is no attribute of nn.ModuleDict"
-    if not isinstance(task, str) or not task or "." in task:
-        raise ValueError(f"{task!r} cannot name a task. {rule}.")
-    if hasattr(nn.ModuleDict(), task):
-        raise ValueError(f"{task!r} cannot name a task. {rule}, as {task!r} is; {task + '_task'!r} would do.")
-    if task.split("/")[0] == "total":
-        raise ValueError(
-            f"{task!r} cannot name a task: 'loss/total' is where the sum over the tasks is logged; "
-            f"{task.replace('total', 'total_task', 1)!r} would do."
-        )
-
-
-def check_task_names(tasks: Iterable[str]) -> None:
-    """Check the names of a module's tasks, one by one and together.
-
-    Raises:
-        ValueError: If one cannot name a task, or ``loss/a`` and ``loss/a/b`` would be logged: some loggers keep names
-            as files in folders.
-    """
-    names = list(tasks)
-    for task in names:
-        check_task_name(task)
-    for task in names:
-        if inside := [other for other in names if other.startswith(f"{task}/")]:
-            raise ValueError(
-                f"The task name {inside[0]!r} begins with the name of task {task!r} and a slash, which loggers that "
-                "keep a file for each name cannot hold; rename one of them."
-            )
-
-
-def name_task(error: Exception, part: str, task: str) -> None:
-    """Say in an error from a task's loss, head or metrics which task it was; its type and traceback stay."""
-    note = f"in the {part} of task {task!r}"
+def name_task(error: Exception, part: str, task: str, advice: str = "") -> None:
+    """Say in an error from a task's loss, head or metrics which task it was, and what to change; its type stays."""
+    note = f"in the {part} of task {task!r}{f': {advice}' if advice else ''}"
     if sys.version_info >= (3, 11):
         error.add_note(note)
     elif error.args and isinstance(error.args[0], str):  # Python 3.10 has no notes

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_mtl.control.early_stopping import TaskEarlyStopping
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
 from lightning_mtl.method.base import Weighting, weighting_of
@@ -28,6 +29,7 @@ class Cast:
         weighting: The one weighting; None weighs all tasks equally.
         monitors: All monitors.
         steering: The learning rates of the tasks' own, where a callback gives them.
+        stopping: What says which tasks rest; None where all train.
         ranks: The processes with different data.
         sharded: Whether parameters are sharded over the ranks (FSDP2).
         scaler: The gradient scaler of half precision.
@@ -40,6 +42,7 @@ class Cast:
     weighting: Weighting | None
     monitors: list[Monitor]
     steering: Steering | None
+    stopping: TaskEarlyStopping | None
     ranks: Ranks
     sharded: bool
     scaler: Any
@@ -63,6 +66,7 @@ class Cast:
             weighting=weighting_of(trainer),
             monitors=[callback for callback in callbacks if isinstance(callback, Monitor)],
             steering=None if rates is None else Steering(rates, module),
+            stopping=next((c for c in callbacks if isinstance(c, TaskEarlyStopping)), None),
             ranks=ranks,
             sharded=isinstance(strategy, ModelParallelStrategy),
             scaler=getattr(trainer.precision_plugin, "scaler", None),
@@ -81,6 +85,8 @@ def _asks_again(optimizer: torch.optim.Optimizer) -> bool:
 
 def _penalizes(module: TaskModule) -> bool:
     """Whether the module, or a part of its trunk, has penalties of its own; the same on all ranks."""
-    definitions = sum("penalties" in vars(cls) for cls in type(module).__mro__)
-    overridden = definitions > 2 or "penalties" in vars(module)  # those of TaskModule and MultiTaskModule are two
-    return overridden or any(callable(getattr(part, "penalties", None)) for part in module.trunk.modules())
+    definer = next(cls for cls in type(module).__mro__ if "penalties" in vars(cls))
+    if "penalties" in vars(module) or definer.__module__ not in ("lightning_mtl.balanced", "lightning_mtl.module"):
+        return True
+    parts = [] if module.the_trunk is None else module.the_trunk.modules()
+    return any(callable(getattr(part, "penalties", None)) for part in parts)

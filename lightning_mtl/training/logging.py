@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mtl.devices import fetch, numbers, send, widest
-from lightning_mtl.distributed import sum_over
+from lightning_mtl.distributed import log_reduced, sum_over
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import Task
 from lightning_mtl.task.module import TaskModule
@@ -22,7 +22,6 @@ from lightning_mtl.task.shapes import SeenShapes
 from lightning_mtl.training.checks import check_model, check_trainer
 from lightning_mtl.training.dashboard import prepare_loggers
 from lightning_mtl.training.losses import LabelCounts
-from lightning_mtl.training.reduced import log_reduced
 from lightning_mtl.training.scales import LossScales, warn_of_units
 from lightning_mtl.training.schedulers import step_schedulers
 from lightning_mtl.training.scores import Scores, StageMetrics, change_from_baselines
@@ -96,6 +95,11 @@ class Recorder(Callback):
         """The tasks of the newest step."""
         return self._vectors["loss"][0] if self._vectors else ()
 
+    def count(self, window: Window, *, finite: bool) -> None:
+        """Count a step's losses into the epoch's means, unless the step is skipped."""
+        for names, losses, samples in window.local if finite else ():
+            self.losses["train"].add(losses, samples, names)
+
     def record_step(
         self,
         window: Window,
@@ -113,8 +117,7 @@ class Recorder(Callback):
             weights: ``[K]`` over all tasks, what multiplied the shared gradients; None where no weights describe it.
             rates: The tasks' own learning rates, for those that have one.
         """
-        for names, losses, samples in window.local:
-            self.losses["train"].add(losses, samples, names)
+        self.count(window, finite=True)
         tasks, losses, norms = signals.tasks, signals.losses, signals.norms
         if weights is not None and len(positions) < len(weights):
             weights = weights[numbers(positions, weights.device)]
@@ -162,6 +165,7 @@ class Recorder(Callback):
         self.shapes.clear()
         if stage == "fit":
             check_trainer(pl_module, trainer)
+            self.scores.update({of: {} for of in ("train", "val")})
             self.labels.reset()
             if self.scales is not None:
                 self.scales.reset()
@@ -200,6 +204,8 @@ class Recorder(Callback):
         if self.unlogged:
             self._log_latest(pl_module, on_step=False)
         self._log_stage(pl_module, "train", "loss_epoch")
+        if shares := getattr(getattr(trainer, "datamodule", None), "shares", None):
+            log_reduced(pl_module, {f"share/{task}": share for task, share in shares.items()})
         if trainer.current_epoch == 0:
             self.labels.log(pl_module)
         if pl_module.automatic_optimization:
@@ -234,7 +240,8 @@ class Recorder(Callback):
         for task, own in self._metrics.compute(module, stage).items():
             values.update((f"{stage}/{name}/{task}", value) for name, value in own.items())
             scores.setdefault(task, {}).update(own)
-        self.scores[stage] = scores
+        if not module.trainer.sanity_checking:  # which sees a part of the data
+            self.scores[stage] = scores
         if stage != "train":
             compared = change_from_baselines(self.tasks, scores, module.delta_m_over)
             values |= {} if compared is None else {f"{stage}/delta_m": compared}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from typing_extensions import Self
 
 from lightning_mtl.gradients.micro_batch import stack_losses
 from lightning_mtl.learning_rates.parameter_groups import Rate, apply_lr_factors, parameter_groups
@@ -14,9 +15,12 @@ from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
 from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.monitors.fit_table import bring_fit_table
 from lightning_mtl.monitors.model_summary import show_heads
-from lightning_mtl.task.batches import is_per_task, under_its_name
+from lightning_mtl.task.batches import LossModule, is_per_task, under_its_name
+from lightning_mtl.training.arguments import refuse_callbacks
 from lightning_mtl.training.checks import check_trainer_arguments, several_loaders
+from lightning_mtl.training.evaluation import evaluating
 from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
+from lightning_mtl.training.loading import missing_arguments
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import sample_counts
 from lightning_mtl.training.resume import Resume
@@ -40,6 +44,9 @@ def with_own_callbacks(configure: Hook) -> Hook:
         keep_schedules_of_instance(self)
         if self._trainer is not None:
             check_trainer_arguments(self, self.trainer)
+        for name, kind in (("recorder", Recorder), ("optimization", Optimization)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{type(self).__name__}.{name} is the base class's own; give yours another name.")
         brought = configure(self)
         callbacks = [brought] if isinstance(brought, pl.Callback) else list(brought)
         if self.recorder in callbacks:  # a call of super()
@@ -58,8 +65,8 @@ def with_own_callbacks(configure: Hook) -> Hook:
     return cast("Hook", configure_callbacks)
 
 
-class SteppedModule(OptimizerHooks):
-    """The hooks of :class:`~lightning_mtl.MultiTaskModule`.
+class SteppedModule(LossModule, OptimizerHooks):
+    """The hooks of :class:`~lightning_mtl.BalancedModule`.
 
     Attributes:
         recorder: What is logged.
@@ -100,6 +107,25 @@ class SteppedModule(OptimizerHooks):
         """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""
         return weighting_of(self.trainer)
 
+    def __new__(cls, *arguments: Any, **named: Any) -> Self:  # noqa: ANN401 - a subclass's
+        """Refuse a weighting, or another callback, that was meant for the Trainer."""
+        refuse_callbacks(cls, arguments, named)
+        return super().__new__(cls)
+
+    @classmethod
+    def load_from_checkpoint(cls, *arguments: Any, **named: Any) -> Self:  # noqa: ANN401
+        """Load a module as Lightning does; name the arguments that a checkpoint lacks.
+
+        Raises:
+            TypeError: If the constructor has arguments that neither the checkpoint nor the call has.
+        """
+        try:
+            return super().load_from_checkpoint(*arguments, **named)
+        except TypeError as error:
+            if (said := missing_arguments(cls, named, error)) is not None:
+                raise said from error
+            raise
+
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
         """Count the batch into ``val/loss/<task>`` and ``val/<metric>/<task>``."""
         self._evaluate("val", batch, dataloader_idx)
@@ -114,10 +140,13 @@ class SteppedModule(OptimizerHooks):
         return under_its_name(batch, loaders, dataloader_idx, self.tasks)
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
-        batch = self.under_its_name(stage, batch, dataloader_idx)
-        if dataloader_idx > 0 and not is_per_task(batch, self.tasks):
+        named = self.in_known_form(self.under_its_name(stage, batch, dataloader_idx))
+        # A module without a trunk reads what comes under a name by itself.
+        known = is_per_task(named, self.tasks) or (self.the_trunk is None and named is not batch)
+        if dataloader_idx > 0 and not known:
             raise several_loaders()
-        outputs = self.present_outputs(batch)
+        with evaluating(self, named) as given:
+            outputs = self.present_outputs(given)
         if not outputs:
             return
         update_metrics(self, stage, outputs)

@@ -14,6 +14,7 @@ from torchmetrics import MetricCollection
 
 from lightning_mtl.distributed import sum_over
 from lightning_mtl.metrics import delta_m
+from lightning_mtl.task.advice import on_metrics
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import RESERVED_METRICS, Task, TaskOutput, name_task
 
@@ -24,7 +25,7 @@ def update_metrics(
     module: TaskModule, stage: str, outputs: Mapping[str, TaskOutput], step_metric: str | None = None
 ) -> dict[str, Tensor] | None:
     """Count a batch into the stage's metrics; return each task's own value of ``step_metric`` on it, if asked."""
-    collections: nn.ModuleDict = getattr(module, f"{stage}_metrics")
+    collections: nn.ModuleDict = getattr(module, f"{stage}_task_metrics")
     scores: dict[str, Tensor] | None = None if step_metric is None else {}
     for task, output in outputs.items():
         if task not in collections or output.prediction is None or output.target is None:
@@ -36,7 +37,8 @@ def update_metrics(
             else:
                 scores[task] = collections[task](prediction, output.target)[step_metric].detach()
         except Exception as error:
-            name_task(error, "metrics", task)
+            metrics = collections[task].items()  # type: ignore[operator]
+            name_task(error, "metrics", task, on_metrics(metrics, prediction, output.target))
             raise
     return scores
 

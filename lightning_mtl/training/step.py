@@ -25,15 +25,17 @@ from lightning_mtl.gradients.trunk_gramian import TrunkGramian
 from lightning_mtl.monitors.throughput import Phases
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_absent
+from lightning_mtl.training.beside import renewed_rows, traces_of
 from lightning_mtl.training.cast import Cast
-from lightning_mtl.training.checks import check_accumulation, collects_shards, no_shared_parameters
+from lightning_mtl.training.checks import check_collection
 from lightning_mtl.training.closure import forward_alone, pass_again
 from lightning_mtl.training.features import features_of, find_layer
 from lightning_mtl.training.logging import Recorder
-from lightning_mtl.training.losses import micro_batch_of, over_scales, reduce_losses, sample_counts
+from lightning_mtl.training.losses import micro_batch_of, reduce_losses, sample_counts, to_weigh
 from lightning_mtl.training.observation import Observation
 from lightning_mtl.training.reduced import Reduced
 from lightning_mtl.training.scores import update_metrics
+from lightning_mtl.training.sharing import find_shared
 from lightning_mtl.training.snapshots import losses_after
 from lightning_mtl.training.synchronization import learns_graph, synchronizing
 from lightning_mtl.training.update import Update
@@ -43,8 +45,15 @@ _SILENT: AbstractContextManager[None] = nullcontext()
 _NOWHERE = Split()  # the trunk's outputs where nobody asks for them
 
 
+def trainable_parameters(module: TaskModule) -> tuple[list[Tensor], list[Tensor]]:
+    """The shared parameters that need gradients now, and all other parameters that do."""
+    shared: list[Tensor] = [p for p in module.shared_parameters() if p.requires_grad]
+    known = set(shared)
+    return shared, [p for p in module.parameters() if p.requires_grad and p not in known]
+
+
 class Optimization:
-    """Runs the training step of a :class:`~lightning_mtl.MultiTaskModule`.
+    """Runs the training step of a :class:`~lightning_mtl.BalancedModule`.
 
     Args:
         recorder: What is told of each step, to log it.
@@ -106,7 +115,7 @@ class Optimization:
         # Gradients are taken as automatic optimization takes them: outside autocast.
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT:
             with self.phases.during("measuring"), self._looking(module, window):
-                loss = self._loss(module, window, reduced, micro_batch, last=last)
+                loss = self._loss(module, window, reduced, micro_batch, last)
             if loss is None and window.collects and not learns_graph(module):
                 # Something is passed backward in every micro-batch, for the hooks; what its gradients are is kept.
                 loss = torch.zeros((), device=module.device, requires_grad=True)
@@ -132,11 +141,12 @@ class Optimization:
         step, epoch = trainer.global_step, trainer.current_epoch
         size = trainer.accumulate_grad_batches if module.automatic_optimization else module.accumulate_grad_batches
         shares = None if cast.steering is None else cast.steering.shares(module, step)
-        if cast.thaws and not any(parameter.requires_grad for parameter in module.shared_parameters()):
+        if cast.thaws and module.sharing is None and not any(p.requires_grad for p in module.shared_parameters()):
             # Until a callback unfreezes some of what is shared there is nothing to balance but the heads.
             able = weighting is not None and weighting.measures == "losses" and weighting.weighs_heads
             weighting, shares = weighting if able else None, None
-        window = Window(tuple(module.tasks), weighting, step, epoch, size, cast.ranks, shares, self.recorder.scales)
+        scales, resting = self.recorder.scales, cast.stopping.resting if cast.stopping else None
+        window = Window(tuple(module.tasks), weighting, step, epoch, size, cast.ranks, shares, scales, resting)
         if not module.automatic_optimization:
             self.zero_gradients(module, batch_idx)
         if window.way == "rows" and cast.sharded:
@@ -156,73 +166,70 @@ class Optimization:
 
     def _collection(self, module: TaskModule, window: Window) -> Collection:
         """Make ready to keep the step's gradients, task by task, where its weights are not known before its end."""
-        shared, others = module.trainable_parameters()
-        if window.wanted != "nothing" and window.measures_at == "trunk" and not shared:
-            raise no_shared_parameters(window.weighting)
-        if window.weighting is not None and window.size > 1:
-            check_accumulation(window.weighting, window.size)
+        shared, others = trainable_parameters(module)
+        if self.cast.sharded or window.size > 1 or not shared:
+            check_collection(window, shared, sharded=self.cast.sharded)
         tasks, ranks = tuple(module.tasks), window.ranks
         if self.cast.sharded:
-            if window.size > 1:
-                raise collects_shards(window.weighting, window.size)
             return ShardedTrunkGradients(tasks, shared, others)
-        features = window.wanted != "nothing" and window.measures_at == "features"
         # Hooks of this older kind may change a layer's weight gradient, which is never computed without rows.
         if not window.keeps_rows and not any(part._is_full_backward_hook is False for part in module.modules()):
             return (GatheredGramian if ranks.size > 1 else TrunkGramian)(tasks, shared, others, ranks, self._rows)
-        return TrunkGradients(tasks, shared, others, ranks, kept=self._rows, features=features)
+        at_features = window.wanted != "nothing" and window.measures_at == "features"
+        return TrunkGradients(tasks, shared, others, ranks, kept=self._rows, features=at_features)
 
     # Forward: losses, over all ranks
 
     def _forward(self, module: TaskModule, window: Window, batch: object) -> tuple[MicroBatch, Reduced]:
         """Pass one micro-batch forward, and tell everybody about its losses before any gradient is taken."""
-        cast, recorder, weighting = self.cast, self.recorder, window.weighting
+        cast, weighting = self.cast, window.weighting
         observation = None if window.repeats else self._observation
-        if observation is not None:
-            observation.before_forward(module)
-        split = Split() if cast.sharded or self._needs_split(window) else _NOWHERE
-        watching = split.watching(module.heads) if cast.sharded else _SILENT
-        with self.phases.during("forward"), watching, _SILENT if split is _NOWHERE else split.applied_to(module.trunk):
-            outputs = module.present_outputs(batch)
+        observed = observation is not None and observation.before_forward(module)
+        trunk = module.the_trunk if cast.sharded or window.needs_split or observed else None
+        split = _NOWHERE if trunk is None else Split()
+        watching = split.watching(module.the_heads) if cast.sharded else _SILENT
+        with self.phases.during("forward"), watching, _SILENT if trunk is None else split.applied_to(trunk):
+            outputs = module.present_outputs(batch, window.resting.dropped)
+        if module.sharing is not None:
+            find_shared(module, cast, window, outputs, observed=observed)
         window.batches += [batch] if window.keeps_batches else []
-        scores = None
-        if len(module.train_metrics) and not window.repeats:
-            step_metric = None if weighting is None else weighting.step_metric
-            scores = update_metrics(module, "train", outputs, step_metric)
-        if cast.steering is not None and not window.repeats:
-            cast.steering.collect(module, window, batch, outputs)
+        step_metric = None if weighting is None else weighting.step_metric
+        counts = len(module.train_task_metrics) and not window.repeats
+        scores = update_metrics(module, "train", outputs, step_metric) if counts else None
         kind = module.device.type
         off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT
         with off:
+            if window.probes and not window.idle:
+                scores = traces_of(window, cast, outputs, trainable_parameters(module)[0], unseen=not self._looked)
             reduced = reduce_losses(outputs, window.tasks, window.ranks, module.device, scores)
+            all_outputs, own, beside = outputs, reduced.own, dict[str, Tensor]()
+            if window.scales is not None or window.resting.head_only:
+                outputs, reduced, beside = to_weigh(window, cast, outputs, reduced, trainable_parameters(module)[1])
+        if cast.steering is not None and not window.repeats:
+            cast.steering.collect(module, window, batch, outputs)
         with self.phases.during("forward"):
-            penalties = module.penalties_with(reduced.names)
+            penalties = module.penalties_with(reduced.names) if cast.penalizes else {}
         with off:
-            outputs, reduced = (outputs, reduced) if window.scales is None else over_scales(window, outputs, reduced)
-            window.note(reduced, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
-            if outputs:
-                window.local.append((list(outputs), reduced.own, sample_counts(list(outputs.values()))))
-                recorder.labels.add_whole(outputs)
+            window.note(reduced, penalties, module.learned_tasks)
+            if all_outputs:
+                window.local.append((list(all_outputs), own, sample_counts(list(all_outputs.values()))))
+                self.recorder.labels.add_whole(all_outputs)
+            penalties = {**penalties, **beside}
             found = micro_batch_of(module, window, cast, reduced, outputs, penalties, split, unseen=not self._looked)
             if observation is not None and window.micro_batches == 1:
                 with self.phases.during("monitors"):
                     observation.measure(module, reduced, found, batch)
         return found, reduced
 
-    def _needs_split(self, window: Window) -> bool:
-        """Whether the trunk's outputs have to be known: to measure there, or to stand in for absent tasks."""
-        stands_in = window.ranks.size > 1 and (window.way == "rows" or window.size > 1)
-        at_features = window.wanted != "nothing" and window.measures_at != "trunk"
-        return window.way == "features" or at_features or stands_in or getattr(self._observation, "measures", False)
-
     # Gradients and weights
 
-    def _loss(
-        self, module: TaskModule, window: Window, reduced: Reduced, batch: MicroBatch, *, last: bool
-    ) -> Tensor | None:
+    def _loss(self, module: TaskModule, window: Window, found: Reduced, batch: MicroBatch, last: bool) -> Tensor | None:
         """The loss to pass backward for this micro-batch; None where the step's gradients are still collected."""
-        names, losses, wanted = reduced.names, reduced.losses, window.wanted
+        names, losses, wanted = found.names, found.losses, "nothing" if window.idle else window.wanted
         engine: MicroBatch | FeatureGradients | Collection = batch
+        measured = Measured()
+        if names and window.renews and not (window.collects or window.idle):
+            measured = renewed_rows(window, batch, trainable_parameters(module)[0])
         if window.collects:
             engine = window.gradients = window.gradients or self._collection(module, window)
             if names and wanted != "nothing" and window.measures_at != "trunk":
@@ -236,11 +243,11 @@ class Optimization:
             engine.close(losses, factors)
         elif names and window.way == "features":
             wanted = wanted if window.asks(names) else "nothing"
-            engine = features_of(module, batch, losses, sharded=self.cast.sharded)
+            engine = features_of(batch, losses, functools.partial(trainable_parameters, module), self.cast.sharded)
             if wanted != "nothing":
                 find_layer(module, window, batch, engine.groups())
         if names:
-            measured = engine.measure(wanted, window.layer) if wanted != "nothing" else Measured()
+            measured = engine.measure(wanted, window.layer) if wanted != "nothing" else measured
             with self.phases.during("solving"):
                 decision = window.decide(names, losses, measured)
             loss = engine.surrogate_loss(decision.weights, decision.head_weights, decision.directions)
@@ -255,12 +262,10 @@ class Optimization:
 
     def _looking(self, module: TaskModule, window: Window) -> AbstractContextManager[None]:
         """Look once a fit: a graph that writes gradients while it is measured does so in every step."""
-        if self._looked or not (window.collects or window.way == "features"):
+        if self._looked or not (window.collects or window.way == "features" or window.at_shared):
             return _SILENT
         self._looked = True
         return writing_no_gradients(module.parameters())
-
-    # The optimizer, and what follows it
 
     def _close(self, module: TaskModule, window: Window, batch_idx: int) -> None:
         """Step the optimizer, unless something is not finite, and tell weighting, monitors and loggers."""
@@ -287,10 +292,11 @@ class Optimization:
             if module.trainer.lr_scheduler_configs:  # those that follow a metric wait until it is logged
                 self.recorder.plateau_due = "step", module.trainer.fit_loop.epoch_loop.batch_idx
         if not finite or signals is None:
+            self.recorder.count(window, finite=finite)
             return
         if steering is not None:
             steering.observe(window, signals)
-        if (weighting := window.weighting) is not None:
+        if (weighting := window.weighting) is not None and not window.idle:
             if weighting.wants_losses_after and window.batches:
                 signals = replace(signals, losses_after=losses_after(module, window, signals.tasks))
             weighting.observe(signals, positions)

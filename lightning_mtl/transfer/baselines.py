@@ -11,8 +11,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_mtl.balanced import BalancedModule
 from lightning_mtl.distributed import of_first
-from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task import Task
 from lightning_mtl.transfer.cache import CallMemory, ScoreCache, configuration
 from lightning_mtl.transfer.finished import Directions, TaskScores, chosen_scores, is_finished, of_seeds
@@ -104,7 +104,7 @@ class SingleTaskBaselines:
                 )
         return usable
 
-    def fill(self, module: MultiTaskModule) -> None:
+    def fill(self, module: BalancedModule) -> None:
         """Set ``Task.baseline`` of the module's tasks to the means, so that it logs ``val/delta_m`` from now on.
 
         A mean that is 0 or not finite is left out with a warning: no relative change can be taken from it.
@@ -197,7 +197,7 @@ def single_task_baselines(
     with memory as cache, shown:
         for seed in seeds:
             with seeded(seed):
-                whole = module if isinstance(module, MultiTaskModule) else module(seed)
+                whole = module if isinstance(module, BalancedModule) else module(seed)
             directions = metric_directions(chosen_tasks(whole, tasks), metrics)
             shown.total = len(seeds) * len(directions)
             scores.append({})
@@ -223,12 +223,12 @@ def single_task_baselines(
                         cache.write(described, found)
                 scores[-1].update(chosen_scores({task: found}, {task: directions[task]}))
     baselines = SingleTaskBaselines(tuple(seeds), tuple(scores), directions)
-    if isinstance(module, MultiTaskModule):
+    if isinstance(module, BalancedModule):
         baselines.fill(module)
     return baselines
 
 
-def chosen_tasks(module: MultiTaskModule, names: Sequence[str] | None) -> dict[str, Task]:
+def chosen_tasks(module: BalancedModule, names: Sequence[str] | None) -> dict[str, Task]:
     """Return the tasks of these names.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_mtl.metrics import Interval
-from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.module import MultiTaskModule, check_parts
 from lightning_mtl.monitors.figures import draw_curves
 from lightning_mtl.monitors.report import Report, Shown
 from lightning_mtl.monitors.tables import Grid, marked
@@ -193,6 +193,7 @@ def probe_transfer(
         >>> data = (faces_with_beards, val_loader)  # doctest: +SKIP
         >>> probe_transfer(model, unseen, head, data, trainer, num_samples=[50, 500]).table()  # doctest: +SKIP
     """
+    check_parts(module, "probe_transfer")
     name, directions = _checked(task, metric, num_samples, seeds, datamodule)
     chosen = next(iter(directions[name]))
     fresh_trunk = trunk or _resetting(module.trunk)

@@ -59,7 +59,7 @@ class Progress:
         self.who, self.total = who, total
         self.show = show
         self.done = done
-        self._shown = show and rank_zero_only.rank == 0
+        self._shown = show and getattr(rank_zero_only, "rank", 0) == 0
         self._bar: tqdm[None] | None = None
         self._silence = ExitStack()
 

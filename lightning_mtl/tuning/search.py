@@ -57,7 +57,7 @@ def tune(
         storage: Where workers meet: ``sqlite:///study.db`` or a journal file (``journal:///study.journal``) on one
             machine, ``postgresql://...`` or ``mysql://...`` across machines; None for this process alone.
         name: The study's name in the storage.
-        folder: Where logs, the best configuration and pictures go; None takes the study's name.
+        folder: Where logs, the best configuration and pictures go; None takes ``studies/<name>``.
         seeds: Train each trial with so many seeds and take the mean; a study that exists keeps its number.
         prune: End trials whose objective, after an epoch, is worse than the median of the others. With several seeds
             the first one decides.
@@ -77,12 +77,12 @@ def tune(
     Example:
         >>> result = tune("run.yaml", "space.yaml", trials=20, storage="sqlite:///study.db")  # doctest: +SKIP
         >>> result.best  # doctest: +SKIP
-        {17: PosixPath('search/best.yaml')}
+        {17: PosixPath('studies/search/best.yaml')}
     """
     for argument, value in (("trials", trials), ("seeds", seeds), ("silence", silence)):
         if value < 1:
             raise ConfigurationError(f"{argument}={value} must be at least 1.")
-    folder = Path(name if folder is None else folder)
+    folder = Path("studies") / name if folder is None else Path(folder)
     with isolate_rng(), quiet():
         base, wanted = read_base(config, overrides), read_space(space)
         directions = [goal.direction_for(base.tasks) for goal in wanted.goals]

@@ -25,15 +25,20 @@ from lightning_mtl.weighting.imtl import IMTL
 from lightning_mtl.weighting.imtlg import IMTLG
 from lightning_mtl.weighting.imtll import IMTLL
 from lightning_mtl.weighting.lbtw import LBTW
+from lightning_mtl.weighting.lr_annealing import LRAnnealing
 from lightning_mtl.weighting.metabalance import MetaBalance
 from lightning_mtl.weighting.mgda import MGDA
 from lightning_mtl.weighting.nash_mtl import NashMTL
+from lightning_mtl.weighting.ntk import NTKWeighting
 from lightning_mtl.weighting.pcgrad import PCGrad
 from lightning_mtl.weighting.pivrg import PIVRG
+from lightning_mtl.weighting.relobralo import ReLoBRaLo
 from lightning_mtl.weighting.rlw import RLW
+from lightning_mtl.weighting.rotating import Rotating
 from lightning_mtl.weighting.scale_invariant import ScaleInvariant
 from lightning_mtl.weighting.sdmgrad import SDMGrad
 from lightning_mtl.weighting.soft_optimal_uncertainty import SoftOptimalUncertainty
+from lightning_mtl.weighting.softadapt import SoftAdapt
 from lightning_mtl.weighting.static import StaticWeights
 from lightning_mtl.weighting.stch import STCH
 from lightning_mtl.weighting.uncertainty import UncertaintyWeighting
@@ -69,11 +74,16 @@ __all__ = [
     "GradNorm",
     "GradVac",
     "GradientNormBalance",
+    "LRAnnealing",
     "MetaBalance",
+    "NTKWeighting",
     "NashMTL",
     "PCGrad",
+    "ReLoBRaLo",
+    "Rotating",
     "SDMGrad",
     "ScaleInvariant",
+    "SoftAdapt",
     "SoftOptimalUncertainty",
     "StaticWeights",
     "UPGrad",

@@ -50,26 +50,16 @@ class RowMemory(Weighting):
         """Bring the rows into one matrix of the losses' own gradients, and the memory to its width."""
         if not rows or signals.norms is None:
             return super().decide(signals, present, measured=measured)
-        dtype = torch.float32
-        for block in rows:
-            dtype = torch.promote_types(dtype, block.dtype)
-        home = rows[0].device  # of blocks that may lie on several
-        whole = torch.cat([block.to(home, dtype) for block in rows], dim=1) if len(rows) > 1 else rows[0].to(dtype)
+        whole = in_one(rows)
         if self.memory.shape[1] not in (0, whole.shape[1]):
             raise ValueError(
                 f"{type(self).__name__} keeps a number for each task and shared parameter, of which there were "
                 f"{self.memory.shape[1]} and are {whole.shape[1]} at step {signals.step}; have the same ones train "
-                "from its start_step= on, or use a method without such a memory."
+                "from its start_step= on, name them by shared_parameters(), or use a method without such a memory."
             )
         if self.memory.shape[1] != whole.shape[1]:
             self.memory = whole.new_zeros(len(self.tasks), whole.shape[1])
-        # Rows still have a gradient scaler's factor, which changes from step to step; norms have not.
-        norms, lengths = send(signals.norms, home, dtype).sum(), torch.linalg.vector_norm(whole, dim=1).sum()
-        scale = torch.where(norms > 0, lengths / norms, torch.ones_like(norms))
-        if abs(float(scale) - 1) < 1e-3:  # no scaler: rounding
-            scale = torch.ones_like(scale)
-        else:
-            whole = whole / scale
+        whole, scale = without_scale(whole, signals.norms)
         with self._cut_to(present):
             decision = self.decide_by(signals, whole)
         if decision.directions is not None:
@@ -81,3 +71,30 @@ class RowMemory(Weighting):
     def decide_by(self, signals: Signals, rows: Tensor) -> Decision:
         """Weigh by the rows, ``[K, P]``; a direction, if that is what comes out, is in one piece."""
         raise NotImplementedError(f"{type(self).__name__} has to implement decide_by.")
+
+
+def in_one(rows: Sequence[Tensor]) -> Tensor:
+    """Bring matrices of rows into one, ``[K, P]``, of float32 or wider, where the first of them lies."""
+    dtype = torch.float32
+    for block in rows:
+        dtype = torch.promote_types(dtype, block.dtype)
+    home = rows[0].device  # of blocks that may lie on several
+    return torch.cat([block.to(home, dtype) for block in rows], dim=1) if len(rows) > 1 else rows[0].to(dtype)
+
+
+def without_scale(whole: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Take a gradient scaler's factor out of rows, whose norms are known without it.
+
+    Args:
+        whole: ``[K, P]``.
+        norms: ``[K]``.
+
+    Returns:
+        The losses' own gradients, and the factor, 1 where there is no scaler.
+    """
+    # The factor changes from step to step.
+    known, lengths = send(norms, whole.device, whole.dtype).sum(), torch.linalg.vector_norm(whole, dim=1).sum()
+    scale = torch.where(known > 0, lengths / known, torch.ones_like(known))
+    if abs(float(scale) - 1) < 1e-3:  # no scaler: rounding
+        return whole, torch.ones_like(scale)
+    return whole / scale, scale

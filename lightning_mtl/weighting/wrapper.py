@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -32,6 +33,11 @@ class Wrapper(Holder, Weighting):
                 f"{name}(weighting=...) takes the weights of a Weighting that finds them from losses, norms or a "
                 f"Gramian, found {type(given).__name__}; pass an instance of one that does."
             )
+        if weighting.renews_rows:
+            raise TypeError(
+                f"{name}(weighting={type(weighting).__name__}(...)) does not hand gradients on; wrap the other way "
+                f"round: {type(weighting).__name__}({name}(...))."
+            )
         if weighting.importance or weighting.start_step or weighting.total is not None:
             raise ValueError(
                 f"{name}(weighting={type(weighting).__name__}(...)) ignores the importance, start_step and total of "
@@ -42,11 +48,16 @@ class Wrapper(Holder, Weighting):
         self.reads_losses = weighting.reads_losses  # type: ignore[misc]
         self.takes_logarithms, self.step_metric = weighting.takes_logarithms, weighting.step_metric
         self.wants_losses_after, self.negligible = weighting.wants_losses_after, weighting.negligible
+        self.kernel_probes = weighting.kernel_probes
         super().__init__(
             at=weighting.at, every_n_steps=weighting.every_n_steps, gradients=weighting.gradients, **common
         )
         self.weighting = weighting
         self.add_child(weighting)
+
+    def probes(self, device: torch.device) -> torch.Generator:
+        """The wrapped method's random numbers."""
+        return self.weighting.probes(device)
 
     def newest(self, signals: Signals) -> Tensor:
         """Ask the wrapped method for its weights, ``[K]``."""

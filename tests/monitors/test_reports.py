@@ -125,7 +125,7 @@ def test_the_search_lists_the_best_first() -> None:
 
 
 class Custom(Weighting):
-    def __init__(self, beta: float, *rest: int, label: str = "x", **common: Any) -> None:
+    def __init__(self, beta: float | torch.Tensor, *rest: int, label: str = "x", **common: Any) -> None:
         super().__init__(**common)
 
     def weigh(self, signals: Any) -> torch.Tensor:

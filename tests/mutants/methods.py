@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants.mutation import Mutation
+from tests.mutants.physics import PHYSICS
 from tests.mutants.shelf import SHELF
 
 CONTRACT = "tests/test_contract.py"
@@ -15,6 +16,7 @@ WRAPPERS = "tests/weighting/test_wrappers.py"
 
 METHODS = (
     *SHELF,
+    *PHYSICS,
     Mutation(
         "AlignedMTL: stretches the directions that it should shrink",
         "weighting/aligned_mtl.py",
