@@ -206,7 +206,7 @@ def declare_anew(module: BalancedModule, changes: Mapping[str, Mapping[str, Any]
         if "standardize" in fields:
             if not isinstance(module, MultiTaskModule):
                 raise ValueError(
-                    f"Task(standardize=...) is for the heads of a MultiTaskModule, and {type(module).__name__} has none; "
+                    f"Task(standardize=...) is for heads of a MultiTaskModule, and {type(module).__name__} has none; "
                     "leave the row out."
                 )
             module.target_units.drop(name, module.heads[name])
