@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from lightning_mtl.metrics import Interval
+from lightning_mtl.paired import Difference
 from lightning_mtl.transfer.finished import of_seeds
 from lightning_mtl.tuning.comparing.picture import draw
-from lightning_mtl.tuning.comparing.result import Comparison, p_text
+from lightning_mtl.tuning.comparing.result import Comparison
 from lightning_mtl.tuning.comparing.rows import EQUAL, SINGLE
 from lightning_mtl.tuning.comparing.words import advice, verdict
 
@@ -113,7 +114,7 @@ def _main_table(result: Comparison) -> str:
                 name,
                 rates,
                 "0" if difference is None else _interval(difference.interval, difference.significant),
-                "–" if difference is None else _p(difference.p_corrected),
+                "–" if difference is None else _p(difference),
                 *(["0" if single is None else _interval(single.interval, single.significant)] if alone else []),
                 _number(result.ranks.get(row.name, math.nan), ".1f"),
                 "–" if row.name == SINGLE else _number(ratio, ".2f"),
@@ -141,8 +142,8 @@ def _number(value: float, form: str) -> str:
     return "–" if math.isnan(value) else f'<data value="{float(value)!r}">{value:{form}}</data>'
 
 
-def _p(value: float) -> str:
-    return f'<data value="{float(value)!r}">{html.escape(p_text(value))}</data>'
+def _p(difference: Difference) -> str:
+    return f'<data value="{float(difference.p_corrected)!r}">{html.escape(difference.p_text)}</data>'
 
 
 def _interval(interval: Interval, significant: bool = False) -> str:

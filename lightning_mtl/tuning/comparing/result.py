@@ -183,7 +183,7 @@ class Comparison(Report):
             cells: list[Cell | str] = [
                 " ".join(dict.fromkeys(f"{rate:g}" for rate in row.rates)) + ("*" if row.edges else ""),
                 Cell("0") if difference is None else corrected(difference),
-                "–" if difference is None else p_text(difference.p_corrected),
+                "–" if difference is None else difference.p_text,
                 *([Cell("0") if single is None else corrected(single)] if alone else []),
                 f"{self.ranks.get(row.name, math.nan):.1f}",
                 "–" if row.name == SINGLE or math.isnan(rate) else f"{rate:.2f}",
@@ -281,16 +281,6 @@ class Comparison(Report):
                 console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
         for path in self.files:
             console.print(str(path), markup=False, highlight=False, soft_wrap=True)
-
-
-def p_text(p: float) -> str:
-    """Write a p value to three digits.
-
-    Example:
-        >>> p_text(0.0123), p_text(0.0)
-        ('0.012', '< 0.001')
-    """
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def corrected(difference: Difference) -> Cell:
