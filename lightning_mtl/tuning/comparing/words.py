@@ -22,7 +22,8 @@ def verdict(result: Comparison) -> list[str]:
     """Say what differs from equal weights, what does not, and how learning together compares with single tasks."""
     found = {name: one for name, one in result.against_equal.items() if not math.isnan(one.interval.mean)}
     if not found:
-        return ["There is no row to compare with equal weights yet."]
+        said = ["There is no row to compare with equal weights yet."]
+        return [*said, *_left_out(result)]
     if not result.finished(EQUAL):
         return ["Equal weights diverged with every seed, so that nothing can be compared with them."]
     better = {name: one for name, one in found.items() if one.significant and one.interval.mean < 0}
@@ -57,7 +58,11 @@ def verdict(result: Comparison) -> list[str]:
         if not row.failed and finished < len(row.scores):
             said.append(f"{row.name} diverged with {len(row.scores) - finished} of {len(row.scores)} seeds.")
     said += [f"{row.name} failed: {row.failed}" for row in result.rows if row.failed]
-    said += [f"{name} is left out: {why}." for name, why in (result.left_out or {}).items()]
+    return said + _left_out(result)
+
+
+def _left_out(result: Comparison) -> list[str]:
+    said = [f"{name} is left out: {why}." for name, why in (result.left_out or {}).items()]
     if result.unfinished:
         said.append(f"{result.unfinished} trainings are missing: the same command goes on.")
     return said
