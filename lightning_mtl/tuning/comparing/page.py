@@ -14,7 +14,7 @@ from lightning_mtl.metrics import Interval
 from lightning_mtl.paired import Difference
 from lightning_mtl.transfer.finished import of_seeds
 from lightning_mtl.tuning.comparing.picture import draw
-from lightning_mtl.tuning.comparing.result import Comparison
+from lightning_mtl.tuning.comparing.result import Comparison, nothing
 from lightning_mtl.tuning.comparing.rows import EQUAL, SINGLE
 from lightning_mtl.tuning.comparing.words import advice, verdict
 
@@ -113,9 +113,13 @@ def _main_table(result: Comparison) -> str:
             [
                 name,
                 rates,
-                "0" if difference is None else _interval(difference.interval, difference.significant),
+                _interval(difference.interval, difference.significant) if difference else nothing(row.name == EQUAL),
                 "–" if difference is None else _p(difference),
-                *(["0" if single is None else _interval(single.interval, single.significant)] if alone else []),
+                *(
+                    [_interval(single.interval, single.significant) if single else nothing(row.name == SINGLE)]
+                    if alone
+                    else []
+                ),
                 _number(result.ranks.get(row.name, math.nan), ".1f"),
                 "–" if row.name == SINGLE else _number(ratio, ".2f"),
             ]
