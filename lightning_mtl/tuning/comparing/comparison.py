@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def compare(
             "several times without torchrun: the workers share the trainings."
         )
     folder = Path(name if folder is None else folder)
-    with isolate_rng(), quiet():
+    with isolate_rng(), quiet(), ExitStack() as undo:
         source = _source(config, lr_path, overrides)
         if len(source.tasks) < 2:
             raise ConfigurationError(f"there is nothing to weigh with one task; found {list(source.tasks)}.")
@@ -110,6 +111,9 @@ def compare(
         if storage is None:
             folder.mkdir(parents=True, exist_ok=True)
             storage = f"sqlite:///{folder / 'study.db'}"
+        # Of errors the result tells, of trials the display.
+        undo.callback(optuna.logging.set_verbosity, optuna.logging.get_verbosity())
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         opened = open_storage(storage, silence)
         sampler, pruner = optuna.samplers.RandomSampler(), optuna.pruners.NopPruner()
         study = open_study(opened, name, ["minimize"], source.identity(), TrialProcesses(1), sampler, pruner)
@@ -118,14 +122,9 @@ def compare(
                 fail_and_repeat(study, trial)
         if progress:
             sys.stderr.write(_announcement(study.study_name, str(storage), plan, made, left_out, read(study), folder))
-        before = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.ERROR)  # of errors the result tells; of trials, the display
-        try:
-            with Progress("compare", 0, show=progress) as shown:
-                by_key = {row.key: row for row in made}
-                Worker(study, opened, source, by_key, plan, silence, shown).work(timeout)
-        finally:
-            optuna.logging.set_verbosity(before)
+        shown = undo.enter_context(Progress("compare", 0, show=progress))
+        by_key = {row.key: row for row in made}
+        Worker(study, opened, source, by_key, plan, silence, shown).work(timeout)
     result = gather(plan, made, read(study), directions, counted, left_out)
     return write_files(
         result,
@@ -190,8 +189,9 @@ def _announcement(
     said = [
         f"study {name!r} in {without_passwords(storage)}: {expected} trainings or a few more, {done} there already",
         (
-            f"rows: {', '.join(row.name for row in rows)}; learning rates {', '.join(f'{rate:g}' for rate in plan.rates)}; "
-            f"chosen by seed {plan.tuning_seed}, compared by seeds {plan.seeds[0]} to {plan.seeds[-1]}"
+            f"rows: {', '.join(row.name for row in rows)}; learning rates "
+            f"{', '.join(f'{rate:g}' for rate in plan.rates)}; chosen by seed {plan.tuning_seed}, "
+            f"compared by seeds {plan.seeds[0]} to {plan.seeds[-1]}"
         ),
         *(f"without {row}: {why}" for row, why in left_out.items()),
         f"table, picture and page go to {folder}/",
@@ -230,13 +230,16 @@ def gather(
 
 def _row_outcome(plan: Plan, row: Row, known: Known, compared: Sequence[Training], *, tested: bool) -> RowOutcome:
     lines = [line for line in plan.lines if line.row == row.key]
-    searches = {line: own for line, own in plan.searches(known.scores).items() if line in lines}
     own = [training for training in plan.trainings(known.scores) if training.row == row.key]
     errors = [known.errors[one.key] for one in own if one.key in known.errors and one.purpose != "monitor"]
-    choices = {line: found.choice for line, found in searches.items() if found.choice is not None}
+    choices = [
+        (line, found.choice)
+        for line, found in plan.searches(known.scores)
+        if line.row == row.key and found.choice is not None
+    ]
     # One candidate may fail, and another be chosen; of the compared trainings, none may.
     failed = errors and (
-        any(choice.candidate is None for choice in choices.values())
+        any(choice.candidate is None for _, choice in choices)
         or any(one.key in known.errors for one in own if one.purpose == "compare")
     )
     if failed:
@@ -249,14 +252,14 @@ def _row_outcome(plan: Plan, row: Row, known: Known, compared: Sequence[Training
             scores.setdefault(training.seed, {}).update(outcome.test if tested and outcome.test else outcome.val)
             seconds[training.seed] = outcome.step_seconds
     complete = {seed: found for seed, found in scores.items() if len(lines) == 1 or len(found) == len(lines)}
-    made = {line: choice for line, choice in choices.items() if choice.candidate is not None}
+    made = [(line, choice) for line, choice in choices if choice.candidate is not None]
     edges = tuple(
         f"the learning rate {'of ' + line.task + ' ' if line.task else ''}is the {choice.edge} of those tried "
         f"({', '.join(f'{rate:g}' for rate in choice.tried)})"
-        for line, choice in made.items()
+        for line, choice in made
         if choice.edge
     )
-    candidates = [choice.candidate for choice in made.values() if choice.candidate is not None]
+    candidates = [choice.candidate for _, choice in made if choice.candidate is not None]
     variant = row.variants[candidates[0].variant] if candidates else ""
     return RowOutcome(row.name, complete, tuple(one.rate for one in candidates), variant, edges, seconds)
 

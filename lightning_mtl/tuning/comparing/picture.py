@@ -40,9 +40,8 @@ def draw(result: Comparison, *, dark: bool = False, transparent: bool = False) -
         if not math.isnan(low):
             axes.plot([low, high], [place, place], color=color, linewidth=2.2, solid_capstyle="round")
         axes.plot([mean], [place], "o", color=color, markersize=7)
-        axes.annotate(
-            f"{mean:+.1f}", (mean, place), (0, 6), textcoords="offset points", ha="center", color=color, fontsize=8.5
-        )
+        end = mean if math.isnan(high) else high
+        axes.annotate(f"{mean:+.1f}", (end, place), (7, 0), textcoords="offset points", va="center", color=color)
     axes.axvline(0, color=ink, linewidth=1, zorder=0)
     axes.set_yticks(range(len(found)), list(found))
     axes.set_ylim(len(found) - 0.4, -0.7)

@@ -144,13 +144,14 @@ def search(line: Line, rates: Sequence[float], seed: int, known: Scores) -> Sear
         edge: Literal["lowest", "highest"] = "lowest" if best.rate == tried[0] else "highest"
         if len(candidates) == line.variants * len(rates) + MOST_WIDENINGS:
             return Search(tuple(trainings), Choice(best, tried, edge))
-        candidates.append(Candidate(best.variant, _beyond(tried, edge)))
+        candidates.append(Candidate(best.variant, _beyond(rates, tried, edge)))
 
 
-def _beyond(tried: Sequence[float], edge: str) -> float:
-    """The next rate on a side, at the ratio of the two nearest; rounded, so that keys are readable."""
-    edge_rate, inner = (tried[0], tried[1]) if edge == "lowest" else (tried[-1], tried[-2])
-    return rounded(edge_rate * edge_rate / inner)
+def _beyond(rates: Sequence[float], tried: Sequence[float], edge: str) -> float:
+    """The next rate on a side, at the grid's own ratio there; counted from the grid, so that rounding adds up not."""
+    first, inner = (rates[0], rates[1]) if edge == "lowest" else (rates[-1], rates[-2])
+    beyond = sum(rate < rates[0] for rate in tried) if edge == "lowest" else sum(rate > rates[-1] for rate in tried)
+    return float(f"{first * (first / inner) ** (beyond + 1):.3g}")
 
 
 def rounded(rate: float) -> float:
@@ -191,9 +192,9 @@ class Plan:
     seeds: tuple[int, ...]
     monitored: str | None = None
 
-    def searches(self, known: Scores) -> dict[Line, Search]:
+    def searches(self, known: Scores) -> list[tuple[Line, Search]]:
         """Return how far each line's choice has come."""
-        return {line: search(line, self.rates, self.tuning_seed, known) for line in self.lines}
+        return [(line, search(line, self.rates, self.tuning_seed, known)) for line in self.lines]
 
     def trainings(self, known: Scores) -> list[Training]:
         """Return all trainings that are known to belong to the comparison by now, done or not, in their order.
@@ -202,9 +203,9 @@ class Plan:
         time runs under the same load.
         """
         found = self.searches(known)
-        wanted = [training for own in found.values() for training in own.trainings]
-        made = {line: own.choice.candidate for line, own in found.items() if own.choice is not None}
-        chosen = [(line, candidate) for line, candidate in made.items() if candidate is not None]
+        wanted = [training for _, own in found for training in own.trainings]
+        made = [(line, own.choice.candidate) for line, own in found if own.choice is not None]
+        chosen = [(line, candidate) for line, candidate in made if candidate is not None]
         for seed in self.seeds:
             wanted += [Training("compare", line.row, line.task, candidate, seed) for line, candidate in chosen]
         wanted += [
@@ -220,6 +221,6 @@ class Plan:
 
     def expected(self, known: Scores) -> int:
         """Return how many trainings there will be, if no grid is widened any more."""
-        unsettled = [line for line, own in self.searches(known).items() if own.choice is None]
+        unsettled = [line for line, own in self.searches(known) if own.choice is None]
         monitored = any(line.row == self.monitored for line in unsettled)
         return len(self.trainings(known)) + len(unsettled) * len(self.seeds) + monitored

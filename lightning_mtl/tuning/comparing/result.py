@@ -198,8 +198,8 @@ class Comparison(Report):
         said = [
             "Δm: mean relative change of the tasks' metrics, seed by seed; negative is better.",
             (
-                "Brackets: 95 % intervals of Student's t; p: after Holm's correction for the number of rows; colored where "
-                "it is below 0.05."
+                "Brackets: 95 % intervals of Student's t; p: after Holm's correction for the number of rows; colored "
+                "where it is below 0.05."
             ),
             "Time a step: as a multiple of equal weights.",
         ]

@@ -14,6 +14,7 @@ FAR_APART = 10.0
 # Pairs of gradients of random directions conflict in half of all steps; tasks that learn together rarely reach a third.
 MUCH_CONFLICT, LITTLE_CONFLICT = 1 / 3, 0.1
 WIDE = 1.0  # points of Δm
+DIRECTIONAL = ("PCGrad", "CAGrad", "UPGrad", "NashMTL", "AlignedMTL")
 
 
 def verdict(result: Comparison) -> list[str]:
@@ -92,7 +93,7 @@ def advice(result: Comparison) -> list[str]:
         said.append(f"Take {best}: it is the furthest ahead of equal weights ({_numbers(found[best])}).{_how(best)}")
     elif result.finished(EQUAL):
         said.append("Keep equal weights: no row is ahead of them beyond noise, and none is cheaper or simpler.")
-    said += _of_scales(result, better) + _of_conflict(result) + _of_single_tasks(result, better)
+    said += _of_scales(result, better) + _of_conflict(result, better) + _of_single_tasks(result, better)
     for row in result.rows:
         said += [f"{row.name}: {edge}; try others with lrs (--lrs)." for edge in row.edges]
         if not row.failed and row.scores and len(result.finished(row.name)) < len(row.scores):
@@ -106,7 +107,7 @@ def advice(result: Comparison) -> list[str]:
     if widths and (wide := statistics.median(widths)) > WIDE:
         needed = math.ceil(len(result.seeds) * (wide / WIDE) ** 2)
         said.append(
-            f"Intervals are ±{wide:.2g} points wide: to see a difference of {WIDE:g} point takes about {needed} seeds "
+            f"Intervals are ±{wide:.2g} points wide: to see a difference of {WIDE:g} point takes roughly {needed} seeds "
             "(--seeds)."
         )
     return said
@@ -126,9 +127,9 @@ def _of_scales(result: Comparison, better: list[str]) -> list[str]:
         return []
     large, small = max(norms, key=norms.__getitem__), min(norms, key=norms.__getitem__)
     ratio = norms[large] / norms[small]
-    figure = f"The median gradient of {large} is {ratio:.3g} times as long as that of {small}"
+    figure = f"With equal weights the median gradient of {large} is {ratio:.3g} times as long as that of {small}"
     if ratio < FAR_APART:
-        return [f"{figure}: scales are much alike, and there is little to gain from evening them out."]
+        return [f"{figure}, at most: scales are much alike, and there is little to gain from evening them out."]
     helped = [name for name in better if name in (STANDARDIZED, INITIAL, FIXED)]
     if helped:
         return [f"{figure}: that is what {', '.join(helped)} mend."]
@@ -141,16 +142,20 @@ def _of_scales(result: Comparison, better: list[str]) -> list[str]:
     ]
 
 
-def _of_conflict(result: Comparison) -> list[str]:
+def _of_conflict(result: Comparison, better: list[str]) -> list[str]:
     share = (result.figures or {}).get("conflict")
     if share is None:
         return []
     figure = f"Gradients conflict in {100 * share:.0f} % of the pairs of tasks and measured steps"
     if share > MUCH_CONFLICT:
+        tried = [name for name in DIRECTIONAL if name in result.against_equal]
+        rest = ", ".join(name for name in DIRECTIONAL if name not in tried)
+        if not tried or set(tried) & set(better):
+            return [f"{figure}: methods that look at directions may help, such as {rest}."]
         return [
             (
-                f"{figure}: try methods that look at directions (PCGrad, CAGrad, UPGrad, NashMTL), or less sharing "
-                "(MMoE, PLE, grouping tasks by TaskAffinity)."
+                f"{figure}. Of the methods against that, {', '.join(tried)} did not help here; others are {rest}, or "
+                "less sharing (MMoE, PLE, groups of tasks by TaskAffinity)."
             )
         ]
     if share < LITTLE_CONFLICT:
