@@ -78,6 +78,7 @@ def parser() -> OneLineArguments:
         action="store_true",
         help="repeat the trainings that are running, of a journal file whose workers were killed",
     )
+    made.add_argument("--retry-failed", action="store_true", help="repeat the trainings that ended with an error")
     return made
 
 
@@ -107,6 +108,7 @@ def run(arguments: Sequence[str]) -> None:
             timeout=given.timeout,
             silence=given.silence,
             retry_running=given.retry_running,
+            retry_failed=given.retry_failed,
             overrides=overrides,
         )
     except (ConfigurationError, ImportError, StorageAwayError) as error:

@@ -21,6 +21,7 @@ from lightning_mtl.transfer.finished import Directions
 from lightning_mtl.transfer.progress import Progress, quiet
 from lightning_mtl.transfer.runs import metric_directions
 from lightning_mtl.tuning.addresses import without_passwords
+from lightning_mtl.tuning.comparing import queue
 from lightning_mtl.tuning.comparing.page import write_page
 from lightning_mtl.tuning.comparing.plan import Line, Plan, Training, rates_around
 from lightning_mtl.tuning.comparing.queue import Known, Worker, read
@@ -49,6 +50,7 @@ def compare(
     timeout: float | None = None,
     silence: int = 60,
     retry_running: bool = False,
+    retry_failed: bool = False,
     overrides: Sequence[str] = (),
     progress: bool = True,
 ) -> Comparison:
@@ -80,6 +82,7 @@ def compare(
         timeout: Begin no training after so many seconds.
         silence: Seconds without a sign of life after which a worker is taken for dead and its training repeated.
         retry_running: Repeat the trainings that are running: for a journal file whose workers were killed.
+        retry_failed: Repeat the trainings that ended with an error; else their rows stay without numbers.
         overrides: Further arguments for the configuration, as on the command line.
         progress: Say on standard error which training runs.
 
@@ -120,6 +123,8 @@ def compare(
         if retry_running:
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 fail_and_repeat(study, trial)
+        if retry_failed:
+            queue.retry_failed(study)
         if progress:
             sys.stderr.write(_announcement(study.study_name, str(storage), plan, made, left_out, read(study), folder))
         shown = undo.enter_context(Progress("compare", 0, show=progress))

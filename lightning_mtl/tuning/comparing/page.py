@@ -138,7 +138,7 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _number(value: float, form: str) -> str:
-    return "–" if math.isnan(value) else f'<data value="{value!r}">{value:{form}}</data>'
+    return "–" if math.isnan(value) else f'<data value="{float(value)!r}">{value:{form}}</data>'
 
 
 def _interval(interval: Interval, significant: bool = False) -> str:

@@ -24,6 +24,7 @@ from lightning_mtl.tuning.turns import Turn, note_error, repeat_lost_trials
 _logger = logging.getLogger(__name__)
 # User attributes of a trial: the training's key, and what it has come to.
 JOB, OUTCOME = "job", "outcome"
+RETRIED = "retried"  # user attribute of the study: numbers of failed trials that do not count any more
 POLL_SECONDS = 1.0
 
 
@@ -40,12 +41,24 @@ class Known:
         return {**{key: own.val for key, own in self.outcomes.items()}, **dict.fromkeys(self.errors)}
 
 
+def jobs_of(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the study's trials but for failed ones that are to be trained again."""
+    retried = set(study.user_attrs.get(RETRIED, ()))
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.number not in retried]
+
+
+def retry_failed(study: optuna.Study) -> None:
+    """Let the trainings that ended with an error be trained again."""
+    failed = [trial.number for trial in study.get_trials(deepcopy=False) if ERROR in trial.user_attrs]
+    study.set_user_attr(RETRIED, failed)
+
+
 def read(study: optuna.Study) -> Known:
     """Read a study's outcomes and errors; the first trial of a training counts."""
     outcomes: dict[str, Outcome] = {}
     errors: dict[str, str] = {}
     lost: Counter[str] = Counter()
-    for trial in study.get_trials(deepcopy=False):
+    for trial in jobs_of(study):
         key = trial.user_attrs.get(JOB)
         if key is None or key in outcomes or key in errors:
             continue
@@ -106,7 +119,7 @@ class Worker:
         begun, told = time.monotonic(), False
         while timeout is None or time.monotonic() - begun < timeout:
             repeat_lost_trials(self.study, self.storage, self.silence)
-            known, trials = read(self.study), self.study.get_trials(deepcopy=False)
+            known, trials = read(self.study), jobs_of(self.study)
             self._check(known)
             missing = self.plan.missing(known.scores)
             free = [training for training in missing if not is_taken(trials, training.key)]
@@ -130,13 +143,13 @@ class Worker:
                 raise self._stopped_by
 
     def _objective(self, trial: optuna.Trial) -> float:
-        known, trials = read(self.study), self.study.get_trials(deepcopy=False)
+        known, trials = read(self.study), jobs_of(self.study)
         wanted = {training.key: training for training in self.plan.trainings(known.scores)}
         training = wanted.get(trial.user_attrs.get(JOB, ""))
         if training is None or training.key in known.scores or is_taken(trials, training.key, trial.number):
             trial.set_user_attr(SURPLUS, True)
             raise optuna.TrialPruned("Another worker has this training, or it is none of this comparison's.")
-        self.shown.done = len(known.scores)  # other workers train, too
+        self.shown.done = sum(key in known.scores for key in wanted)  # other workers train, too
         self.shown.total = self.plan.expected(known.scores)
         self.shown.begin(self.in_words(training))
         try:
@@ -163,7 +176,7 @@ class Worker:
             if key.split(" ", 1)[1].startswith(f"{EQUAL} ") and not key.startswith("monitor"):
                 raise ConfigurationError(
                     f"equal weights, which all rows are compared with, cannot be trained: {said} Mend the cause, and "
-                    "give the comparison another name (--name)."
+                    "start again with retry_failed (--retry-failed)."
                 )
 
 

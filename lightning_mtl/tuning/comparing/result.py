@@ -180,7 +180,7 @@ class Comparison(Report):
                 continue
             difference, single = self.against_equal.get(row.name), self.against_single.get(row.name)
             rate = self.time_ratio(row.name)
-            cells = [
+            cells: list[Cell | str] = [
                 " ".join(dict.fromkeys(f"{rate:g}" for rate in row.rates)) + ("*" if row.edges else ""),
                 Cell("0") if difference is None else corrected(difference),
                 "–" if difference is None else f"{difference.p_corrected:.3f}",
@@ -225,8 +225,8 @@ class Comparison(Report):
     def records(self) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
         """Return everything, a row each: row, quantity, task, metric, seed, mean, ends of the interval, both p.
 
-        Quantities are ``delta_m_to_equal``, ``delta_m_to_single``, ``mean_rank``, ``time_ratio``, ``task_change``, the
-        mean ``score`` of each metric, and ``seed_score`` with its seed.
+        Quantities are ``delta_m_to_equal``, ``delta_m_to_single``, ``learning_rate``, ``mean_rank``, ``time_ratio``,
+        ``task_change``, the mean ``score`` of each metric, and ``seed_score`` with its seed.
         """
         columns = ("row", "quantity", "task", "metric", "seed", "mean", "low", "high", "p", "p_corrected", "seeds")
         found: list[tuple[Any, ...]] = []
@@ -240,6 +240,9 @@ class Comparison(Report):
             if name not in self.chosen:
                 continue
             rest = (None, None, None, None, seeds)
+            for place, rate in enumerate(row.rates):
+                task = list(self.directions)[place] if len(row.rates) > 1 else ""
+                found.append((name, "learning_rate", task, "", "", rate, *rest))
             found.append((name, "mean_rank", "", "", "", self.ranks[name], *rest))
             if name != SINGLE and not math.isnan(self.time_ratio(name)):
                 found.append((name, "time_ratio", "", "", "", self.time_ratio(name), *rest))

@@ -162,7 +162,7 @@ def _short(value: object) -> str:
 def _method_row(name: str, spec: MethodSpec, tasks: Mapping[str, Task]) -> Row:
     if not isinstance(spec, str | Mapping):
         return Row(name, f"{name} {digest_of(spec)[:8]}", lambda _: _checked(name, spec()))
-    entry = dict(spec) if isinstance(spec, Mapping) else {"class_path": spec}
+    entry: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"class_path": spec}
     if str(entry["class_path"]).rpartition(".")[2] == "UncertaintyWeighting":
         # It weighs a regression and a classification differently, and takes all for regressions unless it is told.
         kinds = {task: "regression" if is_regression(own.loss) else "classification" for task, own in tasks.items()}

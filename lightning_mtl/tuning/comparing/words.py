@@ -90,7 +90,9 @@ def advice(result: Comparison) -> list[str]:
     said: list[str] = []
     if better:
         best = better[0]
-        said.append(f"Take {best}: it is the furthest ahead of equal weights ({_numbers(found[best])}).{_how(best)}")
+        said.append(
+            f"Take {best}: it is the furthest ahead of equal weights ({_numbers(found[best])}).{_how(result, best)}"
+        )
     elif result.finished(EQUAL):
         said.append("Keep equal weights: no row is ahead of them beyond noise, and none is cheaper or simpler.")
     said += _of_scales(result, better) + _of_conflict(result, better) + _of_single_tasks(result, better)
@@ -101,23 +103,23 @@ def advice(result: Comparison) -> list[str]:
                 f"{row.name} diverged in {len(row.scores) - len(result.finished(row.name))} of {len(row.scores)} "
                 "seeds: try a lower learning rate (--lrs), or gradient_clip_val."
             )
-    widths = [
-        (one.interval.high - one.interval.low) / 2 for one in found.values() if one.interval.low == one.interval.low
-    ]
+    halves = [(one.interval.high - one.interval.low) / 2 for one in found.values()]
+    widths = [half for half in halves if not math.isnan(half)]
     if widths and (wide := statistics.median(widths)) > WIDE:
         needed = math.ceil(len(result.seeds) * (wide / WIDE) ** 2)
         said.append(
-            f"Intervals are ±{wide:.2g} points wide: to see a difference of {WIDE:g} point takes roughly {needed} seeds "
-            "(--seeds)."
+            f"Intervals are ±{wide:.2g} points wide: to see a difference of {WIDE:g} point takes roughly {needed} "
+            "seeds (--seeds)."
         )
     return said
 
 
-def _how(row: str) -> str:
+def _how(result: Comparison, row: str) -> str:
+    weights = next(own.variant for own in result.rows if own.name == row)
     return {
         STANDARDIZED: " Write Task(standardize=True) for the regressions.",
         INITIAL: ' Write Task(loss_scale="initial") for the tasks.',
-        FIXED: " Give StaticWeights the weights that the table names.",
+        FIXED: f" Give StaticWeights these weights: {weights}.",
     }.get(row, "")
 
 

@@ -147,6 +147,7 @@ def test_ranks_of_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         compare(setup())
 
 
+@pytest.mark.slow
 def test_the_command_compares_a_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,7 +163,15 @@ def test_the_command_compares_a_configuration(
     assert "compare 5/5: equal weights, lr 0.01, seed 4, with monitors" in shown.err
     assert Path("comparison/comparison.html").exists()
     assert comparison.main_tasks({"a": Task(mse_loss, role="auxiliary"), "b": Task(mse_loss)}) == ("b",)
-    monkeypatch.setattr(sys, "argv", [*words, *more, "--lr-path", "model.trunk"])
+
+
+def test_the_command_refuses_a_mistake_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("run.yaml").write_text(yaml.safe_dump(configuration(tmp_path)))
+    monkeypatch.setattr(sys, "argv", ["lightning-mtl", "compare", "--config", "run.yaml", "--lr-path", "model.trunk"])
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 2

@@ -14,7 +14,7 @@ RATES = (0.01, 0.1, 1.0)
 
 
 def told(line: Line, best: float, rates: tuple[float, ...] = RATES) -> tuple[list[float], dict[str, dict]]:
-    """Answer what a line's search asks, the loss being the distance in decades from a rate; what it asked in the end."""
+    """Answer what a line's search asks, the loss being the distance in decades from a rate; return all of it."""
     known: dict[str, dict] = {}
     while True:
         found = search(line, rates, 0, known)

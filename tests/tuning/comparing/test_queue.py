@@ -64,7 +64,7 @@ def test_two_workers_do_every_training_once_and_a_third_finds_nothing_left(tmp_p
 
 
 def test_what_was_interrupted_goes_on(tmp_path: Path, trained: list[str]) -> None:
-    storage = f"sqlite:///{tmp_path}/study.db"
+    storage = f"journal:///{tmp_path}/study.journal"
     worker(storage).work(timeout=0.0)
     assert trained == []
     worker(storage).work(timeout=0.15)
@@ -73,7 +73,8 @@ def test_what_was_interrupted_goes_on(tmp_path: Path, trained: list[str]) -> Non
     assert len(trained) == len(set(trained)) == ALL
 
 
-@pytest.mark.parametrize("signs", [False, True])
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed to be used with Study.optimize")
+@pytest.mark.parametrize("signs", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_training_of_a_dead_worker_is_repeated(tmp_path: Path, trained: list[str], signs: bool) -> None:
     own = worker(f"sqlite:///{tmp_path}/study.db", silence=1)
     key = PLAN.missing({})[0].key
@@ -100,11 +101,15 @@ def test_a_row_that_fails_leaves_the_others_and_equal_weights_end_the_comparison
 
     monkeypatch.setattr(queue, "train", train)
     broken = "other"
-    own = worker(f"sqlite:///{tmp_path}/study.db")
+    own = worker(f"journal:///{tmp_path}/study.journal")
     own.work()
     known = read(own.study)
     assert set(known.errors.values()) == {"ValueError: roles are missing"}
     assert len(known.outcomes) == 4 + 2 + 1
+    queue.retry_failed(own.study)
+    broken = ""
+    own.work()
+    assert len(read(own.study).outcomes) == ALL
     broken = EQUAL
-    with pytest.raises(ValueError, match="equal weights.*roles are missing"):
-        worker(f"sqlite:///{tmp_path}/other.db").work()
+    with pytest.raises(ValueError, match=r"equal weights.*roles are missing"):
+        worker(f"journal:///{tmp_path}/other.journal").work()

@@ -29,7 +29,7 @@ def comparison(**more: object) -> Comparison:
     rows = tuple(
         RowOutcome(
             name,
-            {s: {"a": {"loss": losses[i]}, "b": {"accuracy": own[i]}} for i, s in enumerate(SEEDS)},
+            {s: {"a": {"loss": float(losses[i])}, "b": {"accuracy": float(own[i])}} for i, s in enumerate(SEEDS)},
             (0.01,),
             step_seconds=dict.fromkeys(SEEDS, 0.1 * (1 + place)),
         )
