@@ -24,7 +24,8 @@ from lightning_mtl.transfer.values import digest_of
 from lightning_mtl.tuning.configuration import BaseConfig, locate, other_callbacks
 from lightning_mtl.tuning.identity import leaves
 
-Loaders = tuple[Any, Any] | tuple[Any, Any, Any]
+Loaders = tuple[Any, ...]
+"""``(train, val)`` or ``(train, val, test)``."""
 
 
 class Parts(NamedTuple):
@@ -99,7 +100,7 @@ class SetupSource(Source):
         with seeded(seed):
             module = self.setup.model(rate)
         with seeded(seed):
-            data = self.setup.data(seed)
+            data: object = self.setup.data(seed)
         trainer = fresh(self.setup.trainer())
         if not isinstance(module, MultiTaskModule):
             raise ConfigurationError(f"Setup(model=...) must return a MultiTaskModule, found {type(module).__name__}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from lightning_mtl.method.signals import Signals
 from lightning_mtl.monitors import GradientConflict
 from lightning_mtl.monitors.conflict import conflict_measures
 from lightning_mtl.transfer.finished import TaskScores, is_finished
+from lightning_mtl.transfer.progress import without_displays
 from lightning_mtl.transfer.runs import fit_and_score, only_tasks, seeded, task_scores
 from lightning_mtl.tuning.comparing.plan import Training
 from lightning_mtl.tuning.comparing.rows import Row
@@ -113,13 +115,16 @@ def train(source: Source, row: Row, training: Training, *, steps: int | None = N
     monitor = GradientFigures(max(1, (steps or MEASUREMENTS) // MEASUREMENTS))
     watched = training.purpose == "monitor"
     callbacks = [one for one in (weighting, clock, monitor if watched else None) if one is not None]
-    parts.trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
+    without_displays(parts.trainer).callbacks.extend(callbacks)  # type: ignore[attr-defined]
     data = parts.data
     fitted = data if isinstance(data, pl.LightningDataModule) else (data[0], data[1])
-    try:
-        val = fit_and_score(module, fitted, parts.trainer, seed=seed, stage="val")
-    except SystemExit as error:  # Lightning's way to end after Ctrl-C
-        raise KeyboardInterrupt from error
+    with warnings.catch_warnings():
+        # That losses lie far apart is what a comparison shows, and what it gives advice about.
+        warnings.filterwarnings("ignore", "In the first step the loss of task", UserWarning)
+        try:
+            val = fit_and_score(module, fitted, parts.trainer, seed=seed, stage="val")
+        except SystemExit as error:  # Lightning's way to end after Ctrl-C
+            raise KeyboardInterrupt from error
     test = None
     if training.purpose == "compare" and has_test_data(data):
         test = val

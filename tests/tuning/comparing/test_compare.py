@@ -28,7 +28,6 @@ from tests.tuning.tiny import configuration
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:In the first step the loss of task"),  # that is what is planted
 ]
 REGRESSIONS = {"a": Task(mse_loss), "b": Task(cross_entropy)}
 
@@ -61,6 +60,7 @@ def test_standardized_targets_win_where_units_differ_and_the_same_call_trains_no
         compare(Setup(model, setup().data, setup().trainer, seed=7), folder=tmp_path, **arguments)
 
 
+@pytest.mark.filterwarnings("ignore:In the first step the loss of task")  # of the plain calls
 def test_a_training_is_that_of_plain_calls_with_the_same_seed() -> None:
     from lightning_mtl.transfer import train_and_score
 
@@ -76,11 +76,11 @@ def test_a_training_is_that_of_plain_calls_with_the_same_seed() -> None:
             return MultiTaskModule(module.trunk, heads, declared, optimizer=module._make_optimizer)
 
         def trainer(own: Any = row.make) -> Any:
-            held = setup().trainer()
+            held: Any = setup().trainer()
             held.callbacks.extend([] if own(0) is None else [own(0)])
             return held
 
-        loaders = setup().data(3)
+        loaders: Any = setup().data(3)
         tasks = None if task is None else [task]
         assert outcome.val == train_and_score(made, (loaders[0], loaders[1]), trainer, tasks=tasks, seed=3)
         assert outcome.test is not None

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from lightning_mtl.transfer.finished import TaskScores
 from lightning_mtl.tuning.comparing.plan import Candidate, Line, Plan, Training, rates_around, regrets, search
 
 LOSS = {"a": {"loss": False}}
@@ -13,9 +14,9 @@ LINE = Line("row", LOSS)
 RATES = (0.01, 0.1, 1.0)
 
 
-def told(line: Line, best: float, rates: tuple[float, ...] = RATES) -> tuple[list[float], dict[str, dict]]:
+def told(line: Line, best: float, rates: tuple[float, ...] = RATES) -> tuple[list[float], dict[str, TaskScores]]:
     """Answer what a line's search asks, the loss being the distance in decades from a rate; return all of it."""
-    known: dict[str, dict] = {}
+    known: dict[str, TaskScores] = {}
     while True:
         found = search(line, rates, 0, known)
         if found.choice is not None:
@@ -65,7 +66,7 @@ def test_regret_has_no_unit_and_knows_the_direction() -> None:
 
 
 def test_where_all_diverge_the_lowest_rate_is_chosen_and_lower_ones_tried() -> None:
-    known: dict[str, dict] = {}
+    known: dict[str, TaskScores] = {}
     for _ in range(5):
         found = search(LINE, RATES, 0, known)
         known |= {training.key: {"a": {"loss": math.nan}} for training in found.trainings}
@@ -75,7 +76,7 @@ def test_where_all_diverge_the_lowest_rate_is_chosen_and_lower_ones_tried() -> N
 
 
 def test_a_line_whose_trainings_all_fail_has_no_choice() -> None:
-    known = {training.key: None for training in search(LINE, RATES, 0, {}).trainings}
+    known: dict[str, TaskScores | None] = {training.key: None for training in search(LINE, RATES, 0, {}).trainings}
     choice = search(LINE, RATES, 0, known).choice
     assert choice is not None
     assert choice.candidate is None

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -92,12 +93,12 @@ def test_the_training_of_a_dead_worker_is_repeated(tmp_path: Path, trained: list
 def test_a_row_that_fails_leaves_the_others_and_equal_weights_end_the_comparison(
     tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    working = queue.train
+    working: Any = queue.train  # type: ignore[attr-defined]
 
     def train(source: object, row: Row, training: Training, *, steps: int | None = None) -> Outcome:
         if training.row == broken:
             raise ValueError("roles are missing")
-        return working(source, row, training)  # type: ignore[arg-type]
+        return working(source, row, training)
 
     monkeypatch.setattr(queue, "train", train)
     broken = "other"
