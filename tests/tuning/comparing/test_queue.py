@@ -98,7 +98,8 @@ def test_a_row_that_fails_leaves_the_others_and_equal_weights_end_the_comparison
     def train(source: object, row: Row, training: Training, *, steps: int | None = None) -> Outcome:
         if training.row == broken:
             raise ValueError("roles are missing")
-        return working(source, row, training)
+        outcome: Outcome = working(source, row, training)
+        return outcome
 
     monkeypatch.setattr(queue, "train", train)
     broken = "other"
