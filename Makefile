@@ -31,7 +31,7 @@ install = $(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[$(1)]
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow check lint doctest fmt env hooks clean distclean
+.PHONY: help demo test test-slow check lint doctest docs notebooks fmt env hooks clean distclean
 .PHONY: bench bench-step bench-floor bench-torchjd bench-methods bench-solvers bench-toy bench-gpu
 .PHONY: bench-methods-work bench-gradnorm-toy mutants
 
@@ -60,6 +60,12 @@ lint: $(VENV)/.dev ## Format, lint, types and import layers; changes nothing.
 
 doctest: $(VENV)/.dev ## Run the examples in the docstrings.
 	$(BIN)/python -m pytest --doctest-modules lightning_mtl
+
+docs: $(VENV)/.docs ## Build the documentation in docs/_build/html, warnings being errors. Python 3.11 or later.
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+notebooks: $(VENV)/.dev ## Execute the notebooks and keep their tables and pictures in them.
+	cd docs/notebooks && $(abspath $(BIN))/jupyter execute --inplace *.ipynb
 
 mutants: $(VENV)/.dev ## Put slips into copies of the package; list those that no test notices. A quarter of an hour.
 	$(BIN)/python -m tests.mutants --workers $(WORKERS) "$(MUTANTS)"
@@ -105,7 +111,7 @@ hooks: $(VENV)/.dev ## Have git run the quick checks before each commit.
 	$(BIN)/pre-commit install
 
 clean: ## Remove caches and built files; keeps the environment and the logs.
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist docs/_build docs/generated
 	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## Remove the environments, too.
@@ -131,6 +137,10 @@ $(VENV)/.examples: $(VENV)/.torch pyproject.toml
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(call install,dev)
 	@touch $(VENV)/.examples $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(call install,docs)
+	@touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(call install,bench)

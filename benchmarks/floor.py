@@ -75,7 +75,7 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise ImportError("--png needs matplotlib: pip install lightning-mtl[plot].") from error
+        raise ImportError("--png needs matplotlib: pip install matplotlib.") from error
     mpl.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter

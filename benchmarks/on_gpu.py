@@ -209,7 +209,7 @@ def host_waits(device: Device) -> Iterator[dict[str, Any]]:
         ("MGDA", [MGDA()], 2),
     ):
         module, counter = binary(tasks=TASKS), Synchronizations()
-        module.train_metrics.clear()
+        module.train_task_metrics.clear()
         fit(module, loader(*batches), accelerator=device, devices=1, callbacks=[counter, *weightings])
         print(f"{name:24} {len(counter.found)} waits of the host in a step, {expected} expected", flush=True)
         yield {"row": name, "waits": len(counter.found), "expected": expected}

@@ -50,7 +50,7 @@ class Trunk:
 
 TRUNKS = {"mlp": Trunk(mlp, (128, 784), 4, 1.40), "conv": Trunk(conv, (64, 3, 32, 32), 6, 1.10)}
 
-Batch = tuple[Tensor, dict[str, Tensor]]
+Batch = Any  # (inputs, {task: target}), or points
 Heads = dict[str, nn.Module]
 Device = Literal["cpu", "cuda"]
 Precision = Literal["32-true", "64-true", "16-mixed", "bf16-mixed"]
@@ -132,7 +132,7 @@ class Case:
         own, *shape = self.models[self.trunk].inputs
         size = own if self.batch_size is None else self.batch_size
         self.tasks = [f"task_{k}" for k in range(self.num_tasks)]
-        self.batch = (
+        self.batch: Batch = (
             torch.randn(size, *shape).to(self.device),
             {k: torch.randint(CLASSES, (size,)).to(self.device) for k in self.tasks},
         )

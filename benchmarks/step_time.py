@@ -39,6 +39,7 @@ from typing import Any
 import lightning
 import torch
 
+from benchmarks.physics_steps import PhysicsCase
 from benchmarks.step_cases import TRUNKS, VARIANTS, Case, Times
 from lightning_mtl import __version__
 
@@ -68,6 +69,11 @@ def rows(trunk: str, num_tasks: int) -> list[Row]:
         Row("UncertaintyWeighting", over="no logger", target=1.05 if num_tasks == 40 else None),
         Row("task metrics", over="UncertaintyWeighting"),
     ]
+
+
+def physics_rows() -> list[Row]:
+    """Three losses of one network, one of them of its second derivatives: each is passed backward once either way."""
+    return [Row("equal weights"), Row("UncertaintyWeighting"), Row("MGDA trunk")]
 
 
 def label(case: Case, row: Row) -> str:
@@ -193,6 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     show(case, row, results[-1])
                 if memory := memory_row(case, options.only):
                     results.append(memory)
+        for points in (64, 256, 2048):
+            pinn = PhysicsCase(f"pinn of {points} points", 3, 10, log_dir, batch_size=points)
+            named = {label(pinn, row): row for row in physics_rows()}
+            wanted = [row for name, row in named.items() if all(word in name for word in options.only)]
+            run(pinn, wanted, options.rounds or (3 if options.quick else 9))
+            for row in wanted:
+                results.append(evaluate(pinn, row))
+                show(pinn, row, results[-1])
     if options.json:
         options.json.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
 

@@ -1,5 +1,6 @@
-"""Multi-task learning for PyTorch Lightning: a callback balances the tasks of a shared trunk with a dict of heads."""
+"""Multi-task learning for PyTorch Lightning: a callback balances the losses of a module, or its tasks."""
 
+from lightning_mtl.balanced import BalancedModule
 from lightning_mtl.method.aggregator import Aggregator
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Signals
@@ -13,6 +14,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "Aggregator",
+    "BalancedModule",
     "MaskedTarget",
     "Monitor",
     "MultiTaskModule",

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any, Literal, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 
+from lightning_mtl.balanced import BalancedModule
 from lightning_mtl.task.batches import (
     as_pair,
     call_trunk_with,
     inputs_alone,
     is_joint,
     is_per_task,
-    present_outputs,
     refuse_batch,
-    without_others,
 )
 from lightning_mtl.task.concatenation import concatenate, rows_of
-from lightning_mtl.task.labels import MaskedTarget, labeled_part, number_of_samples
+from lightning_mtl.task.flat import FlatBatches
+from lightning_mtl.task.labels import number_of_samples
 from lightning_mtl.task.task import Task, TaskOutput, name_task
-from lightning_mtl.task.units import Standardizers, Units
+from lightning_mtl.task.units import Standardizers
 from lightning_mtl.training.checks import check_arguments, check_inputs_differ
-from lightning_mtl.training.logging import Recorder
-from lightning_mtl.training.module import SteppedModule
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
-from lightning_mtl.training.step import Optimization
 from lightning_mtl.trunk import TrunkParts
 
 
-class MultiTaskModule(SteppedModule):
+class MultiTaskModule(BalancedModule):
     r"""A LightningModule with a shared trunk, one head a task, and the tasks balanced by a callback.
 
     .. math:: z = \mathrm{trunk}(x), \qquad \hat y_k = \mathrm{head}_k(z), \qquad \min_\theta \sum_k w_k L_k
@@ -53,6 +49,10 @@ class MultiTaskModule(SteppedModule):
             automatic optimization.
         gradient_clip_val: Clip gradients to this norm, or value, before each optimizer step.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+        inputs: For flat batches, one dict with inputs and targets: the keys that the trunk takes as keyword arguments,
+            or one key, as a plain text, that it takes by position. None takes all keys that are no targets.
+        targets: ``{task: key}`` for flat batches; a task that is not named has its own name for a key. Either of the
+            two makes every stage read flat batches, and ``{task: flat batch}``.
         concatenate_inputs: Where each task has inputs of its own, call the trunk once on all of them behind each other
             instead of once a task. The numbers are the same but for what mixes samples (BatchNorm, whose statistics
             are then over all tasks) or draws at random (dropout). It is faster where losses alone are weighed and
@@ -82,6 +82,7 @@ class MultiTaskModule(SteppedModule):
         {'age': [3, 1], 'smile': [3, 2]}
     """
 
+    trunk: nn.Module
     heads: nn.ModuleDict
 
     def __init__(
@@ -93,6 +94,8 @@ class MultiTaskModule(SteppedModule):
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        inputs: str | Sequence[str] | None = None,
+        targets: Mapping[str, str] | None = None,
         concatenate_inputs: bool = False,
         max_skipped_steps: int = 100,
         optimizer: OptimizerCallable = torch.optim.Adam,
@@ -100,28 +103,42 @@ class MultiTaskModule(SteppedModule):
         trunk_lr: float | None = None,
         head_lr: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__()
-        check_arguments(trunk, heads, tasks, accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
+        check_arguments(trunk, heads, tasks)
+        super().__init__(
+            tasks,
+            accumulate_grad_batches=accumulate_grad_batches,
+            gradient_clip_val=gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm,
+            max_skipped_steps=max_skipped_steps,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+        )
+        self.concatenate_inputs = concatenate_inputs
+        self.flat_batches = FlatBatches.of(inputs, targets, tasks)
+        self._trunk_lr, self._head_lr = trunk_lr, dict(head_lr or {})
         self.trunk = trunk
         self.heads = nn.ModuleDict({task: heads[task] for task in tasks})
-        self.tasks = dict(tasks)
-        self.accumulate_grad_batches = accumulate_grad_batches
-        self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
-        self.concatenate_inputs, self.max_skipped_steps = concatenate_inputs, max_skipped_steps
-        self.target_units = Standardizers({k: task.standardize for k, task in tasks.items()}, heads)
-        self.recorder = Recorder(self.tasks)
-        self.schedules: list[LRSchedulerConfig] = []
-        self._make_optimizer, self._make_scheduler = optimizer, lr_scheduler
-        self._trunk_lr, self._head_lr = trunk_lr, dict(head_lr or {})
-        self.optimization = Optimization(self.recorder)
-        # A loss with buffers or parameters of its own moves with the module and is saved with it.
-        losses = {k: task.loss for k, task in tasks.items() if isinstance(task.loss, nn.Module)}
-        self.loss_modules = nn.ModuleDict(losses)
-        for stage in ("train", "val", "test"):
-            metrics = {k: task.metric_collection() for k, task in tasks.items() if task.metrics is not None}
-            setattr(self, f"{stage}_metrics", nn.ModuleDict(metrics))
+        self._hold(Standardizers({k: task.standardize for k, task in tasks.items()}, heads))
+
+    def _standardizers(self) -> Standardizers:
+        return Standardizers({}, {})  # until the heads are known
+
+    def in_known_form(self, batch: Any) -> Any:  # noqa: ANN401 - whatever the loader yields
+        """Bring a flat batch into one of the two forms; an overridden ``task_losses`` gets it as the loader made it."""
+        own = type(self).task_losses is MultiTaskModule.task_losses
+        return self.flat_batches.read(batch, self.tasks) if own and self.flat_batches is not None else batch
 
     # The model
+
+    @property
+    def the_trunk(self) -> nn.Module:
+        """The trunk."""
+        return self.trunk
+
+    @property
+    def the_heads(self) -> dict[str, nn.Module]:
+        """The heads."""
+        return dict(self.heads.items())
 
     @property
     def trunk_parts(self) -> TrunkParts:
@@ -181,65 +198,21 @@ class MultiTaskModule(SteppedModule):
         Raises:
             ValueError: If the batch has another form.
         """
+        batch = batch if self.flat_batches is None else self.flat_batches.read(batch, self.tasks)
         if is_joint(batch, self.tasks):
             inputs, targets = batch
             predictions = self(inputs)
             found = {task: target for task, target in targets.items() if task in self.tasks and target is not None}
             if len(found) < len(self.tasks):
                 self.recorder.labels.add_unlabeled(self.tasks.keys() - found.keys(), number_of_samples(inputs))
-            return {task: self.task_output(task, predictions[task], target) for task, target in found.items()}
+            return self.task_outputs(predictions, found)
         if not is_per_task(batch, self.tasks):
             raise refuse_batch(batch, self.tasks)
         pairs = {task: pair for task, pair in batch.items() if task in self.tasks and pair is not None}
         if len(pairs) > 1:
             check_inputs_differ(self)
         predictions = self._predict_each({task: pair[0] for task, pair in pairs.items()})
-        return {task: self.task_output(task, predictions[task], pair[1]) for task, pair in pairs.items()}
-
-    def task_output(self, task: str, prediction: Any, target: Any) -> TaskOutput:  # noqa: ANN401 - any pytree
-        """Compute a task's loss on what is labeled, for a ``task_losses`` of one's own; see ``Task(missing=...)``.
-
-        Without a label in the batch the task counts as absent from it, and its loss is not called.
-
-        Raises:
-            TypeError: If the target is of no form that labels can be looked for in, see
-                :func:`~lightning_mtl.task.labels.labeled_part`.
-            ValueError: If prediction and target do not fit the mask, or the loss would broadcast them to all pairs.
-        """
-        declared, num_samples = self.tasks[task], None
-        units = cast("Units", self.target_units[task]) if task in self.target_units else None
-        try:
-            spread = None if units is None else units.spread(prediction, target)
-            if declared.missing is not None or isinstance(target, MaskedTarget):
-                given = prediction if spread is None else (prediction, spread)
-                part = labeled_part(given, target, declared.missing, declared.missing_per, declared.class_dim)
-                self.recorder.labels.add(task, part.num_samples, part.num_missing, number_of_samples(target))
-                prediction, target, num_samples = part[:3]
-                if spread is not None:
-                    prediction, spread = prediction
-            if num_samples == 0:
-                return TaskOutput(torch.zeros(()), prediction, target, 0)
-            if (task, self.training) not in self.recorder.shapes:
-                self.recorder.shapes.check(task, self.training, declared.loss, prediction, target)
-            if spread is None:
-                return TaskOutput(declared.loss(prediction, target), prediction, target, num_samples)
-            mean, std = spread
-            loss = declared.loss((prediction - mean) / std, (target - mean) / std)
-            return TaskOutput(loss, prediction, target, num_samples)
-        except Exception as error:
-            name_task(error, "loss", task)
-            raise
-
-    def present_outputs(self, batch: Any, without: Set[str] = frozenset()) -> dict[str, TaskOutput]:  # noqa: ANN401
-        """The checked outputs of the tasks that a batch has labels for, in order; none of tasks ``without``."""
-        learned = self.learned_tasks
-        if without:
-            learned = frozenset(self.tasks if learned is None else learned) - without
-        if learned is None:
-            return present_outputs(self.task_losses(batch), list(self.tasks), self.device)
-        found = self.task_losses(without_others(batch, self.tasks, learned))
-        outputs = present_outputs(found, list(self.tasks), self.device)
-        return {task: output for task, output in outputs.items() if task in learned}
+        return self.task_outputs(predictions, {task: pair[1] for task, pair in pairs.items()})
 
     def penalties(self) -> dict[str, Tensor]:
         """Scalars added to the objective with weight 1, logged as ``penalty/<name>``; they are no tasks to balance.
@@ -250,14 +223,6 @@ class MultiTaskModule(SteppedModule):
         parts = self.trunk_parts
         return parts.penalties(self.present_tasks) if parts.penalized else {}
 
-    def penalties_with(self, tasks: Sequence[str]) -> dict[str, Tensor]:
-        """The penalties in a step in which some rank has ``tasks``: what only others use is left where it is."""
-        self.present_tasks = tasks
-        try:
-            return self.penalties()
-        finally:
-            self.present_tasks = None
-
     def shared_parameters(self) -> list[nn.Parameter]:
         """The parameters that tasks share, whose gradients the methods balance.
 
@@ -267,22 +232,14 @@ class MultiTaskModule(SteppedModule):
         parts = self.trunk_parts
         return parts.shared_parameters() if parts.divided else list(self.trunk.parameters())
 
-    def trainable_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The shared parameters that need gradients now, and all other parameters that do."""
-        shared: list[Tensor] = [p for p in self.shared_parameters() if p.requires_grad]
-        known = set(shared)
-        return shared, [p for p in self.parameters() if p.requires_grad and p not in known]
-
     # Lightning's steps
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
-        """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
-        return self.optimization.run(self, batch, batch_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:  # noqa: ANN401
         """Predict every task of a batch of inputs, with or without targets; a task with a loader of its own, alone."""
         named = self.under_its_name("predict", batch, dataloader_idx)
         batch = batch if named is batch else {task: as_pair(own) for task, own in named.items()}
+        if self.flat_batches is not None:
+            batch = self.flat_batches.read(batch, self.tasks, labeled=False)
         if is_joint(batch, self.tasks):
             return self.forward(batch[0])
         if is_per_task(batch, self.tasks):
@@ -296,3 +253,15 @@ def call_trunk(parts: TrunkParts, inputs: Any, tasks: Sequence[str]) -> Any:  # 
     """Compute what the trunk makes of a batch's inputs, for ``tasks`` alone if it, or a part inside it, can."""
     positional, named = ((inputs,), {}) if isinstance(inputs, Tensor) else call_trunk_with(inputs, parts.trunk)
     return parts.call(positional, named, tasks) if parts.per_task else parts.trunk(*positional, **named)
+
+
+def check_parts(module: object, what: str) -> None:
+    """Refuse a module without a trunk and heads where something works on them.
+
+    Raises:
+        TypeError: Then.
+    """
+    if not isinstance(module, MultiTaskModule):
+        raise TypeError(
+            f"{what} works on a trunk and heads, which {type(module).__name__} has not; make it a MultiTaskModule."
+        )

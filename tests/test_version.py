@@ -33,6 +33,7 @@ def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.
 
 def test_the_citation_names_it() -> None:
     assert f"{{Version {lightning_mtl.__version__}}}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"\nversion: {lightning_mtl.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_an_older_torch_has_no_fsdp2_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

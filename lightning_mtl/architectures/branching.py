@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import is_available, is_initialized
 
 from lightning_mtl.architectures.stages import Chain, check_alike, checked_tasks, mix, wanted_tasks
-from lightning_mtl.task.task import check_task_name
+from lightning_mtl.task.names import check_task_name
 
 
 class LTB(nn.Module):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lightning_mtl.architectures.costs import as_trained, latency_ms, multiply_adds, parameters_behind
+from lightning_mtl.monitors.figures import draw_bars
+from lightning_mtl.monitors.report import Report, Shown
 from lightning_mtl.monitors.tables import Grid
 from lightning_mtl.task.batches import call_trunk_with
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.trunk import TrunkParts, outermost
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 COLUMNS = ("", "parameters", "shared", "own", "multiply-adds", "ms")
@@ -54,7 +57,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class ParameterReport:
+class ParameterReport(Report):
     """Compares the multi-task model with the models of single tasks and their sum; ``print`` it, or ``rich.print`` it.
 
     Attributes:
@@ -126,13 +129,29 @@ class ParameterReport:
         idle = f" {self.idle:,} parameters take part in no prediction." if self.idle else ""
         return f"{self.assumption}{idle}"
 
-    def table(self) -> Table:
-        """Make the same table for the package rich.
+    def shown(self) -> Shown:
+        """Return the table of costs and ratios."""
+        return Shown(self._grid(), "Cost of a forward pass", self._caption())
+
+    def records(self) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+        """Return a row for each single-task model, for their sum, and for the multi-task model."""
+        costs = [*self.single_task.values(), self.single_task_total, self.multi_task]
+        return [field.name for field in fields(Cost)], [astuple(cost) for cost in costs]
+
+    def figure(self) -> Figure:
+        """Draw the single-task models as one bar and the multi-task model as the other, for each kind of cost.
 
         Raises:
-            ModuleNotFoundError: If rich is not installed.
+            ModuleNotFoundError: If matplotlib is not installed.
         """
-        return self._grid().rich(title="Cost of a forward pass", caption=self._caption())
+        many, one = self.single_task_total, self.multi_task
+        kinds = {"parameters": "parameters", "multiply-adds": "multiply_adds", "ms": "milliseconds"}
+        costs = [*self.single_task.values()]
+        bars = {
+            kind: [{cost.name: getattr(cost, name) for cost in costs}, {one.name: getattr(one, name)}]
+            for kind, name in kinds.items()
+        }
+        return draw_bars(bars, [many.name, one.name], title="Cost of a forward pass")
 
     def __rich__(self) -> Table:
         return self.table()
@@ -177,6 +196,11 @@ def parameter_report(
         >>> report.single_task_total.parameters, round(report.ratios["parameters"], 2)
         (107, 0.63)
     """
+    if module.the_trunk is None:
+        raise ValueError(
+            f"parameter_report asks a trunk and heads for one task alone, which {type(module).__name__} has not; use "
+            "a MultiTaskModule."
+        )
     if repeats < 1:
         raise ValueError(f"parameter_report(repeats={repeats}) must be at least 1.")
     tasks = list(module.tasks)
@@ -192,8 +216,8 @@ def parameter_report(
             needed = parameters_behind(model, run)
             costs[task] = _cost(task, model, run, needed, users, repeats)
         whole = _cost("multi-task model", module, partial(module, inputs), list(users), users, repeats)
-    held = sum(p.numel() for part in (module.trunk, module.heads) for p in part.parameters())
-    return ParameterReport(whole, costs, held - whole.parameters, _assumption(module, single_task))
+    held = sum(p.numel() for part in (module.the_trunk, *module.the_heads.values()) for p in part.parameters())
+    return ParameterReport(whole, costs, held - whole.parameters, _assumption(module.the_trunk, single_task))
 
 
 def _cost(
@@ -231,12 +255,12 @@ class _SingleTaskModel(nn.Module):
 
 def _alone(module: TaskModule, task: str) -> nn.Module:
     own = module.trunk_parts.single_task(task)
-    return module if own is None else _SingleTaskModel(own, module.heads[task], task, list(module.tasks))
+    return module if own is None else _SingleTaskModel(own, module.the_heads[task], task, list(module.tasks))
 
 
-def _assumption(module: TaskModule, single_task: Mapping[str, nn.Module] | None) -> str:
+def _assumption(trunk: nn.Module, single_task: Mapping[str, nn.Module] | None) -> str:
     if single_task is not None:
         return "Single-task models: as given."
-    if parts := [type(part).__name__ for _, part in outermost(module.trunk, "single_task")]:
+    if parts := [type(part).__name__ for _, part in outermost(trunk, "single_task")]:
         return f"Single-task models: what {' and '.join(parts)} has for one task, and the task's head."
     return "Single-task models: the trunk, without what only other tasks use, and the task's head."

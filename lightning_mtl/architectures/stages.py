@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.task.task import check_task_name
+from lightning_mtl.task.names import check_task_name
 
 Backbone = nn.Module | Sequence[nn.Module]
 """One module, or its stages in the order they run; an ``nn.Sequential`` is both."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_mtl.finetuning import onnx_files
-from lightning_mtl.module import MultiTaskModule, call_trunk
+from lightning_mtl.module import MultiTaskModule, call_trunk, check_parts
 from lightning_mtl.trunk import TrunkParts
 
 Format = Literal["torch.export", "onnx"]
@@ -101,6 +101,7 @@ def export(
         >>> predict(torch.zeros(7, 4))["age"].shape
         torch.Size([7, 1])
     """
+    check_parts(module, "export")
     if isinstance(example_inputs, Mapping):  # a tokenizer's mapping is no dict, and tracing looks into dicts
         example_inputs = dict(example_inputs)
     wanted = list(module.tasks) if tasks is None else list(tasks)

@@ -21,7 +21,7 @@ def check_packages() -> None:
         ImportError: Saying what to install.
     """
     if lacking := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise ImportError(f"export(format='onnx') needs {' and '.join(lacking)}; pip install 'lightning-mtl[onnx]'.")
+        raise ImportError(f"export(format='onnx') needs {' and '.join(lacking)}; pip install {' '.join(lacking)}.")
 
 
 class Flat(nn.Module):

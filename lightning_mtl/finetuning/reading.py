@@ -129,9 +129,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise ImportError(
-            f"{path} is a safetensors file; pip install 'lightning-mtl[safetensors]' to read it."
-        ) from error
+        raise ImportError(f"{path} is a safetensors file; pip install safetensors to read it.") from error
     try:
         tensors: Mapping[str, Any] = load_file(path)
     except Exception as error:  # its own error, torch's for a wrong dtype or shape, the system's

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
-from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.module import MultiTaskModule, check_parts
 from lightning_mtl.task import Task
-from lightning_mtl.task.task import check_task_names
+from lightning_mtl.task.names import check_task_names
 from lightning_mtl.training.checks import check_arguments
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.step import Optimization
@@ -53,15 +54,15 @@ def add_task(module: MultiTaskModule, name: str, head: nn.Module, task: Task) ->
         raise ValueError(f"The module has a task {name!r} already; its tasks are {list(module.tasks)}.")
     check_task_names([*module.tasks, name])
     _check_trunk(module, f"would have none for {name!r}")
-    check_arguments(module.trunk, {name: head}, {name: task}, 1, None, "norm")
+    check_arguments(module.trunk, {name: head}, {name: task})
     module.tasks[name] = task
     module.heads[name] = head
     module.target_units.add(name, task.standardize, module.heads)
     if isinstance(task.loss, nn.Module):
-        module.loss_modules[name] = task.loss
+        cast("nn.ModuleDict", module.loss_modules)[name] = task.loss
     if task.metrics is not None:
         for stage in METRIC_STAGES:
-            getattr(module, f"{stage}_metrics")[name] = task.metric_collection()
+            getattr(module, f"{stage}_task_metrics")[name] = task.metric_collection()
     if module.learned_tasks is not None:
         module.learned_tasks = module.learned_tasks | {name}
     _begin_anew(module)
@@ -103,7 +104,7 @@ def drop_task(module: MultiTaskModule, name: str) -> tuple[nn.Module, Task]:
     module._head_lr.pop(name, None)
     if (units := module.target_units.drop(name, head)) is not None and units.known and not units.running:
         task = replace(task, standardize=(units.mean.tolist(), units.std.tolist()))  # the head goes on in these units
-    for stored in (module.loss_modules, *(getattr(module, f"{stage}_metrics") for stage in METRIC_STAGES)):
+    for stored in (module.loss_modules, *(getattr(module, f"{stage}_task_metrics") for stage in METRIC_STAGES)):
         if name in stored:
             del stored[name]
     if module.learned_tasks is not None:
@@ -113,6 +114,7 @@ def drop_task(module: MultiTaskModule, name: str) -> tuple[nn.Module, Task]:
 
 
 def _check_idle(what: str, module: MultiTaskModule) -> None:
+    check_parts(module, what)
     trainer = module._trainer
     if trainer is not None and trainer.state.status == TrainerStatus.RUNNING:
         raise RuntimeError(

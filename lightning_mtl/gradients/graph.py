@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -53,6 +53,53 @@ def reached_leaves(roots: Iterable[Tensor]) -> dict[Tensor, int]:
                 seen.add(child)
                 stack.append(child)
     return found
+
+
+def note_reach(
+    roots: Mapping[int, Tensor], among: Collection[Tensor], owners: dict[Tensor, int], shared: set[Tensor]
+) -> None:
+    """Note the leaves that each task's loss depends on: the first task that does, and whether another does, too.
+
+    The walk comes by a node twice at most: once a second task has been there, all leaves behind it are shared.
+
+    Args:
+        roots: Losses by the numbers of their tasks.
+        among: The leaves that count; inputs that something is differentiated by do not.
+        owners: The first task of each leaf; written to.
+        shared: The leaves of two tasks or more; written to.
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> owners, shared = {}, set()
+        >>> note_reach({0: (a * b).sum(), 1: b.sum()}, {a, b}, owners, shared)
+        >>> owners[a], owners[b], a in shared, b in shared
+        (0, 0, False, True)
+    """
+    first: dict[Node, int] = {}
+    twice: set[Node] = set()
+    for task, root in roots.items():
+        leaves: dict[Tensor, None] = {root: None} if root.grad_fn is None else {}
+        stack: list[Node] = []
+        found: Iterable[tuple[Node | None, int]] = [(root.grad_fn, 0)]
+        while True:
+            for node, _ in found:
+                if node is None:
+                    continue
+                if type(node) is ACCUMULATE_GRAD:
+                    leaves[node.variable] = None  # type: ignore[attr-defined]  # only this node type has it
+                elif (visitor := first.get(node)) is None:
+                    first[node] = task
+                    stack.append(node)
+                elif visitor != task and node not in twice:
+                    twice.add(node)
+                    stack.append(node)
+            if not stack:
+                break
+            found = stack.pop().next_functions
+        for leaf in leaves:
+            if leaf in among and owners.setdefault(leaf, task) != task:
+                shared.add(leaf)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -98,7 +98,7 @@ class Split:
         self.stops = {key: index for index, key in enumerate(found)}
 
     @contextmanager
-    def watching(self, heads: nn.ModuleDict) -> Iterator[None]:
+    def watching(self, heads: Mapping[str, nn.Module]) -> Iterator[None]:
         """Remember what the heads return inside the block."""
 
         def remember(name: str, output: Any) -> None:  # noqa: ANN401 - any nested structure of tensors

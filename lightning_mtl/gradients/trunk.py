@@ -73,6 +73,18 @@ class TrunkGradients:
         self.reached: set[Tensor] | None = None
         """The parameters that any rank's losses and penalties reach, where several ranks train."""
 
+    def share(self, shared: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Go on with more shared parameters, where a later micro-batch shows that tasks share them."""
+        if len(shared) == len(self.shared):
+            return
+        before = [self.rows.split([matrix[slot] for matrix in self.rows.matrices()]) for slot in range(len(self._own))]
+        rows = Rows(shared, len(self._tasks))
+        for slot, (pieces, own) in enumerate(zip(before, self._own, strict=True)):
+            known = by_parameter(self.shared, pieces)
+            known.update((parameter, own.pop(parameter)) for parameter in shared if parameter in own)
+            rows.add(slot, [known.get(parameter) for parameter in shared])
+        self.rows, self.shared, self.others = rows, list(shared), list(others)
+
     def add(self, batch: MicroBatch, *, last: bool) -> None:
         """Differentiate one micro-batch; in the last one, each row travels while the next is computed."""
         self._newest, self._open_penalty, self._scale = batch.names, batch.penalty, batch.scale

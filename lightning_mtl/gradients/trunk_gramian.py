@@ -101,7 +101,7 @@ class TrunkGramian:
                     cotangents.append(list(found[begin : begin + len(layer.edges)]))
                     begin += len(layer.edges)
         # All rows zero is possible, and is what a graph with hidden parameters looks like, too.
-        if not (self._rows is not None and self._rows.used) and not self._used_layers():
+        if self.shared and not (self._rows is not None and self._rows.used) and not self._used_layers():
             check_nothing_hidden(batch.losses)
 
     def _sorted(self, losses: Sequence[Tensor]) -> tuple[list[Layer], list[Tensor]]:

@@ -18,8 +18,9 @@ Rate = float | Tensor
 
 def own_parameters(module: TaskModule) -> dict[str, list[nn.Parameter]]:
     """Return each head's own parameters: those that neither the shared part nor another head has."""
-    shared = {*module.trunk.parameters(), *module.shared_parameters()}
-    heads = {task: list(module.heads[task].parameters()) for task in module.tasks}
+    trunk = [] if module.the_trunk is None else module.the_trunk.parameters()
+    shared = {*trunk, *module.shared_parameters()}
+    heads = {task: list(head.parameters()) for task, head in module.the_heads.items()}
     counts = Counter(parameter for parameters in heads.values() for parameter in parameters)
     return {task: [p for p in parameters if counts[p] == 1 and p not in shared] for task, parameters in heads.items()}
 
@@ -41,7 +42,13 @@ def parameter_groups(
     for name, value in {**named, "weight_decay": weight_decay}.items():
         if isinstance(value, float | int) and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"parameter_groups({name}={value}) must be finite and at least 0.")
-    trunk = list(module.trunk.parameters())
+    if module.the_trunk is None:
+        raise ValueError(
+            f"parameter_groups() makes a group of the trunk and of each head, which {type(module).__name__} has not; "
+            'give the optimizer groups of its own, [{"params": ..., "name": "head/<task>"}, ...], by which '
+            "TaskLearningRate finds a task's."
+        )
+    trunk = list(module.the_trunk.parameters())
     heads = own_parameters(module)
     taken = {*trunk, *(parameter for parameters in heads.values() for parameter in parameters)}
     parts: list[tuple[str, Iterable[nn.Parameter], Rate | None]] = [
@@ -82,6 +89,22 @@ def _by_depth(
     return [divided for divided in [("", 1.0, rest), *found] if divided[2]]
 
 
+def _named_groups(module: TaskModule, optimizer: torch.optim.Optimizer) -> dict[str, list[int]]:
+    """The groups that are named for a task, where a module has no heads to find them by."""
+    places: dict[str, list[int]] = {task: [] for task in module.tasks}
+    for index, group in enumerate(optimizer.param_groups):
+        kind, _, task = str(group.get("name", "")).partition("/")
+        if kind == "head" and task in places:
+            places[task].append(index)
+    if bare := [task for task, found in places.items() if not found]:
+        raise ValueError(
+            f"The tasks {bare} have no parameter group, so that no learning rate is theirs: {type(module).__name__} "
+            'has no heads. Have configure_optimizers name one for each task, {"params": ..., "name": "head/<task>"}, '
+            "or leave TaskLearningRate out."
+        )
+    return places
+
+
 def apply_lr_factors(optimizer: torch.optim.Optimizer) -> None:
     """Scale the optimizer's default learning rate in groups made without one; call it before any scheduler."""
     for group in optimizer.param_groups:
@@ -97,6 +120,8 @@ def groups_of_heads(module: TaskModule, optimizer: torch.optim.Optimizer) -> dic
     Raises:
         ValueError: If a head shares a group with other parameters, so that its learning rate is not its own.
     """
+    if module.the_trunk is None:
+        return _named_groups(module, optimizer)
     owner = {parameter: task for task, parameters in own_parameters(module).items() for parameter in parameters}
     found: dict[str, list[int]] = {task: [] for task in module.tasks}
     for index, group in enumerate(optimizer.param_groups):

@@ -161,8 +161,8 @@ class TaskLearningRate(Holder):
             )
         if not isinstance(pl_module, TaskModule):
             raise TypeError(
-                f"{type(self).__name__} scales the learning rates of the tasks of a lightning_mtl.MultiTaskModule, "
-                f"found {type(pl_module).__name__}; subclass MultiTaskModule."
+                f"{type(self).__name__} scales the learning rates of the tasks of a lightning_mtl.MultiTaskModule or "
+                f"BalancedModule, found {type(pl_module).__name__}; subclass one of them."
             )
         aggregators = [callback for callback in callbacks if isinstance(callback, Aggregator)]
         if stage == "fit" and self.shares_trunk and aggregators:

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lightning_mtl.devices import finish_queue
+from lightning_mtl.method.arguments import GivenArguments
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import Task
 from lightning_mtl.task.module import TaskModule
@@ -24,7 +25,7 @@ PLACES = ("trunk", "features", "last_layer")
 _SLOW_SECONDS = 30.0
 
 
-class Monitor(Callback):
+class Monitor(GivenArguments, Callback):
     """Reads the measurements of optimizer steps and changes nothing in the training.
 
     The module calls :meth:`observe`. What goes wrong in there never stops the training: the monitor is turned off, with
@@ -32,7 +33,7 @@ class Monitor(Callback):
     was first called. Where several processes train, one that measures gradients is then turned off on all of them.
 
     Raises:
-        TypeError: At setup, if the module is no :class:`~lightning_mtl.MultiTaskModule`.
+        TypeError: At setup, if the module is no :class:`~lightning_mtl.BalancedModule`.
         ValueError: At setup, if it measures gradients at a module that there is not, or of sharded parameters (FSDP2).
 
     Example:
@@ -62,6 +63,10 @@ class Monitor(Callback):
     _spent: float = 0.0
     _exact: bool = False  # whether what a device had queued before is kept out of the time
 
+    def __init__(self) -> None:
+        # Its signature is that of monitors without a constructor of their own.
+        super().__init__()
+
     def measures_in(self, step: int) -> bool:
         """Return whether the monitor looks at optimizer step ``step``."""
         return step % self.every_n_steps == 0
@@ -87,12 +92,12 @@ class Monitor(Callback):
         """Return the module's tasks.
 
         Raises:
-            TypeError: If it is no :class:`~lightning_mtl.MultiTaskModule`.
+            TypeError: If it is no :class:`~lightning_mtl.BalancedModule`.
         """
         if not isinstance(pl_module, TaskModule):
             raise TypeError(
-                f"{type(self).__name__} looks at the tasks of a lightning_mtl.MultiTaskModule, found "
-                f"{type(pl_module).__name__}; subclass MultiTaskModule."
+                f"{type(self).__name__} looks at the tasks of a lightning_mtl.BalancedModule or MultiTaskModule, "
+                f"found {type(pl_module).__name__}; subclass one of them."
             )
         return pl_module.tasks
 
@@ -104,6 +109,8 @@ class Monitor(Callback):
         self.tasks_of(pl_module)
         if self.measures == "losses":
             return
+        if isinstance(pl_module, TaskModule):
+            pl_module.check_place(name, self.at)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise ValueError(
                 f"{name} measures gradients beside the update, and sharded parameters (FSDP2) have none outside of the "

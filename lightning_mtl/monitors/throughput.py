@@ -87,17 +87,19 @@ class Throughput(Monitor):
 
     Logged at each measured step, as shares of the time from the end of the batch before to the end of the step:
 
-    | name | what it counts |
-    |---|---|
-    | ``throughput/data`` | waiting for the loader, and what other callbacks do between batches |
-    | ``throughput/forward`` | the losses |
-    | ``throughput/measuring`` | each task's gradient: the heads' backward passes, at ``"trunk"`` the trunk's, too |
-    | ``throughput/solving`` | the weighting's own computation |
-    | ``throughput/waiting`` | the package's collectives: where a rank waits for a slower one |
-    | ``throughput/backward`` | the backward pass of the update, with the averaging that DDP hides in it |
-    | ``throughput/optimizer`` | the optimizer's step, and clipping |
-    | ``throughput/monitors`` | this and other monitors |
-    | ``throughput/rest`` | metrics, loggers, Lightning |
+    ========================  =================================================================================
+    name                      what it counts
+    ========================  =================================================================================
+    ``throughput/data``       waiting for the loader, and what other callbacks do between batches
+    ``throughput/forward``    the losses
+    ``throughput/measuring``  each task's gradient: the heads' backward passes, at ``"trunk"`` the trunk's, too
+    ``throughput/solving``    the weighting's own computation
+    ``throughput/waiting``    the package's collectives: where a rank waits for a slower one
+    ``throughput/backward``   the backward pass of the update, with the averaging that DDP hides in it
+    ``throughput/optimizer``  the optimizer's step, and clipping
+    ``throughput/monitors``   this and other monitors
+    ``throughput/rest``       metrics, loggers, Lightning
+    ========================  =================================================================================
 
     and ``throughput/steps_per_second`` since the last measured step. A share that a step does not have is 0. With
     ``automatic_optimization = True`` backward pass and optimizer are Lightning's, and count to the rest.

@@ -1,17 +1,20 @@
-"""A batch may have one of two forms, and task_losses has to return one; both are read and refused here."""
+"""A batch may have one of two forms, and task_losses has to return one; they are read, made and refused here."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mtl.task.task import TaskOutput
+from lightning_mtl.task.labels import MaskedTarget, labeled_part, number_of_samples
+from lightning_mtl.task.module import TaskModule
+from lightning_mtl.task.task import TaskOutput, name_task
+from lightning_mtl.task.units import Units
 
 
 def call_trunk_with(inputs: Any, trunk: nn.Module | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
@@ -91,8 +94,12 @@ def under_its_name(batch: Any, loaders: Any, dataloader_idx: int, tasks: Collect
     """
     if not isinstance(loaders, Mapping) or not set(loaders) <= set(tasks):
         return batch
-    if is_joint(batch, tasks) or is_per_task(batch, tasks):
-        return batch
+    if (
+        is_joint(batch, tasks)
+        or is_per_task(batch, tasks)
+        or (isinstance(batch, Mapping) and set(batch) == set(loaders))
+    ):
+        return batch  # one of all loaders at once, or of tasks anyway
     return {list(loaders)[dataloader_idx]: batch}
 
 
@@ -186,3 +193,75 @@ def present_outputs(
         if output.num_samples is None or int(output.num_samples) > 0:
             outputs[task] = output
     return outputs
+
+
+class LossModule(TaskModule):
+    """Makes losses by task of a batch, and hands them to what takes the steps.
+
+    Attributes:
+        optimization: What takes the steps.
+    """
+
+    optimization: Any  # of a layer above
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
+        """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
+        loss: Tensor | None = self.optimization.run(self, batch, batch_idx)
+        return loss
+
+    def task_output(self, task: str, prediction: Any, target: Any) -> TaskOutput:  # noqa: ANN401 - any pytree
+        """Compute a task's loss on what is labeled, by its ``Task(loss=...)``; see ``Task(missing=...)``.
+
+        Without a label in the batch the task counts as absent from it, and its loss is not called.
+
+        Raises:
+            TypeError: If the target is of no form that labels can be looked for in, see
+                :func:`~lightning_mtl.task.labels.labeled_part`.
+            ValueError: If prediction and target do not fit the mask, or the loss would broadcast them to all pairs.
+        """
+        declared, num_samples = self.tasks[task], None
+        units = cast("Units", self.target_units[task]) if task in self.target_units else None
+        try:
+            spread = None if units is None else units.spread(prediction, target)
+            if declared.missing is not None or isinstance(target, MaskedTarget):
+                given = prediction if spread is None else (prediction, spread)
+                part = labeled_part(given, target, declared.missing, declared.missing_per, declared.class_dim)
+                self.recorder.labels.add(task, part.num_samples, part.num_missing, number_of_samples(target))
+                prediction, target, num_samples = part[:3]
+                if spread is not None:
+                    prediction, spread = prediction
+            if num_samples == 0:
+                return TaskOutput(torch.zeros(()), prediction, target, 0)
+            if (task, self.training) not in self.recorder.shapes:
+                self.recorder.shapes.check(task, self.training, declared.loss, prediction, target)
+            if spread is None:
+                return TaskOutput(declared.loss(prediction, target), prediction, target, num_samples)
+            mean, std = spread
+            loss = declared.loss((prediction - mean) / std, (target - mean) / std)
+            return TaskOutput(loss, prediction, target, num_samples)
+        except Exception as error:
+            name_task(error, "loss", task)
+            raise
+
+    def present_outputs(self, batch: Any, without: Set[str] = frozenset()) -> dict[str, TaskOutput]:  # noqa: ANN401
+        """The checked outputs of the tasks that a batch has labels for, in order; none of tasks ``without``."""
+        learned = self.learned_tasks
+        if without:
+            learned = frozenset(self.tasks if learned is None else learned) - without
+        if learned is None:
+            return present_outputs(self.task_losses(batch), list(self.tasks), self.device)
+        found = self.task_losses(without_others(self.in_known_form(batch), self.tasks, learned))
+        outputs = present_outputs(found, list(self.tasks), self.device)
+        return {task: output for task, output in outputs.items() if task in learned}
+
+    def task_outputs(self, predictions: Mapping[str, Any], targets: Mapping[str, Any]) -> dict[str, TaskOutput]:
+        """Compute :meth:`task_output` for each task that has a target."""
+        return {task: self.task_output(task, predictions[task], target) for task, target in targets.items()}
+
+    def penalties_with(self, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """The penalties in a step in which some rank has ``tasks``: what only others use is left where it is."""
+        self.present_tasks = tasks
+        try:
+            return self.penalties()
+        finally:
+            self.present_tasks = None

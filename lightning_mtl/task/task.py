@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -250,38 +250,6 @@ class TaskOutput:
     prediction: Any = field(default=None, repr=False)
     target: Any = field(default=None, repr=False)
     num_samples: int | Tensor | None = None
-
-
-def check_task_name(task: object) -> None:
-    """Task names become names of modules and of what is logged; refuse those that cannot be both."""
-    rule = "Task names become names of modules: a non-empty string without dots that is no attribute of nn.ModuleDict"
-    if not isinstance(task, str) or not task or "." in task:
-        raise ValueError(f"{task!r} cannot name a task. {rule}.")
-    if hasattr(nn.ModuleDict(), task):
-        raise ValueError(f"{task!r} cannot name a task. {rule}, as {task!r} is; {task + '_task'!r} would do.")
-    if task.split("/")[0] == "total":
-        raise ValueError(
-            f"{task!r} cannot name a task: 'loss/total' is where the sum over the tasks is logged; "
-            f"{task.replace('total', 'total_task', 1)!r} would do."
-        )
-
-
-def check_task_names(tasks: Iterable[str]) -> None:
-    """Check the names of a module's tasks, one by one and together.
-
-    Raises:
-        ValueError: If one cannot name a task, or ``loss/a`` and ``loss/a/b`` would be logged: some loggers keep names
-            as files in folders.
-    """
-    names = list(tasks)
-    for task in names:
-        check_task_name(task)
-    for task in names:
-        if inside := [other for other in names if other.startswith(f"{task}/")]:
-            raise ValueError(
-                f"The task name {inside[0]!r} begins with the name of task {task!r} and a slash, which loggers that "
-                "keep a file for each name cannot hold; rename one of them."
-            )
 
 
 def name_task(error: Exception, part: str, task: str) -> None:

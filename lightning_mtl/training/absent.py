@@ -133,9 +133,9 @@ def _forget_unreached(module: TaskModule, window: Window, *, sharded: bool) -> N
     elif len(window.present) == len(module.tasks) and not window.forgets:
         return
     elif sharded:
-        kept = {p for task in window.present for p in module.heads[task].parameters()}
-        parts = [module.heads[task] for task in module.tasks if task not in window.present]
-        parts += [] if window.present or window.penalties else [module.trunk]
+        kept = {p for task in window.present for p in module.the_heads[task].parameters()}
+        parts = [module.the_heads[task] for task in module.tasks if task not in window.present]
+        parts += [] if window.present or window.penalties or module.the_trunk is None else [module.the_trunk]
         unreached = [p for part in parts for p in part.parameters() if p not in kept]
     else:
         parameters = list(module.parameters())

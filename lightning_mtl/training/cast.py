@@ -85,6 +85,8 @@ def _asks_again(optimizer: torch.optim.Optimizer) -> bool:
 
 def _penalizes(module: TaskModule) -> bool:
     """Whether the module, or a part of its trunk, has penalties of its own; the same on all ranks."""
-    definitions = sum("penalties" in vars(cls) for cls in type(module).__mro__)
-    overridden = definitions > 2 or "penalties" in vars(module)  # those of TaskModule and MultiTaskModule are two
-    return overridden or any(callable(getattr(part, "penalties", None)) for part in module.trunk.modules())
+    definer = next(cls for cls in type(module).__mro__ if "penalties" in vars(cls))
+    if "penalties" in vars(module) or definer.__module__ not in ("lightning_mtl.balanced", "lightning_mtl.module"):
+        return True
+    parts = [] if module.the_trunk is None else module.the_trunk.modules()
+    return any(callable(getattr(part, "penalties", None)) for part in parts)

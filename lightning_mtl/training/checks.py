@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.task.module import TaskModule
-from lightning_mtl.task.task import Task, check_task_names
+from lightning_mtl.task.names import check_task_names
+from lightning_mtl.task.task import Task
 from lightning_mtl.training.window import Window
 
 REFUSED_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy)
@@ -28,11 +29,8 @@ def check_arguments(
     trunk: Any,  # noqa: ANN401 - what is checked here
     heads: Any,  # noqa: ANN401
     tasks: Any,  # noqa: ANN401
-    accumulate_grad_batches: int,
-    gradient_clip_val: float | None,
-    gradient_clip_algorithm: str,
 ) -> None:
-    """Check the arguments of :class:`~lightning_mtl.MultiTaskModule`."""
+    """Check the parts of a :class:`~lightning_mtl.MultiTaskModule`."""
     if not isinstance(trunk, nn.Module):
         raise TypeError(f"trunk must be a torch.nn.Module, found {type(trunk).__name__}.")
     for name, mapping, kind in (("heads", heads, nn.Module), ("tasks", tasks, Task)):
@@ -45,7 +43,6 @@ def check_arguments(
                 raise TypeError(f"{name}[{task!r}] must be a {kind.__name__}, found {type(value).__name__}.")
     check_task_names(tasks)
     _check_names_match(heads, tasks)
-    _check_step_arguments(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
 
 
 def _check_names_match(heads: Mapping[str, nn.Module], tasks: Mapping[str, Task]) -> None:
@@ -55,7 +52,8 @@ def _check_names_match(heads: Mapping[str, nn.Module], tasks: Mapping[str, Task]
         raise ValueError(f"The heads {extra} have no task; the tasks are {list(tasks)}. Name both alike.")
 
 
-def _check_step_arguments(accumulate_grad_batches: object, clip_val: float | None, clip_algorithm: str) -> None:
+def check_step_arguments(accumulate_grad_batches: object, clip_val: float | None, clip_algorithm: str) -> None:
+    """Check what a module says of its steps."""
     if isinstance(accumulate_grad_batches, bool) or not isinstance(accumulate_grad_batches, int):
         raise TypeError(f"accumulate_grad_batches must be an int, found {accumulate_grad_batches!r}.")
     if accumulate_grad_batches < 1:
@@ -98,6 +96,8 @@ def check_trainer(module: TaskModule, trainer: pl.Trainer) -> None:
                 )
     if weighting is not None:
         check_accumulation(weighting, module.micro_batches_a_step)
+        if weighting.measures != "losses":
+            module.check_place(type(weighting).__name__, weighting.at)
     # Both flatten parameters, or keep gradients in buffers of their own: what is measured would be of no parameter.
     if isinstance(trainer.strategy, REFUSED_STRATEGIES):
         raise ValueError(
@@ -105,6 +105,11 @@ def check_trainer(module: TaskModule, trainer: pl.Trainer) -> None:
             "or FSDP2: ModelParallelStrategy() with fully_shard(...) in configure_model."
         )
     if isinstance(trainer.strategy, ModelParallelStrategy):
+        if module.the_trunk is None:
+            raise ValueError(
+                f"{type(module).__name__} has no trunk and heads, by whose outputs a rank that lacks a task takes part "
+                "in the collectives of a sharded model (FSDP2); use strategy='ddp', or a MultiTaskModule."
+            )
         _check_sharded(module, trainer)
 
 
@@ -128,7 +133,8 @@ def check_evaluation_loaders(module: TaskModule, step: str, loaders: Any) -> Non
     if not getattr(type(module), step).__module__.startswith(__name__.rpartition(".")[0]):
         return
     if isinstance(loaders, Mapping):
-        if len(loaders) > 1 and not set(loaders) <= set(module.tasks):
+        # A module without a trunk reads batches by itself, under whatever names.
+        if len(loaders) > 1 and module.the_trunk is not None and not set(loaders) <= set(module.tasks):
             raise several_loaders()
     elif isinstance(loaders, list | tuple) and len(loaders) > 1:
         raise several_loaders()
@@ -165,7 +171,7 @@ def collects_shards(weighting: Weighting | None, size: int) -> ValueError:
 
 def check_collection(window: Window, shared: Sequence[Tensor], *, sharded: bool) -> None:
     """Refuse a step that has to keep each task's gradients and cannot."""
-    if window.wanted != "nothing" and window.measures_at == "trunk" and not shared:
+    if window.wanted != "nothing" and window.measures_at == "trunk" and not (shared or window.idle):
         raise no_shared_parameters(window.weighting)
     if window.weighting is not None and window.size > 1:
         check_accumulation(window.weighting, window.size)
@@ -187,7 +193,8 @@ def check_model(module: TaskModule, trainer: pl.Trainer) -> None:
     if weighting is None or weighting.measures == "losses" or weighting.at != "features" or weighting.weighs_heads:
         return
     shared = set(module.shared_parameters())
-    if own := [name for name, p in module.trunk.named_parameters() if p.requires_grad and p not in shared]:
+    trunk = cast("nn.Module", module.the_trunk)
+    if own := [name for name, p in trunk.named_parameters() if p.requires_grad and p not in shared]:
         raise ValueError(
             f"{type(weighting).__name__}(at='features') gives the trunk one set of weights, in which {own[0]!r} and "
             f"{len(own) - 1} more that no tasks share would have to be weighed as heads are; sharded parameters cannot "
@@ -235,7 +242,7 @@ def check_split(module: TaskModule, batch: MicroBatch, weighting: Weighting | No
         return
     at = weighting.at
     called = f"{type(weighting).__name__}(at={at!r})"
-    if isinstance(module.trunk, torch.jit.ScriptModule):
+    if isinstance(module.the_trunk, torch.jit.ScriptModule):
         raise ValueError(
             f"{called} has to see what the trunk returns, and a script takes no hook and shows no layers. Measure at "
             "'trunk', or put the script into a module of your own."
@@ -261,4 +268,13 @@ def no_shared_parameters(weighting: Weighting | None) -> ValueError:
     return ValueError(
         f"{type(weighting).__name__}(at='trunk') measures gradients of the shared parameters, but none of "
         "them can be trained; unfreeze some, override shared_parameters(), or weigh by the losses alone."
+    )
+
+
+def nothing_shared(weighting: Weighting | None, tasks: Sequence[str]) -> ValueError:
+    """The refusal of tasks whose graphs have no parameter in common."""
+    return ValueError(
+        f"{type(weighting).__name__}(at='trunk') measures gradients of the shared parameters, but no parameter that "
+        f"trains is reached by the losses of two of the tasks {list(tasks)}: unfreeze some, name modules with "
+        "at=[...], or weigh by the losses alone."
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_mtl.gradients.torch_internals import KEEPING_BUFFERS
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_absent
+from lightning_mtl.training.evaluation import second_look
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.update import Update, optimizer_of
 from lightning_mtl.training.window import Window
@@ -79,6 +80,7 @@ def pass_again(passing: Passing, module: TaskModule, window: Window, batch_idx: 
 @torch.no_grad()
 def forward_alone(module: TaskModule, batch: object) -> Tensor:
     """Pass a batch forward where Lightning lets nothing be trained, as weight averaging does for BatchNorm's means."""
-    module.present_outputs(batch)
+    with second_look(module):
+        module.present_outputs(batch)
     module.zero_grad()  # in automatic optimization Lightning steps the optimizer all the same
     return torch.zeros((), device=module.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -15,13 +15,11 @@ from lightning_mtl.training.checks import check_split
 from lightning_mtl.training.window import Window
 
 
-def features_of(module: TaskModule, batch: MicroBatch, losses: Tensor, *, sharded: bool) -> FeatureGradients:
+def features_of(
+    batch: MicroBatch, losses: Tensor, parameters: Callable[[], tuple[list[Tensor], list[Tensor]]], sharded: bool
+) -> FeatureGradients:
     """The engine for gradients at the trunk's outputs."""
-    return (
-        ShardedFeatureGradients(batch, losses)
-        if sharded
-        else FeatureGradients(batch, module.trainable_parameters, losses)
-    )
+    return ShardedFeatureGradients(batch, losses) if sharded else FeatureGradients(batch, parameters, losses)
 
 
 def find_layer(module: TaskModule, window: Window, batch: MicroBatch, groups: Sequence[Sequence[Tensor]]) -> None:

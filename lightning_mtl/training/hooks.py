@@ -34,7 +34,14 @@ class StepHooks(Callback):
         Its estimate of a training's steps, its loggers' axis and its learning-rate finder go by it.
         """
         pl_module._trunk_parts = None  # of the trunk as it is now
-        if stage == "fit" and not pl_module.automatic_optimization:
+        if stage == "fit":
+            if pl_module.sharing is not None:  # a resumed run restores it after this
+                pl_module.sharing.reset()
+            self._follow(trainer, pl_module)
+
+    def _follow(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:
+        pl_module._trunk_parts = None
+        if not pl_module.automatic_optimization:
             trainer.accumulate_grad_batches = pl_module.accumulate_grad_batches
 
     def teardown(self, trainer: pl.Trainer, pl_module: TaskModule, stage: str) -> None:  # type: ignore[override]
@@ -61,7 +68,7 @@ class StepHooks(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Follow a module that changes its number of micro-batches; not in an epoch in which nothing is trained."""
         if not trainer.fit_loop._skip_backward:
-            self.setup(trainer, pl_module, "fit")
+            self._follow(trainer, pl_module)
 
     def on_train_batch_end(
         self,

@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +20,7 @@ from lightning_mtl.task import Task
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.shapes import SeenShapes
 from lightning_mtl.training.checks import check_model, check_trainer
+from lightning_mtl.training.dashboard import prepare_loggers
 from lightning_mtl.training.losses import LabelCounts
 from lightning_mtl.training.scales import LossScales, warn_of_units
 from lightning_mtl.training.schedulers import step_schedulers
@@ -69,7 +69,8 @@ class Recorder(Callback):
 
     It also keeps what only a callback can: the epoch's running means over an interruption, and the schedulers that wait
     for a validation. ``scores`` holds, for each stage, what its last epoch gave each task that had samples;
-    ``plateau_due`` the interval and the index for which schedulers that follow a metric are due once it is logged.
+    ``plateau_due`` the interval and the index for which schedulers that follow a metric are due once it is logged;
+    ``results`` the metrics that TensorBoard's HPARAMS shows, None for those of the validation.
     """
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
@@ -84,6 +85,7 @@ class Recorder(Callback):
         self._penalties: Mapping[str, Tensor] = {}
         self._callback_metrics: dict[str, Tensor] = {}
         self.unlogged = False
+        self.results: Sequence[str] | None = None
         self.plateau_due: tuple[str, int] | None = None
 
     # Steps
@@ -169,24 +171,9 @@ class Recorder(Callback):
                 self.scales.reset()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
-        """Lay out TensorBoard's custom scalars: all tasks' weights on one chart, all losses on another."""
+        """Check the model; lay out TensorBoard's charts, and log the method's hyperparameters."""
         check_model(pl_module, trainer)
-        for logger in trainer.loggers:
-            if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(self.tensorboard_layout())
-
-    def tensorboard_layout(self) -> dict[str, dict[str, list[str | list[str]]]]:
-        """Charts with one line a task, for TensorBoard's custom-scalars tab."""
-        charts = {
-            "weights": "weight",
-            "losses": "loss",
-            "gradient norms": "grad_norm",
-            "epoch losses": "loss_epoch",
-            "validation losses": "val/loss",
-            "learning rates": "lr",  # last: empty where no tasks have rates of their own
-        }
-        # A pattern, no list of tasks: TensorBoard shows a chart once for all runs only where their layouts agree.
-        return {"tasks": {title: ["Multiline", [f"^{prefix}/(?!total$)"]] for title, prefix in charts.items()}}
+        prepare_loggers(trainer, pl_module, self.results)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Remember where callbacks look for metrics: the Trainer's own, for this run."""

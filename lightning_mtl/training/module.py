@@ -12,8 +12,11 @@ from lightning_mtl.gradients.micro_batch import stack_losses
 from lightning_mtl.learning_rates.parameter_groups import Rate, apply_lr_factors, parameter_groups
 from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
 from lightning_mtl.method.base import Weighting, weighting_of
-from lightning_mtl.task.batches import is_per_task, under_its_name
+from lightning_mtl.monitors.fit_table import bring_fit_table
+from lightning_mtl.monitors.model_summary import show_heads
+from lightning_mtl.task.batches import LossModule, is_per_task, under_its_name
 from lightning_mtl.training.checks import check_trainer_arguments, several_loaders
+from lightning_mtl.training.evaluation import evaluating
 from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import sample_counts
@@ -31,13 +34,16 @@ from lightning_mtl.training.update import OptimizerHooks
 
 
 def with_own_callbacks(configure: Hook) -> Hook:
-    """Let ``configure_callbacks`` also bring the recorder and the step's hooks along, once."""
+    """Let ``configure_callbacks`` also bring the recorder, the step's hooks and the final table along, once."""
 
     @functools.wraps(configure)
     def configure_callbacks(self: SteppedModule) -> list[pl.Callback]:
         keep_schedules_of_instance(self)
         if self._trainer is not None:
             check_trainer_arguments(self, self.trainer)
+        for name, kind in (("recorder", Recorder), ("optimization", Optimization)):
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{type(self).__name__}.{name} is the base class's own; give yours another name.")
         brought = configure(self)
         callbacks = [brought] if isinstance(brought, pl.Callback) else list(brought)
         if self.recorder in callbacks:  # a call of super()
@@ -47,13 +53,17 @@ def with_own_callbacks(configure: Hook) -> Hook:
         there: list[pl.Callback] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         if self.recorder in there and any(type(callback) is hooks for callback in there):
             return callbacks
-        return [*callbacks, self.recorder, hooks(self.optimization), Resume(self.optimization)]
+        shown: list[pl.Callback] = []
+        if self._trainer is not None:
+            show_heads(self.trainer)
+            shown += bring_fit_table(self.trainer)
+        return [*callbacks, self.recorder, hooks(self.optimization), Resume(self.optimization), *shown]
 
     return cast("Hook", configure_callbacks)
 
 
-class SteppedModule(OptimizerHooks):
-    """The hooks of :class:`~lightning_mtl.MultiTaskModule`.
+class SteppedModule(LossModule, OptimizerHooks):
+    """The hooks of :class:`~lightning_mtl.BalancedModule`.
 
     Attributes:
         recorder: What is logged.
@@ -108,10 +118,13 @@ class SteppedModule(OptimizerHooks):
         return under_its_name(batch, loaders, dataloader_idx, self.tasks)
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
-        batch = self.under_its_name(stage, batch, dataloader_idx)
-        if dataloader_idx > 0 and not is_per_task(batch, self.tasks):
+        named = self.in_known_form(self.under_its_name(stage, batch, dataloader_idx))
+        # A module without a trunk reads what comes under a name by itself.
+        known = is_per_task(named, self.tasks) or (self.the_trunk is None and named is not batch)
+        if dataloader_idx > 0 and not known:
             raise several_loaders()
-        outputs = self.present_outputs(batch)
+        with evaluating(self, named) as given:
+            outputs = self.present_outputs(given)
         if not outputs:
             return
         update_metrics(self, stage, outputs)

@@ -21,6 +21,7 @@ from lightning_mtl.gradients.side_pass import gradients_beside
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.monitors.base import Monitor, guarding, turn_off_if_slow, turned_off_elsewhere
 from lightning_mtl.task.module import TaskModule
+from lightning_mtl.training.evaluation import second_look
 from lightning_mtl.training.reduced import Reduced
 from lightning_mtl.training.snapshots import Snapshot
 from lightning_mtl.training.window import Window
@@ -73,10 +74,15 @@ class Observation:
         """Whether gradients are measured beside the update of the coming micro-batch."""
         return bool(self._beside) and not self._window.micro_batches
 
-    def before_forward(self, module: TaskModule) -> None:
-        """Keep what the window's first forward pass begins with, for monitors that look ahead."""
+    def before_forward(self, module: TaskModule) -> bool:
+        """Keep what the window's first forward pass begins with, for monitors that look ahead.
+
+        Returns:
+            Whether gradients are measured beside the update.
+        """
         if self.measures and any(monitor.looks_ahead for members in self._beside.values() for monitor in members):
             self._before = Snapshot(module, module.device)
+        return self.measures
 
     def measure(self, module: TaskModule, reduced: Reduced, batch: MicroBatch, given: Any) -> None:  # noqa: ANN401
         """Measure for the monitors that no weighting serves, before the micro-batch's backward pass.
@@ -95,6 +101,8 @@ class Observation:
         shares = torch.ones(len(reduced.names), device=module.device) if shares is None else shares
         seeds = list((shares if scale is None else shares * scale).unbind())
         for place, members in self._beside.items():
+            if place == "trunk" and module.sharing is not None and not module.sharing.shared:
+                continue  # nothing is known to be shared yet
             rows = None
             with guarding(members, module.device), _leaving_no_trace(module):
                 rows = _rows_at(place, module, batch, seeds)
@@ -177,7 +185,7 @@ class Observation:
                 if self._before is not None:
                     self._before.put_back()  # the random numbers that the losses were computed with
                 torch.clear_autocast_cache()  # which holds the parameters in half precision, as they were
-                with module.trainer.precision_plugin.train_step_context():
+                with module.trainer.precision_plugin.train_step_context(), second_look(module):
                     outputs = module.present_outputs(given, self._window.resting.dropped)
                 for other, name in enumerate(names):
                     if name in outputs:
@@ -244,7 +252,8 @@ def _parameters_at(place: Place, module: TaskModule, batch: MicroBatch) -> list[
         if not shared:
             raise ValueError("at='trunk' finds no shared parameter that can be trained; measure at 'features'")
         return shared
-    return parameters_at(place, module, groups_read(batch), batch.ranks, among=module.trunk.parameters())
+    trunk = [] if module.the_trunk is None else module.the_trunk.parameters()
+    return parameters_at(place, module, groups_read(batch), batch.ranks, among=trunk)
 
 
 def _sum_and_multiply(rows: Rows | list[Tensor], ranks: Ranks, scale: Tensor | None) -> Tensor:

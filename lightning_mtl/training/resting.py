@@ -76,7 +76,8 @@ def _heads_alone(module: TaskModule, window: Window, cast: Cast, losses: list[Te
     scale = None if cast.scaler is None else cast.scaler.scale(torch.ones((), device=device))
     seeds = (factors if scale is None else factors * scale).unbind()
     pairs = [(loss, seed.to(loss)) for loss, seed in zip(losses, seeds, strict=True) if loss.requires_grad]
-    _, parameters = module.trainable_parameters()
+    shared = set(module.shared_parameters())
+    parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad and p not in shared]
     if not pairs or not parameters:
         return value
     with parameter_hooks_off(parameters):  # they act once, on the final gradient

@@ -22,6 +22,7 @@ from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.step import Optimization
 
 _METRICS = "lightning_mtl_metrics"  # in a checkpoint: what schedulers and callbacks follow
+_SHARING = "lightning_mtl_sharing"  # in a checkpoint: which tasks reached which parameters
 _OPEN = "lightning_mtl_open_step"  # in a checkpoint: how many micro-batches of an unfinished step it lacks
 
 
@@ -59,6 +60,8 @@ class Resume(Callback):
         """Keep the metrics, as Lightning does not; mark a checkpoint that lacks the gradients of an open step."""
         metrics = trainer.callback_metrics
         checkpoint[_METRICS] = {name: torch.as_tensor(value).detach().clone() for name, value in metrics.items()}
+        if pl_module.sharing is not None:
+            checkpoint[_SHARING] = pl_module.sharing.state(pl_module, list(pl_module.tasks))
         window = self.optimization.window
         if window is None:
             return
@@ -73,10 +76,15 @@ class Resume(Callback):
             )
 
     def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self,
+        trainer: pl.Trainer,
+        pl_module: TaskModule,  # type: ignore[override]
+        checkpoint: dict[str, Any],
     ) -> None:
         """Read the metrics; warn of a checkpoint that was written inside an optimizer step."""
         self._metrics = checkpoint.get(_METRICS, {})
+        if pl_module.sharing is not None and _SHARING in checkpoint:
+            pl_module.sharing.load(checkpoint[_SHARING], pl_module, list(pl_module.tasks))
         if _OPEN in checkpoint:
             rank_zero_warn(
                 f"The checkpoint was written inside optimizer step {checkpoint['global_step']}: the gradients of its "

@@ -32,7 +32,7 @@ def parse_optimizer_config(returned: Any) -> tuple[torch.optim.Optimizer, list[L
     optimizers, schedulers, monitor = _configure_optimizers(returned)
     if len(optimizers) != 1:
         raise ValueError(
-            f"configure_optimizers returned {len(optimizers)} optimizers, a MultiTaskModule takes one: give it a named "
+            f"configure_optimizers returned {len(optimizers)} optimizers, a BalancedModule takes one: give it a named "
             "parameter group for each part, "
             'Adam([{"params": trunk, "name": "trunk"}, {"params": heads, "name": "heads", "lr": 1e-4}]), or chain the '
             "optimizers: one torch.optim.Optimizer with all their parameter groups, whose step() steps each of them."

@@ -24,7 +24,7 @@ def update_metrics(
     module: TaskModule, stage: str, outputs: Mapping[str, TaskOutput], step_metric: str | None = None
 ) -> dict[str, Tensor] | None:
     """Count a batch into the stage's metrics; return each task's own value of ``step_metric`` on it, if asked."""
-    collections: nn.ModuleDict = getattr(module, f"{stage}_metrics")
+    collections: nn.ModuleDict = getattr(module, f"{stage}_task_metrics")
     scores: dict[str, Tensor] | None = None if step_metric is None else {}
     for task, output in outputs.items():
         if task not in collections or output.prediction is None or output.target is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_mtl.gradients.torch_internals import times_written
 from lightning_mtl.task.module import TaskModule
+from lightning_mtl.training.evaluation import second_look
 from lightning_mtl.training.losses import reduce_losses
 from lightning_mtl.training.window import Window
 
@@ -137,7 +138,8 @@ def losses_after(module: TaskModule, window: Window, names: Sequence[str]) -> Te
     before = Snapshot(module, module.device)
     try:
         for batch in window.batches:
-            outputs = module.present_outputs(batch, window.resting.dropped)
+            with second_look(module):
+                outputs = module.present_outputs(batch, window.resting.dropped)
             with torch.autocast(module.device.type, enabled=False):
                 again.note(reduce_losses(outputs, again.tasks, again.ranks, module.device), {})
     finally:

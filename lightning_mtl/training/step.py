@@ -34,6 +34,7 @@ from lightning_mtl.training.losses import micro_batch_of, reduce_losses, sample_
 from lightning_mtl.training.observation import Observation
 from lightning_mtl.training.reduced import Reduced
 from lightning_mtl.training.scores import update_metrics
+from lightning_mtl.training.sharing import find_shared
 from lightning_mtl.training.snapshots import losses_after
 from lightning_mtl.training.synchronization import learns_graph, synchronizing
 from lightning_mtl.training.update import Update
@@ -43,8 +44,15 @@ _SILENT: AbstractContextManager[None] = nullcontext()
 _NOWHERE = Split()  # the trunk's outputs where nobody asks for them
 
 
+def trainable_parameters(module: TaskModule) -> tuple[list[Tensor], list[Tensor]]:
+    """The shared parameters that need gradients now, and all other parameters that do."""
+    shared: list[Tensor] = [p for p in module.shared_parameters() if p.requires_grad]
+    known = set(shared)
+    return shared, [p for p in module.parameters() if p.requires_grad and p not in known]
+
+
 class Optimization:
-    """Runs the training step of a :class:`~lightning_mtl.MultiTaskModule`.
+    """Runs the training step of a :class:`~lightning_mtl.BalancedModule`.
 
     Args:
         recorder: What is told of each step, to log it.
@@ -106,7 +114,7 @@ class Optimization:
         # Gradients are taken as automatic optimization takes them: outside autocast.
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT:
             with self.phases.during("measuring"), self._looking(module, window):
-                loss = self._loss(module, window, reduced, micro_batch, last=last)
+                loss = self._loss(module, window, reduced, micro_batch, last)
             if loss is None and window.collects and not learns_graph(module):
                 # Something is passed backward in every micro-batch, for the hooks; what its gradients are is kept.
                 loss = torch.zeros((), device=module.device, requires_grad=True)
@@ -132,7 +140,7 @@ class Optimization:
         step, epoch = trainer.global_step, trainer.current_epoch
         size = trainer.accumulate_grad_batches if module.automatic_optimization else module.accumulate_grad_batches
         shares = None if cast.steering is None else cast.steering.shares(module, step)
-        if cast.thaws and not any(parameter.requires_grad for parameter in module.shared_parameters()):
+        if cast.thaws and module.sharing is None and not any(p.requires_grad for p in module.shared_parameters()):
             # Until a callback unfreezes some of what is shared there is nothing to balance but the heads.
             able = weighting is not None and weighting.measures == "losses" and weighting.weighs_heads
             weighting, shares = weighting if able else None, None
@@ -157,17 +165,17 @@ class Optimization:
 
     def _collection(self, module: TaskModule, window: Window) -> Collection:
         """Make ready to keep the step's gradients, task by task, where its weights are not known before its end."""
-        shared, others = module.trainable_parameters()
+        shared, others = trainable_parameters(module)
         if self.cast.sharded or window.size > 1 or not shared:
             check_collection(window, shared, sharded=self.cast.sharded)
         tasks, ranks = tuple(module.tasks), window.ranks
         if self.cast.sharded:
             return ShardedTrunkGradients(tasks, shared, others)
-        features = window.wanted != "nothing" and window.measures_at == "features"
         # Hooks of this older kind may change a layer's weight gradient, which is never computed without rows.
         if not window.keeps_rows and not any(part._is_full_backward_hook is False for part in module.modules()):
             return (GatheredGramian if ranks.size > 1 else TrunkGramian)(tasks, shared, others, ranks, self._rows)
-        return TrunkGradients(tasks, shared, others, ranks, kept=self._rows, features=features)
+        at_features = window.wanted != "nothing" and window.measures_at == "features"
+        return TrunkGradients(tasks, shared, others, ranks, kept=self._rows, features=at_features)
 
     # Forward: losses, over all ranks
 
@@ -175,16 +183,18 @@ class Optimization:
         """Pass one micro-batch forward, and tell everybody about its losses before any gradient is taken."""
         cast, weighting = self.cast, window.weighting
         observation = None if window.repeats else self._observation
-        if observation is not None:
-            observation.before_forward(module)
-        split = Split() if cast.sharded or self._needs_split(window) else _NOWHERE
-        watching = split.watching(module.heads) if cast.sharded else _SILENT
-        with self.phases.during("forward"), watching, _SILENT if split is _NOWHERE else split.applied_to(module.trunk):
+        observed = observation is not None and observation.before_forward(module)
+        trunk = module.the_trunk if cast.sharded or window.needs_split or observed else None
+        split = _NOWHERE if trunk is None else Split()
+        watching = split.watching(module.the_heads) if cast.sharded else _SILENT
+        with self.phases.during("forward"), watching, _SILENT if trunk is None else split.applied_to(trunk):
             outputs = module.present_outputs(batch, window.resting.dropped)
+        if module.sharing is not None:
+            find_shared(module, cast, window, outputs, observed=observed)
         window.batches += [batch] if window.keeps_batches else []
-        scores = None
-        if len(module.train_metrics) and not window.repeats:
-            scores = update_metrics(module, "train", outputs, weighting.step_metric if weighting else None)
+        step_metric = None if weighting is None else weighting.step_metric
+        counts = len(module.train_task_metrics) and not window.repeats
+        scores = update_metrics(module, "train", outputs, step_metric) if counts else None
         kind = module.device.type
         off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT
         with off:
@@ -195,7 +205,7 @@ class Optimization:
         if cast.steering is not None and not window.repeats:
             cast.steering.collect(module, window, batch, outputs)
         with self.phases.during("forward"):
-            penalties = module.penalties_with(reduced.names)
+            penalties = module.penalties_with(reduced.names) if cast.penalizes else {}
         with off:
             window.note(reduced, penalties, module.learned_tasks)
             if all_outputs:
@@ -208,19 +218,11 @@ class Optimization:
                     observation.measure(module, reduced, found, batch)
         return found, reduced
 
-    def _needs_split(self, window: Window) -> bool:
-        """Whether the trunk's outputs have to be known: to measure there, or to stand in for absent tasks."""
-        at_features = window.way == "features" or (window.wanted != "nothing" and window.measures_at != "trunk")
-        stands_in = window.ranks.size > 1 and (window.way == "rows" or window.size > 1)
-        return at_features or stands_in or getattr(self._observation, "measures", False)
-
     # Gradients and weights
 
-    def _loss(
-        self, module: TaskModule, window: Window, reduced: Reduced, batch: MicroBatch, *, last: bool
-    ) -> Tensor | None:
+    def _loss(self, module: TaskModule, window: Window, found: Reduced, batch: MicroBatch, last: bool) -> Tensor | None:
         """The loss to pass backward for this micro-batch; None where the step's gradients are still collected."""
-        names, losses, wanted = reduced.names, reduced.losses, window.wanted
+        names, losses, wanted = found.names, found.losses, "nothing" if window.idle else window.wanted
         engine: MicroBatch | FeatureGradients | Collection = batch
         if window.collects:
             engine = window.gradients = window.gradients or self._collection(module, window)
@@ -235,7 +237,7 @@ class Optimization:
             engine.close(losses, factors)
         elif names and window.way == "features":
             wanted = wanted if window.asks(names) else "nothing"
-            engine = features_of(module, batch, losses, sharded=self.cast.sharded)
+            engine = features_of(batch, losses, functools.partial(trainable_parameters, module), self.cast.sharded)
             if wanted != "nothing":
                 find_layer(module, window, batch, engine.groups())
         if names:
@@ -258,8 +260,6 @@ class Optimization:
             return _SILENT
         self._looked = True
         return writing_no_gradients(module.parameters())
-
-    # The optimizer, and what follows it
 
     def _close(self, module: TaskModule, window: Window, batch_idx: int) -> None:
         """Step the optimizer, unless something is not finite, and tell weighting, monitors and loggers."""
@@ -290,7 +290,7 @@ class Optimization:
             return
         if steering is not None:
             steering.observe(window, signals)
-        if (weighting := window.weighting) is not None:
+        if (weighting := window.weighting) is not None and not window.idle:
             if weighting.wants_losses_after and window.batches:
                 signals = replace(signals, losses_after=losses_after(module, window, signals.tasks))
             weighting.observe(signals, positions)

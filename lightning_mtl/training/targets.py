@@ -78,12 +78,12 @@ def follow_targets(module: TaskModule, trainer: pl.Trainer, batch: Any) -> None:
                 [labels.new_full((), labels.numel()), labels.sum(), labels.square().sum()]
             )
     for task, own in zip(running, sum_over(trainer, sums).unbind(), strict=True):
-        if isinstance(final_layer(task, module.heads[task]).weight, DTensor):
+        if isinstance(final_layer(task, module.the_heads[task]).weight, DTensor):
             raise ValueError(
                 f"Task(standardize='running') of task {task!r} corrects a layer of its head, which is sharded (FSDP2); "
                 "give standardize=(mean, std)."
             )
-        _units(module, task).follow(own, module.heads[task])
+        _units(module, task).follow(own, module.the_heads[task])
 
 
 def _units(module: TaskModule, task: str) -> Units:
@@ -125,6 +125,8 @@ def _check_losses(module: TaskModule, tasks: Sequence[str]) -> None:
 def _targets_in(batch: Any, module: TaskModule, name: str | None) -> dict[str, Any]:  # noqa: ANN401
     if name is not None and name in module.tasks and isinstance(batch, tuple | list) and len(batch) == 2:
         return {name: batch[1]}
+    under_a_name = name is not None and name in module.tasks and not is_per_task(batch, module.tasks)
+    batch = module.in_known_form({name: batch} if under_a_name else batch)
     if is_joint(batch, module.tasks):
         return {task: target for task, target in batch[1].items() if target is not None}
     if is_per_task(batch, module.tasks):

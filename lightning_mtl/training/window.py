@@ -53,6 +53,7 @@ class Window:
         keeps_batches: Whether the step's batches are kept until it is over.
         repeats: Whether this is a step of which an optimizer's closure asks again, see :meth:`again`.
         reached: The parameters that this rank's losses and penalties reach, where ``forgets`` is asked for.
+        idle: Whether no parameter is shared that the weighting could be asked about.
         forgets: Whether parameters that no rank reached may have got a gradient of 0, which has to go.
     """
 
@@ -89,6 +90,9 @@ class Window:
         # Most methods compare the tasks' gradients and no more, which needs none of them in full.
         alone = size == 1 and self.way == "rows"
         self.keeps_rows = not (alone and weighting and self.wanted != "rows" and weighting.gradients == "automatic")
+        # The trunk's outputs have to be known to measure there, or to stand in for absent tasks.
+        self.needs_split = (self.wanted != "nothing" and self.measures_at != "trunk") or self.way == "features"
+        self.needs_split |= ranks.size > 1 and (self.way == "rows" or size > 1)
         self.gradients: Collection | None = None
         self.layer: list[Tensor] | None = None
         self.loss: Tensor | None = None
@@ -99,7 +103,7 @@ class Window:
         self.samples: dict[Collected, list[Tensor]] = {}
         self.local: list[tuple[list[str], Tensor, Tensor | float]] = []
         self.reached: set[Tensor] = set()
-        self.collects = self.forgets = False
+        self.collects = self.forgets = self.idle = False
         self._asked: Signals | None = None
         self.tasks, self._position = tuple(tasks), {task: position for position, task in enumerate(tasks)}
         self._noted: list[tuple[list[int], Reduced]] = []
@@ -239,6 +243,7 @@ class Window:
         alike = self.size == 1 and all(decision.head_weights is None for decision in known)
         again = Window(self.tasks, None, self.step, self.epoch, self.size, self.ranks, None, self.scales, self.resting)
         again.way, again.collects = ("losses", False) if alike else (self.way, self.collects)
+        again.needs_split = self.needs_split and (again.way != "losses" or self.size > 1)
         again.passes_again, again.repeats, again._decisions = self.passes_again, True, list(known)
         return again
 
@@ -250,6 +255,10 @@ class Window:
         self._asked = signals
         if self.weighting is None:
             decision = Decision(torch.ones_like(wide))
+        elif self.idle:
+            ones = torch.ones_like(wide)
+            decision = Decision(self.weighting.with_importance(ones, signals))
+            decision.head_weights = None if self.weighting.weighs_heads else ones
         elif getattr(self.weighting, "takes_any_rows", False) or _is_finite(measured):
             decision = self.weighting.decide(signals, positions, measured=self.measures, rows=measured.rows)
         else:

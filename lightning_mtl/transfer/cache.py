@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, Learning
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.balanced import BalancedModule
 from lightning_mtl.monitors.base import Monitor
 from lightning_mtl.transfer.values import DIGITS, Digests, attributes, class_name, digest_of
 
@@ -28,10 +28,10 @@ LOOK_ON = (DeviceStatsMonitor, LearningRateMonitor, ModelSummary, Monitor, Progr
 # Described as parts and weights.
 CHILDREN = frozenset({"_modules", "_parameters", "_buffers"})
 # What a fit begins anew, what others describe, and what is remembered to be quick.
-OF_A_FIT = frozenset({"_trainer", "_fabric", "_penalized", "optimization", "recorder", "schedules", "tasks"})
+OF_A_FIT = frozenset({"_trainer", "_fabric", "_penalized", "optimization", "recorder", "schedules", "sharing", "tasks"})
 
 
-def configuration(module: MultiTaskModule, trainer: pl.Trainer) -> dict[str, Any]:
+def configuration(module: BalancedModule, trainer: pl.Trainer) -> dict[str, Any]:
     """Describe a module that is about to train and the Trainer's budget, by value.
 
     Included are, for every part of the module, its class, its attributes and its weights; the losses, metrics and other
@@ -109,9 +109,9 @@ def _callback(callback: pl.Callback) -> str:
     return f"{class_name(type(callback))} {values.of((type(callback), held))[:DIGITS]} {values.of_code()[:DIGITS]}"
 
 
-def _optimizer(module: MultiTaskModule) -> Any:  # noqa: ANN401 - plain values
+def _optimizer(module: BalancedModule) -> Any:  # noqa: ANN401 - plain values
     """The optimizer and scheduler given as arguments; those of a subclass are in its code and attributes."""
-    if inspect.unwrap(type(module).configure_optimizers) is not inspect.unwrap(MultiTaskModule.configure_optimizers):
+    if inspect.unwrap(type(module).configure_optimizers) is not inspect.unwrap(BalancedModule.configure_optimizers):
         return "configure_optimizers"
     parameters = list(module.parameters()) or [nn.Parameter(torch.zeros(1))]  # none before configure_model
     optimizer = module._make_optimizer(parameters)

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_mtl.module import MultiTaskModule
+from lightning_mtl.balanced import BalancedModule
 from lightning_mtl.task import Task
 from lightning_mtl.task.task import computes_dict
 from lightning_mtl.training.logging import Recorder
@@ -35,7 +35,7 @@ def task_scores(trainer: pl.Trainer, stage: EvaluationStage = "val") -> TaskScor
         ``{task: {metric: value}}`` with ``"loss"`` among the metrics; the same on every rank.
 
     Raises:
-        TypeError: If the Trainer's module is no ``MultiTaskModule``.
+        TypeError: If the Trainer's module is no ``BalancedModule``.
         ValueError: If it has not been through that stage.
 
     Example:
@@ -44,10 +44,8 @@ def task_scores(trainer: pl.Trainer, stage: EvaluationStage = "val") -> TaskScor
         {'loss': 0.26, 'MeanAbsoluteError': 5.1}
     """
     module = trainer.lightning_module
-    if not isinstance(module, MultiTaskModule):
-        raise TypeError(
-            f"task_scores reads what a MultiTaskModule recorded; the Trainer holds {type(module).__name__}."
-        )
+    if not isinstance(module, BalancedModule):
+        raise TypeError(f"task_scores reads what a BalancedModule recorded; the Trainer holds {type(module).__name__}.")
     if not (found := module.recorder.scores[stage]):
         run, data = (
             ("trainer.test", "a test loader") if stage == "test" else ("trainer.validate", "a validation loader")
@@ -96,14 +94,14 @@ def metric_directions(tasks: Mapping[str, Task], metrics: Sequence[str] | None =
     return directions
 
 
-ModuleOrFactory = MultiTaskModule | Callable[[int], MultiTaskModule]
+ModuleOrFactory = BalancedModule | Callable[[int], BalancedModule]
 """A module, whose present weights every run begins with, or a function of the seed that makes one."""
 DataOrFactory = pl.LightningDataModule | tuple[Any, Any] | Callable[[int], "pl.LightningDataModule | tuple[Any, Any]"]
 """A datamodule, a pair of loaders (to train with, to evaluate with), or a function of the seed that makes either."""
 TrainerFactory = Callable[[], pl.Trainer]
 
 
-def only_tasks(module: MultiTaskModule, tasks: Collection[str]) -> MultiTaskModule:
+def only_tasks(module: BalancedModule, tasks: Collection[str]) -> BalancedModule:
     """Copy a module so that only some of its tasks train; the others count as absent from every batch.
 
     The copy has the same architecture and the same weights. The trunk learns from the chosen tasks alone; the other
@@ -117,7 +115,7 @@ def only_tasks(module: MultiTaskModule, tasks: Collection[str]) -> MultiTaskModu
     Losses computed from several tasks at once, ``penalties`` among them, stay as they are.
 
     Args:
-        module: Any ``MultiTaskModule``, trained or not; it is left as it is.
+        module: Any ``BalancedModule``, trained or not; it is left as it is.
         tasks: The names of the tasks to train.
 
     Raises:
@@ -125,7 +123,7 @@ def only_tasks(module: MultiTaskModule, tasks: Collection[str]) -> MultiTaskModu
 
     Example:
         >>> from torch import nn
-        >>> from lightning_mtl import Task
+        >>> from lightning_mtl import MultiTaskModule, Task
         >>> module = MultiTaskModule(
         ...     nn.Linear(2, 2),
         ...     {"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)},
@@ -188,14 +186,14 @@ def train_and_score(
         {'age': {'loss': 0.26}, 'smile': {'loss': 0.5}}
     """
     with seeded(seed):
-        made = module if isinstance(module, MultiTaskModule) else module(seed)
+        made = module if isinstance(module, BalancedModule) else module(seed)
     data = made_data(datamodule, seed)
     model = only_tasks(made, made.tasks if tasks is None else tasks)
     return fit_and_score(model, data, fresh(trainer_factory()), seed=seed, stage=stage, ckpt_path=ckpt_path)
 
 
 def fit_and_score(
-    model: MultiTaskModule,
+    model: BalancedModule,
     data: pl.LightningDataModule | tuple[Any, Any],
     trainer: pl.Trainer,
     *,

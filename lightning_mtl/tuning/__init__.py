@@ -4,7 +4,8 @@ try:
     import optuna  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"lightning_mtl.tuning needs {error.name}; install it with pip install 'lightning-mtl[tune]'."
+        f"lightning_mtl.tuning needs {error.name}; install what the extra tune brings: "
+        "pip install optuna sqlalchemy 'jsonargparse[signatures]' rich matplotlib."
     ) from error
 
 from lightning_mtl.method.search_space import Choice, Range

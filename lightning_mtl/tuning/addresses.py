@@ -17,9 +17,9 @@ _IN_TEXT = re.compile(r"(?P<before>\w[\w+.-]*://[^\s:/@?]*:)[^\s]*(?=@)")
 _IN_ADDRESS = re.compile(r"(?P<before>^(?:[\w+.-]*:/+|(?![\w+.-]*:/))[^:/@?]*:).*(?=@)", re.DOTALL)
 _IN_QUERY = re.compile(r"(?P<before>[?&]\w*(?:pass|pwd|secret|token)\w*=)[^&\s'\"]*", re.IGNORECASE)
 # What is tried for an address that names no driver: SQLAlchemy's name and the module, the extra that brings one.
-_MYSQL = ({"mysqldb": "MySQLdb", "pymysql": "pymysql"}, "tune-mysql")
+_MYSQL = ({"mysqldb": "MySQLdb", "pymysql": "pymysql"}, "pymysql")
 _DRIVERS = {
-    "postgresql": ({"psycopg": "psycopg", "psycopg2": "psycopg2"}, "tune-postgresql"),
+    "postgresql": ({"psycopg": "psycopg", "psycopg2": "psycopg2"}, "'psycopg[binary]'"),
     "mysql": _MYSQL,
     "mariadb": _MYSQL,
 }
@@ -103,7 +103,7 @@ def _read(address: str) -> URL:
 
 
 def missing_driver(address: str, driver: str) -> str:
-    """Say which driver of a database is missing, and the extra that brings one."""
-    _, extra = _DRIVERS.get(_read(address).get_backend_name(), ({}, ""))
-    way = f"pip install 'lightning-mtl[{extra}]' brings one" if extra else "install it"
+    """Say which driver of a database is missing, and how to install one."""
+    _, package = _DRIVERS.get(_read(address).get_backend_name(), ({}, ""))
+    way = f"pip install {package} brings one" if package else "install it"
     return f"storage={shown(address)!r} names no usable database: its driver {driver} is not installed; {way}."

@@ -52,6 +52,8 @@ class AlignedMTL(Preferring):
     so that no component of the gradients dominates or conflicts; λ is the weakest component's eigenvalue. Heads follow
     their own, unweighted losses.
 
+    When: gradients that conflict, or one task's gradient that dominates the others.
+
     Args:
         scale: λ: ``"min"`` as in the paper, or the ``"median"`` or mean (``"rmse"``) of the eigenvalues, as in the
             official code.

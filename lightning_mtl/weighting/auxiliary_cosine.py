@@ -53,6 +53,8 @@ class AuxiliaryCosine(Auxiliary):
     stationary. Heads follow their own, unweighted losses. A step without a gradient of a main task, which may be absent
     from it, has nothing to compare with: auxiliary tasks have weight 0 in it, and a warning says so once.
 
+    When: one task counts, and it is not known whether the others help it.
+
     Args:
         main: The main task or tasks; None where ``Task(role="auxiliary")`` tells them from the others.
         form: ``"cosine"`` for the formula, ``"sign"`` for weight 1 wherever the cosine is above 0.

@@ -54,6 +54,8 @@ class CAGrad(Weighting):
     c = 0 it is the mean gradient; with c of 1 or more no task is in conflict with d. Heads follow their own, unweighted
     losses.
 
+    When: gradients conflict, and the mean loss has to fall, too; ``c`` trades it for the worst task.
+
     Args:
         c: c; the paper uses 0.2 to 0.5.
         rescale: None as in the paper; the official code divides d by 1 + c² (``"c2"``) or 1 + c (``"c"``).

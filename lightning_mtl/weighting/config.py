@@ -42,6 +42,8 @@ class ConFIG(Weighting):
     with U the unit gradients as rows. For independent gradients no task is in conflict with d. Heads follow their own,
     unweighted losses.
 
+    When: gradients of very unlike length that conflict, as those of physics-informed losses do.
+
     Args:
         **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.

@@ -37,6 +37,8 @@ class CoVWeighting(Weighting):
     with means μ and deviations σ over all steps so far. A loss that has stopped changing is as good as it gets and
     loses weight. The weights sum to 1, and are 1 / K as long as a present task has had fewer than two steps.
 
+    When: some losses have settled while others still vary; nothing to tune.
+
     Args:
         **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`. The statistics
             begin at ``start_step``.

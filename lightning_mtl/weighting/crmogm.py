@@ -34,6 +34,8 @@ class CRMOGM(Wrapper):
     where, how often, and whether heads are weighted, is the wrapped method's affair. Lightning's hooks reach it as if
     the Trainer held it, and its state is saved and restored with this one's.
 
+    When: small or noisy batches make another method's weights jump.
+
     Args:
         weighting: The method to smooth, constructed without ``importance``, ``start_step`` and ``total``.
         alpha: α; 0 changes nothing.

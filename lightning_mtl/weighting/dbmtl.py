@@ -41,6 +41,8 @@ class DBMTL(RowMemory):
     gradients, in checkpoints, too; and gradients of all shared parameters: neither ``at="features"`` nor sharded
     parameters (FSDP2) have these.
 
+    When: losses and gradients of unlike scale; noisy gradients with ``beta``, which keeps K P numbers more.
+
     Args:
         beta: β, at least 0 and below 1: the share of the old mean.
         decay: σ in :math:`\beta_t = \beta / t^\sigma`, t a task's steps.

@@ -38,6 +38,8 @@ class DTP(Validated):
 
     κ is the task's metric, 1 being perfect. A task without a value yet has weight 1.
 
+    When: the metric counts, not the loss, and one task's metric lags.
+
     Args:
         metric: The metric's name in every task's collection; it must lie in [0, 1] and be better when higher.
         gamma: How much more the difficult tasks count, as in the focal loss; 0 leaves -log κ.

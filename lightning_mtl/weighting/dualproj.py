@@ -38,6 +38,8 @@ class DualProj(Preferring):
     The projection is exact, by non-negative least squares on the K x K Gramian. Heads follow their own, unweighted
     losses.
 
+    When: no step may go against any task, and the mean gradient is to be changed as little as possible.
+
     Args:
         preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the sum 1.
         **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in

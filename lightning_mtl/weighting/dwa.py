@@ -40,6 +40,8 @@ class DWA(Weighting):
     with :math:`\bar L_k(e)` the mean loss over epoch e, the mean of its optimizer steps. The weights are 1 in the first
     two epochs, and change once an epoch.
 
+    When: tasks that learn at unlike speeds. It never looks at how large the losses are.
+
     Args:
         temperature: T; the paper uses 2.
         **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`. Epochs count

@@ -45,6 +45,8 @@ class ExcessMTL(RowMemory):
     The sums of squares are K P numbers for P shared parameters, beside the gradients and in checkpoints. They are of
     parameters: ``at="features"`` and sharded parameters (FSDP2) have no such rows, and are refused.
 
+    When: some tasks have noisy labels. It keeps K P numbers more.
+
     Args:
         step_size: η, the code's default.
         at: ``"trunk"``, where the rows are.

@@ -58,6 +58,8 @@ class FairGrad(Bargaining):
     :math:`s^{(1 - \alpha) / (1 + \alpha)}` times as long. So with α above 1 it grows without bound as gradients shrink,
     and with it where one of them is much shorter than the others.
 
+    When: a choice between the sum of the losses (α near 0) and the worst task (large α).
+
     Args:
         alpha: α; the paper tries 1 to 10, most often 2.
         max_norm: Scale the weights so that the shared gradient is at most this long, as the official code does at 1;

@@ -51,6 +51,8 @@ class FAMO(Learned):
     After each step the logits ξ take one Adam step down :math:`\sum_k z_k (\log D_k - \log D'_k) + \gamma \lVert \xi
     \rVert^2 / 2`, D' being the same batch's under the new parameters: what fell fastest loses weight.
 
+    When: many tasks whose losses should fall at the same relative rate, without the cost of gradients.
+
     Args:
         lr: Step size of the logits' Adam.
         gamma: γ, how strongly the logits are drawn to 0; the official code's default. Its scripts use 0.001 to 0.01 on

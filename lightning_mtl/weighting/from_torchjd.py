@@ -25,8 +25,10 @@ class FromTorchJD(Weighting):
     weighting or as an aggregator. So do weightings that read no more than how many tasks there are. Its SDMGrad and
     MoDo get the Gramian of one batch, where they ask for a product of two independent ones. What reads whole gradients
     is refused: the aggregators ConFIG, GradDrop, NashMTL and TrimmedMean, and ExcessMTL, of most of which this package
-    has classes of its own. The library is installed by ``pip install 'lightning-mtl[torchjd]'``. Heads follow their
+    has classes of its own. The library is installed by ``pip install torchjd``. Heads follow their
     own, unweighted losses.
+
+    When: a weighting that TorchJD has and this package has not.
 
     Args:
         weighting: A ``torchjd.aggregation.Weighting`` over the Gramian, ``UPGradWeighting()`` for instance; an
@@ -63,7 +65,7 @@ class FromTorchJD(Weighting):
         if found == "ExcessMTLWeighting" or isinstance(weighting, type) or not callable(weighting):
             raise TypeError(
                 f"FromTorchJD(weighting=...) takes an instance of a TorchJD weighting over the Gramian, such as "
-                f"torchjd.aggregation.UPGradWeighting(), found {found}; pip install 'lightning-mtl[torchjd]' gets them."
+                f"torchjd.aggregation.UPGradWeighting(), found {found}; pip install torchjd gets them."
             )
         self.weighting = weighting
         self.add_generator("random", seed)

@@ -26,6 +26,8 @@ class Frozen(Wrapper):
     steps nothing is measured any more, and a step costs what fixed weights cost. What the wrapped method had for the
     heads alone stays as it was then. A task that had no weight in the first n steps has the mean of the others'.
 
+    When: another method's weights settle early. Later steps then cost what fixed weights do.
+
     Args:
         weighting: The method to follow, constructed without ``importance``, ``start_step`` and ``total``.
         steps: n, the optimizer steps, from ``start_step`` on, in which it is followed.

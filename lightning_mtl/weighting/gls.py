@@ -38,6 +38,8 @@ class GLS(Weighting):
     them is, the shorter are the other tasks' steps. A warning says, once, which task's weight is more than 1e4 times
     the median of the others'.
 
+    When: positive losses of unlike scale; nothing to tune.
+
     Args:
         loss_floor: A loss below this counts as this large, so that a learned task does not stop the others; it changes
             nothing above.

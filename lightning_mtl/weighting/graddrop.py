@@ -51,6 +51,8 @@ class GradDrop(Aggregator):
     is alone, however short its gradient is, its sign is all there is. Heads follow
     their own, unweighted losses.
 
+    When: conflict that differs from number to number of the gradients, and noise does no harm.
+
     Args:
         leak: l, the share of a task's gradient that is never dropped, between 0 and 1: a number, or ``{task: l}``
             where tasks not named have 0.

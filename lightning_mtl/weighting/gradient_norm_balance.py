@@ -35,6 +35,8 @@ class GradientNormBalance(Weighting):
     ratio of the importances. A task whose gradient is short gets at most 1/ε times an average task's weight, and little
     is left for the others, because the sum is K. A task whose gradient is below 1e-5 of the longest takes no part.
 
+    When: gradients of unlike length. It is the simplest cure, and cheap at the last layer.
+
     Args:
         eps: ε, relative to the mean norm.
         **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in

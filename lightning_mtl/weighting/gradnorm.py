@@ -55,6 +55,8 @@ class GradNorm(Learned):
     the weights enter linearly, the K norms of the unweighted gradients are all it needs: no second derivative. L_k(0)
     is the loss at the task's first step.
 
+    When: gradients of unlike length, and tasks that train at unlike rates.
+
     Args:
         alpha: The restoring force; larger for tasks that learn at very different rates. The paper uses 1.5 for NYUv2
             and 0.12 for its toy.

@@ -69,6 +69,8 @@ class GradVac(Weighting):
     targets start at 0, where this is PCGrad, and follow the cosines:
     :math:`\hat\phi \leftarrow (1 - \beta) \hat\phi + \beta \phi`. Heads follow their own, unweighted losses.
 
+    When: related tasks, whose gradients usually have positive cosines.
+
     Args:
         beta: β, the weight of the newest cosine; the paper uses 0.01.
         seed: Where the random orders begin.

@@ -40,6 +40,8 @@ class IGB(Weighting):
     The less a task has improved since, the larger its share. Losses must not be negative. A warning says, once, which
     task's weight is more than 1e4 times the median of the others'.
 
+    When: losses of unlike scale, some of which the first epoch leaves far from 0.
+
     Args:
         loss_floor: A loss below this has the weight of one that is this large; it changes nothing above.
         **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`. Epochs count

@@ -43,6 +43,8 @@ class IMTL(Learned):
 
     The shared parameters' gradients have weight :math:`w_k`, each head's has :math:`e^{s_k}` alone.
 
+    When: losses and gradients of unlike scale.
+
     Args:
         lr: Step size of the Adam that learns s.
         **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in

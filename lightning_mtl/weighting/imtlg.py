@@ -44,6 +44,8 @@ class IMTLG(Weighting):
 
     in closed form. Weights may be negative. Heads follow their own, unweighted losses.
 
+    When: gradients that conflict and are of unlike length.
+
     Args:
         **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in
             :class:`~lightning_mtl.Weighting`.

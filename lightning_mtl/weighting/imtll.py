@@ -29,6 +29,8 @@ class IMTLL(Learned):
 
     .. math:: \min_{\theta, s} \sum_k e^{s_k} L_k - s_k, \qquad w_k = e^{s_k}, \quad s = 0 \text{ at the start}
 
+    When: positive losses of unlike scale, whose scales may be learned over some hundred steps.
+
     Args:
         lr: Step size of the Adam that learns s.
         **common: ``importance``, ``start_step`` and ``total``, as in :class:`~lightning_mtl.Weighting`.

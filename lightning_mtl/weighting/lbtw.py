@@ -35,6 +35,8 @@ class LBTW(Weighting):
 
     Tasks that learn fast lose weight, so that they do not drown the others.
 
+    When: one task learns faster than the others and then disturbs them: what has been learned steps back.
+
     Args:
         alpha: How strongly; 0 means equal weights. The paper tries 0.1 and 0.5.
         reference: What L_k(0) is: the loss of the first batch of each ``"epoch"``, as in the paper's algorithm, or of

@@ -40,6 +40,8 @@ class MetaBalance(Auxiliary):
     for auxiliary tasks, 1 for main ones; with several of them :math:`m_{main}` is the mean of theirs. The means include
     the step's own norms; where the main task is absent its last mean serves. Heads follow their own, unweighted losses.
 
+    When: one task counts, and the gradients of those that help it are far longer or shorter than its own.
+
     Args:
         main: The main task or tasks; None where ``Task(role="auxiliary")`` tells them from the others.
         relax: r, between 0 (equal weights) and 1 (equal lengths); the paper tunes it, 0.7 is the code's default.

@@ -59,6 +59,8 @@ class MGDA(Weighting):
     exactly zero takes no part, so that the limit is another than the value: what has the least norm cannot ignore a
     short gradient.
 
+    When: gradients that conflict and are of similar length. ``at="features"`` costs little more than a plain step.
+
     Args:
         normalize: Solve for gradients divided by ``"l2"`` ‖g_k‖, ``"loss"`` L_k or ``"loss+"`` L_k ‖g_k‖, and apply the
             weights to the gradients as they are. None follows the paper; without normalizing, tasks with small

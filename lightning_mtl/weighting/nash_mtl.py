@@ -116,6 +116,8 @@ class NashMTL(Bargaining):
     :attr:`negligible`, where the task takes no part any more; a warning says, once, which task's weight is more than
     1e4 times the median of the others'.
 
+    When: gradients that conflict and losses in unlike units, which do not matter to it.
+
     Args:
         max_norm: Scale the weights so that the shared gradient is at most this long; None leaves √K.
         preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the mean 1.

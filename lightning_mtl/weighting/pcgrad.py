@@ -63,6 +63,8 @@ class PCGrad(Weighting):
 
     starting from :math:`g'_i = g_i`. Without a conflict d is the plain sum. Heads follow their own, unweighted losses.
 
+    When: mild conflict; nothing to tune.
+
     Args:
         seed: Where the random orders begin.
         **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in

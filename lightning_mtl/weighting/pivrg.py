@@ -51,6 +51,8 @@ class PIVRG(Validated, Bargaining):
     in :func:`~lightning_mtl.metrics.delta_m`: no task counts more than twice as much as another. Before the first
     validation c = 1, which is FairGrad, whose solver finds w. Heads follow their own, unweighted losses.
 
+    When: gradients conflict, and validation shows some tasks behind their single-task models.
+
     Args:
         alpha: α.
         max_norm: Scale the weights so that the shared gradient is at most this long, as the official code does at 1;

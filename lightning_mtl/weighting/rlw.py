@@ -38,6 +38,8 @@ class RLW(Weighting):
 
     The weights sum to 1, and are 1 / K on average.
 
+    When: a baseline. Random weights are what every other method should beat.
+
     Args:
         distribution: ``"normal"`` or ``"dirichlet"``.
         seed: Where the random numbers begin.

@@ -59,7 +59,7 @@ class RowMemory(Weighting):
             raise ValueError(
                 f"{type(self).__name__} keeps a number for each task and shared parameter, of which there were "
                 f"{self.memory.shape[1]} and are {whole.shape[1]} at step {signals.step}; have the same ones train "
-                "from its start_step= on, or use a method without such a memory."
+                "from its start_step= on, name them by shared_parameters(), or use a method without such a memory."
             )
         if self.memory.shape[1] != whole.shape[1]:
             self.memory = whole.new_zeros(len(self.tasks), whole.shape[1])

@@ -31,6 +31,8 @@ class ScaleInvariant(Weighting):
     Losses must not be negative. A warning says, once, which task's weight is more than 1e4 times the median of the
     others'.
 
+    When: positive losses in unlike or changing units. Any gap between units is bridged in the first step.
+
     Args:
         loss_floor: A loss below this has the weight of one that is this large, so that a learned task does not drown
             the others; it changes nothing above.

@@ -37,6 +37,8 @@ def sdmgrad_weights(gramian: Tensor, preference: Tensor, lam: float) -> Tensor:
     # As Σ w = 1, w + λ p = (I + λ p 1ᵀ) w: the least norm of the gradients shifted by λ times the preferred one.
     shift = torch.eye(len(p), dtype=torch.float64) + lam * p[:, None]
     shifted = shift.T @ gramian.detach().cpu().double() @ shift
+    # Where a shifted gradient cancels, rounding may leave a squared norm a little below 0.
+    shifted.diagonal().clamp_(min=0.0)
     w = torch.from_numpy(min_norm_weights(shifted.numpy()))
     return (w + lam * p) / (1 + lam)
 
@@ -50,6 +52,8 @@ class SDMGrad(Preferring):
     solved exactly, as non-negative least squares on the K x K Gramian; p = 1 / K prefers the mean gradient. λ = 0 is
     MGDA, large values are the mean. Heads follow their own, unweighted losses. As with MGDA, one gradient that almost
     vanishes takes w for itself, and what is left of the others is their part in λ p; at exactly zero it takes no part.
+
+    When: gradients conflict, and a compromise between ``MGDA`` and the mean gradient is wanted; ``lam`` says where.
 
     Args:
         lam: λ, not negative; the authors' experiments have 0.3.

@@ -36,6 +36,8 @@ class SoftOptimalUncertainty(Weighting):
     small loss from taking all. Σ w = 1. Losses must not be negative. A warning says, once, which task's weight is more
     than 1e4 times the median of the others'.
 
+    When: losses of unlike scale, without learned numbers; there is a temperature to tune.
+
     Args:
         temperature: T, above 0. It has to be tuned for each set of losses, whose units it divides: small values leave
             the smallest loss alone, large ones weigh all tasks alike.

@@ -17,6 +17,8 @@ class StaticWeights(Weighting):
 
     .. math:: \min_\theta \sum_k w_k L_k
 
+    When: the first thing to run. Equal weights, and a few sets of fixed ones, are what other methods have to beat.
+
     Args:
         weights: ``{task: w_k}``; tasks not named keep 1, so that no argument at all means equal weights.
         start_step: Optimizer steps with equal weights before.

@@ -42,6 +42,8 @@ class STCH(Weighting):
     :math:`\sum_k \log L_k`. The task that has improved least since then gets most of the weight. Losses must not be
     negative.
 
+    When: no task may fall behind, or one point of the Pareto front is wanted.
+
     Args:
         mu: μ; toward 0 only the worst task counts, large values count all alike.
         warmup_epochs: Epochs of the warmup; with 0 the nadir is the loss of a task's first step.

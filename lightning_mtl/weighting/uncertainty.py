@@ -50,6 +50,9 @@ class UncertaintyWeighting(Learned):
     so that :math:`w_k = c_k e^{-s_k}`, with c = 1/2 for regression (a Gaussian likelihood, L the squared error) and
     c = 1 for classification (a softmax scaled by 1/σ²).
 
+    When: losses of unlike scale, where weights may adapt over some hundred steps; say which tasks are
+    classifications. A large gap between units takes it thousands of steps: standardize the targets first.
+
     Args:
         kinds: ``{task: "regression" or "classification"}``; tasks not named are regressions.
         lr: Step size of the Adam that learns s.

@@ -40,6 +40,8 @@ class UPGrad(Preferring):
     No task is in conflict with d, which is linear in the length of each gradient. The projections are exact, by
     non-negative least squares on the K x K Gramian. Heads follow their own, unweighted losses.
 
+    When: no step may go against any task, and all tasks count the same.
+
     Args:
         preference: ``{task: p}``, relative numbers; tasks not named count as 1. Scaled to the sum 1.
         **common: ``importance``, ``start_step``, ``total``, ``at``, ``every_n_steps`` and ``gradients``, as in

@@ -184,7 +184,7 @@ def counts(names: Sequence[str], absent: bool = False, logged: bool = False) -> 
 
 def _counted(name: str, *, absent: bool, logged: bool) -> Counter[str]:
     module, callbacks = COUNTED[name]()
-    module.train_metrics.clear()  # torchmetrics reads what it checks
+    module.train_task_metrics.clear()  # torchmetrics reads what it checks
     size = module.accumulate_grad_batches
     waits = Waits(counting=False)
     trainer = trainer_on(

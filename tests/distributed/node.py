@@ -36,7 +36,7 @@ class Module(MultiTaskModule):
 
 
 def train(nodes: int) -> torch.Tensor:
-    """Train as the README's ``train.py`` does, on one process a node; a node sees its share of every batch."""
+    """Train as the guide's ``train.py`` does, on one process a node; a node sees its share of every batch."""
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(*(torch.randn(SAMPLES, width, generator=generator, dtype=torch.float64) for width in (3, 2)))
     trainer = pl.Trainer(

@@ -1,4 +1,4 @@
-"""The README's torchrun line, as two nodes of one process each on this machine."""
+"""The torchrun line of the guide to several devices, as two nodes of one process each on this machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ def on_this_machine(words: list[str], script: list[str]) -> list[str]:
 
 @pytest.mark.slow  # two agents that import torch twice each
 def test_the_readmes_torchrun_line_trains_two_nodes_as_one_process(tmp_path: Path) -> None:
-    (words,) = [words for words in commands_of("README.md") if words[0] == "torchrun" and "--nnodes" in words]
+    (words,) = [
+        words
+        for words in commands_of("docs/guides/several_devices.md")
+        if words[0] == "torchrun" and "--nnodes" in words
+    ]
     assert words[words.index("--nnodes") + 1] == "2"
     command = on_this_machine(words, ["tests.distributed.node", str(tmp_path / "trained.pt"), "2"])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}

@@ -41,10 +41,10 @@ def test_what_scales_a_heads_first_step(optimizer: str, weight_counts: bool, fac
     torch.testing.assert_close(faster, plain * factor, rtol=1e-6, atol=1e-9)
 
 
-def test_the_readme_has_the_figures_of_the_benchmark() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_guide_has_the_figures_of_the_benchmark() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "learning_rates.md").read_text(encoding="utf-8")
     for name, row in measure(20).items():
-        found = re.search(rf"^\| {name} \| (.*) \|$", readme, re.MULTILINE)
+        found = re.search(rf"^\| {name} \| (.*) \|$", guide, re.MULTILINE)
         assert found is not None, name
         assert [float(cell) for cell in found[1].split("|")] == pytest.approx(row, abs=0.02), name
     assert FACTORS == (0.1, 1.0, 10.0)

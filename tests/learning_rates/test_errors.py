@@ -96,7 +96,7 @@ def test_two_of_them() -> None:
 
 
 def test_another_module() -> None:
-    with pytest.raises(TypeError, match="found BoringModel; subclass MultiTaskModule"):
+    with pytest.raises(TypeError, match="found BoringModel; subclass one of them"):
         fit(BoringModel(), None, callbacks=[TaskLearningRate(GradientNorm())])
 
 

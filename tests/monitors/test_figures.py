@@ -66,6 +66,6 @@ def test_nothing_sticks_out(num_tasks: int, name: str) -> None:
 def test_matplotlib_is_asked_for_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for cls in (GradientConflict, TaskAffinity):
-        with pytest.raises(ModuleNotFoundError, match=r"figure=True\) draws with matplotlib.*lightning-mtl\[plot\]"):
+        with pytest.raises(ModuleNotFoundError, match=r"figure=True\) draws with matplotlib.*pip install matplotlib\."):
             cls()
         cls(figure=False)

@@ -153,7 +153,7 @@ OTHERS = (
     ),
     Mutation(
         "the penalties of absent tasks' gates count",
-        "module.py",
+        "task/batches.py",
         "self.present_tasks = tasks",
         "self.present_tasks = None",
         f"{ARCHITECTURES}/test_nested.py",

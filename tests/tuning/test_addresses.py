@@ -1,8 +1,9 @@
-"""Addresses of databases in messages: without passwords, with the extra that brings a missing driver."""
+"""Addresses of databases in messages: without passwords, with the package that brings a missing driver."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import traceback
 from typing import Any
 
@@ -68,21 +69,21 @@ def test_an_address_without_a_driver_takes_the_one_that_is_installed(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("address", "driver", "extra"),
+    ("address", "driver", "package"),
     [
-        ("postgresql://host/db", "psycopg or psycopg2", "tune-postgresql"),
-        ("postgresql+psycopg2://host/db", "psycopg2", "tune-postgresql"),
-        ("mysql://host/db", "MySQLdb or pymysql", "tune-mysql"),
-        ("mariadb+pymysql://host/db", "pymysql", "tune-mysql"),
+        ("postgresql://host/db", "psycopg or psycopg2", "'psycopg[binary]'"),
+        ("postgresql+psycopg2://host/db", "psycopg2", "'psycopg[binary]'"),
+        ("mysql://host/db", "MySQLdb or pymysql", "pymysql"),
+        ("mariadb+pymysql://host/db", "pymysql", "pymysql"),
     ],
 )
-def test_a_missing_driver_names_the_extra(
-    address: str, driver: str, extra: str, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_driver_names_the_package(
+    address: str, driver: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch)
     modules: Any = __import__("sys").modules
     for module in ("psycopg", "psycopg2", "MySQLdb", "pymysql"):
         monkeypatch.setitem(modules, module, None)
-    expected = rf"its driver {driver} is not installed; pip install 'lightning-mtl\[{extra}\]' brings one\.$"
+    expected = rf"its driver {driver} is not installed; pip install {re.escape(package)} brings one\.$"
     with pytest.raises(ConfigurationError, match=expected):
         open_storage(address, 60)

@@ -1,4 +1,4 @@
-"""``lightning-mtl tune``: what its README says works, and one line for each mistake."""
+"""``lightning-mtl tune``: what its pages say works, and one line for each mistake."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_search_none_of_whose_trials_has_a_value_fails(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "examples/search/README.md"])
+@pytest.mark.parametrize("page", ["docs/guides/search.md", "examples/search/README.md"])
 def test_the_commands_of_the_pages_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

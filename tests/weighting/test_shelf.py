@@ -28,6 +28,7 @@ from lightning_mtl.weighting import (
     NashMTL,
     SDMGrad,
 )
+from lightning_mtl.weighting.sdmgrad import sdmgrad_weights
 from tests.contract import ask, course, names, run, signals
 from tests.small import batch, batches, heads, small, trunk
 from tests.training import Steps, fit, flat_parameters, loader
@@ -49,6 +50,13 @@ def test_preferences_of_a_bargain(alpha: float | None) -> None:
     torch.testing.assert_close(weights(dict.fromkeys("abcd", 3.0)), weights({}))
     if alpha is None:
         assert float((found @ rows).norm()) == pytest.approx(2.0)
+
+
+def test_sdmgrad_takes_a_gradient_that_cancels_but_for_rounding() -> None:
+    preference = torch.full((2,), 0.5, dtype=torch.float64)
+    for numerator in range(1, 200):  # the first one shifted is 0; some of its squares come out a little below
+        g = torch.tensor([[numerator / 7], [-3 * numerator / 7]], dtype=torch.float64)
+        torch.testing.assert_close(sdmgrad_weights(g @ g.T, preference, lam=1.0).sum(), preference.sum())
 
 
 def test_sdmgrad_lies_between_mgda_and_the_mean() -> None:
