@@ -36,7 +36,8 @@ def exported() -> dict[str, Any]:
     """``{path: object}`` of every name that a module of the package exports."""
     modules = [info.name for info in pkgutil.walk_packages(lightning_mtl.__path__, "lightning_mtl.")]
     found: dict[str, Any] = {}
-    for name in ("lightning_mtl", *(name for name in modules if not name.endswith("__main__"))):
+    # All but two names of `configured` are the command line's own.
+    for name in ("lightning_mtl", *(name for name in modules if not name.endswith(("__main__", ".configured")))):
         module = importlib.import_module(name)
         found |= {f"{name}.{public}": getattr(module, public) for public in getattr(module, "__all__", ())}
     return found
