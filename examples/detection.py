@@ -42,7 +42,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl import weighting as methods
 from lightning_mtl.metrics import delta_m
-from lightning_mtl.monitors.figures import blank_figure, log_figure
+from lightning_mtl.monitors.figures import blank_figure
+from lightning_mtl.monitors.loggers import log_figure, loggers_of, step_of
 from program import Watcher, next_folder, positive, quieten, spread
 from scattered_digits import TASKS, Scenes, Splits, load_splits
 
@@ -154,7 +155,8 @@ def train(
     trainer.fit(model, splits.train.only(run.tasks).loader(64, shuffle=True), splits.val.only(run.tasks).loader(1024))
     (tested,) = trainer.test(model, splits.test.only(run.tasks).loader(1024), verbose=False)
     if log_to and len(run.tasks) == len(TASKS):
-        log_figure(trainer, "predictions", draw({run.name: model}, splits.test))
+        figure = draw({run.name: model}, splits.test)
+        log_figure(loggers_of(trainer), "predictions", figure, step_of(trainer))
         for written in trainer.loggers:
             written.finalize("success")  # as Lightning did before there was a picture
     return {task: 100 * tested[f"test/{METRICS[task]}/{task}"] for task in run.tasks}, model

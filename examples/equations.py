@@ -192,7 +192,7 @@ class PhysicsInformed(BalancedModule):
             outputs[task] = TaskOutput(scaled.square().mean(), residuals=scaled)
         return outputs
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's dictionary
         """Adam, with a learning rate that falls in every step."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / self.steps))

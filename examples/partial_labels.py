@@ -37,7 +37,8 @@ from torchmetrics.classification import BinaryAUROC
 
 from lightning_mtl import MultiTaskModule, Task, Weighting
 from lightning_mtl import weighting as methods
-from lightning_mtl.monitors.figures import blank_figure, log_figure
+from lightning_mtl.monitors.figures import blank_figure
+from lightning_mtl.monitors.loggers import log_figure, loggers_of, step_of
 from missing_labels import EXPECTED, MISSING, Splits, load, split
 from program import next_folder, positive, quieten, spread
 
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(scores, labeled, console)
     figure = draw(scores, data.tasks)
     figure.savefig(log_to / "auc.png", dpi=150)
-    log_figure(trainer, "ROC-AUC", figure)
+    log_figure(loggers_of(trainer), "ROC-AUC", figure, step_of(trainer))
     for written in trainer.loggers:
         written.finalize("success")  # as Lightning did before there was a picture
     console.print(f"\nThe picture is in {log_to / 'auc.png'}, and in TensorBoard:", soft_wrap=True)

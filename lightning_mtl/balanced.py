@@ -14,6 +14,7 @@ from lightning_mtl.task.names import check_task_names, named_tasks
 from lightning_mtl.task.sharing import Sharing
 from lightning_mtl.task.task import Task, TaskOutput
 from lightning_mtl.task.units import Standardizers
+from lightning_mtl.training.arguments import check_factories
 from lightning_mtl.training.checks import check_step_arguments
 from lightning_mtl.training.evaluation import evaluating
 from lightning_mtl.training.logging import Recorder
@@ -85,6 +86,7 @@ class BalancedModule(SteppedModule):
         self.tasks = named_tasks(type(self).__name__, tasks)
         check_task_names(self.tasks)
         check_step_arguments(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
+        check_factories(optimizer, lr_scheduler)
         if type(self).task_losses is BalancedModule.task_losses:
             raise TypeError(
                 f"{type(self).__name__} has no task_losses(batch): define it, returning {{task: loss}} for the tasks "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchmetrics import SumMetric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 Waiting = Callable[[str], AbstractContextManager[object]]
@@ -104,3 +105,15 @@ def _number_of_processes() -> int:
 
 def _nothing() -> None:
     pass
+
+
+def log_reduced(module: pl.LightningModule, values: Mapping[str, float]) -> None:
+    """Log an epoch's figures that are over all ranks already.
+
+    As metrics, which Lightning asks for their value as they are: of plain numbers it would advise each user to reduce
+    them over the ranks once more.
+    """
+    for name, value in values.items():
+        figure = SumMetric(nan_strategy="disable", sync_on_compute=False)
+        figure.update(value)
+        module.log(name, figure, metric_attribute=name, batch_size=1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mtl.balanced import BalancedModule
+from lightning_mtl.task.advice import on_head, on_trunk
 from lightning_mtl.task.batches import (
     as_pair,
     call_trunk_with,
@@ -18,10 +19,12 @@ from lightning_mtl.task.batches import (
     refuse_batch,
 )
 from lightning_mtl.task.concatenation import concatenate, rows_of
+from lightning_mtl.task.flat import FlatBatches
 from lightning_mtl.task.labels import number_of_samples
 from lightning_mtl.task.task import Task, TaskOutput, name_task
 from lightning_mtl.task.units import Standardizers
 from lightning_mtl.training.checks import check_arguments, check_inputs_differ
+from lightning_mtl.training.loading import keep_configuration
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
 from lightning_mtl.trunk import TrunkParts
 
@@ -48,6 +51,10 @@ class MultiTaskModule(BalancedModule):
             automatic optimization.
         gradient_clip_val: Clip gradients to this norm, or value, before each optimizer step.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+        inputs: For flat batches, one dict with inputs and targets: the keys that the trunk takes as keyword arguments,
+            or one key, as a plain text, that it takes by position. None takes all keys that are no targets.
+        targets: ``{task: key}`` for flat batches; a task that is not named has its own name for a key. Either of the
+            two makes every stage read flat batches, and ``{task: flat batch}``.
         concatenate_inputs: Where each task has inputs of its own, call the trunk once on all of them behind each other
             instead of once a task. The numbers are the same but for what mixes samples (BatchNorm, whose statistics
             are then over all tasks) or draws at random (dropout). It is faster where losses alone are weighed and
@@ -89,6 +96,8 @@ class MultiTaskModule(BalancedModule):
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        inputs: str | Sequence[str] | None = None,
+        targets: Mapping[str, str] | None = None,
         concatenate_inputs: bool = False,
         max_skipped_steps: int = 100,
         optimizer: OptimizerCallable = torch.optim.Adam,
@@ -107,13 +116,20 @@ class MultiTaskModule(BalancedModule):
             lr_scheduler=lr_scheduler,
         )
         self.concatenate_inputs = concatenate_inputs
+        self.flat_batches = FlatBatches.of(inputs, targets, tasks)
         self._trunk_lr, self._head_lr = trunk_lr, dict(head_lr or {})
         self.trunk = trunk
         self.heads = nn.ModuleDict({task: heads[task] for task in tasks})
+        keep_configuration(self)
         self._hold(Standardizers({k: task.standardize for k, task in tasks.items()}, heads))
 
     def _standardizers(self) -> Standardizers:
         return Standardizers({}, {})  # until the heads are known
+
+    def in_known_form(self, batch: Any) -> Any:  # noqa: ANN401 - whatever the loader yields
+        """Bring a flat batch into one of the two forms; an overridden ``task_losses`` gets it as the loader made it."""
+        own = type(self).task_losses is MultiTaskModule.task_losses
+        return self.flat_batches.read(batch, self.tasks) if own and self.flat_batches is not None else batch
 
     # The model
 
@@ -152,7 +168,7 @@ class MultiTaskModule(BalancedModule):
             try:
                 predictions[task] = self.heads[task](own)
             except Exception as error:
-                name_task(error, "head", task)
+                name_task(error, "head", task, on_head(self.heads[task], own))
                 raise
         return predictions
 
@@ -185,6 +201,7 @@ class MultiTaskModule(BalancedModule):
         Raises:
             ValueError: If the batch has another form.
         """
+        batch = batch if self.flat_batches is None else self.flat_batches.read(batch, self.tasks)
         if is_joint(batch, self.tasks):
             inputs, targets = batch
             predictions = self(inputs)
@@ -224,6 +241,8 @@ class MultiTaskModule(BalancedModule):
         """Predict every task of a batch of inputs, with or without targets; a task with a loader of its own, alone."""
         named = self.under_its_name("predict", batch, dataloader_idx)
         batch = batch if named is batch else {task: as_pair(own) for task, own in named.items()}
+        if self.flat_batches is not None:
+            batch = self.flat_batches.read(batch, self.tasks, labeled=False)
         if is_joint(batch, self.tasks):
             return self.forward(batch[0])
         if is_per_task(batch, self.tasks):
@@ -236,7 +255,12 @@ class MultiTaskModule(BalancedModule):
 def call_trunk(parts: TrunkParts, inputs: Any, tasks: Sequence[str]) -> Any:  # noqa: ANN401 - whatever the trunk takes
     """Compute what the trunk makes of a batch's inputs, for ``tasks`` alone if it, or a part inside it, can."""
     positional, named = ((inputs,), {}) if isinstance(inputs, Tensor) else call_trunk_with(inputs, parts.trunk)
-    return parts.call(positional, named, tasks) if parts.per_task else parts.trunk(*positional, **named)
+    try:
+        return parts.call(positional, named, tasks) if parts.per_task else parts.trunk(*positional, **named)
+    except TypeError as error:
+        if parts.per_task or (said := on_trunk(parts.trunk, positional, named)) is None:
+            raise
+        raise TypeError(said) from error
 
 
 def check_parts(module: object, what: str) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 import yaml
 
-from lightning_mtl import weighting
+import lightning_mtl
+from lightning_mtl import MultiTaskModule, weighting
 from lightning_mtl.cli import main
 from lightning_mtl.cli.method_table import methods
 from lightning_mtl.configured import MultiTaskCLI, condense, load_short_names
@@ -147,6 +148,10 @@ def test_the_scheduler_that_lightnings_own_cli_puts_on_the_instance_steps() -> N
         ("--data=multi_digits.MultiDigit", "module 'multi_digits' has no attribute 'MultiDigit'. .*MultiDigits"),
         ("--data=nowhere.Data", "No module named 'nowhere'; install it, or run in the folder where it lies"),
         ("--trainer.nothing=1", "nothing"),
+        ("--trainer.callbacks+=GradNorm", "The Trainer holds two GradNorm; keep one of them."),
+        ("--trainer.max_epoch=1", "max_epoch=1; did you mean --trainer.max_epochs?"),
+        ("--trainer.callbacks+=GradNrm", "'GradNrm' .* Did you mean GradNorm .*There are AlignedMTL, (?!.*Throughput)"),
+        ("--model.tasks.left.loss=crossentropy", "'crossentropy' .*Did you mean torch.nn.functional.cross_entropy"),
     ],
 )
 def test_a_mistake_gets_one_line(
@@ -156,6 +161,67 @@ def test_a_mistake_gets_one_line(
     found = refused(monkeypatch, capsys, "fit", "--config", str(EXAMPLES / "run.yaml"), argument)
 
     assert re.search(expected, found), found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["--trainer.callbacks+=MGDA"],
+            "The Trainer holds 2 weightings, GradNorm and MGDA; keep one of them.",
+        ),
+        (["--trainer.gradient_clip_val=1"], "Trainer(gradient_clip_val=1) is not applied, "),
+    ],
+)
+def test_what_a_fit_refuses_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    with pytest.raises(SystemExit) as left:
+        run(monkeypatch, "fit", "--config", str(EXAMPLES / "run.yaml"), *arguments)
+    assert left.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]  # below what Lightning says of the devices
+    assert line.startswith(f"lightning-mtl: error: {expected}")
+
+
+def test_what_users_code_raises_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    loss = "from torch import Tensor\ndef loss(prediction, target) -> Tensor:\n    raise ValueError('mine')\n"
+    Path("own.py").write_text(loss)
+    file = config(model__init_args__tasks={name: {"loss": "own.loss"} for name in ("left", "right")})
+    with pytest.raises(ValueError, match="mine"):
+        run(monkeypatch, "fit", "--config", file, "--trainer.logger=false")
+
+
+def test_a_checkpoint_of_a_fit_from_yaml_rebuilds_trunk_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    run(monkeypatch, "fit", "--config", str(EXAMPLES / "run.yaml"), *SHORT)
+    (checkpoint,) = Path("lightning_logs").rglob("*.ckpt")
+    loaded = MultiTaskModule.load_from_checkpoint(checkpoint)
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(saved))
+    assert not any("trunk" in name for name in yaml.safe_load(next(Path().rglob("hparams.yaml")).read_text()))
+
+
+def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run(monkeypatch, "--version")
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith(f"lightning-mtl {lightning_mtl.__version__} (torch {torch.__version__}")
+
+
+def test_a_bad_key_in_a_file_gets_the_nearest_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    text = (EXAMPLES / "run.yaml").read_text()
+    Path("bad.yaml").write_text(text.replace("max_epochs", "max_epoch"))
+    assert "'trainer.max_epoch'; did you mean trainer.max_epochs?" in refused(
+        monkeypatch, capsys, "fit", "--config", "bad.yaml"
+    )
+    Path("bad.yaml").write_text(text.replace("optimizer:", "optimiser:").replace("widths", "width"))
+    found = refused(monkeypatch, capsys, "fit", "--config", "bad.yaml")
+    assert "did you mean optimizer?" in found or "did you mean widths?" in found
 
 
 def test_bad_files_get_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,7 +267,8 @@ def test_experts_by_a_function_that_does_not_say_what_it_returns(
 def test_an_unknown_command_lists_the_commands(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "'fit'" in refused(monkeypatch, capsys, "fitt")
+    found = refused(monkeypatch, capsys, "fitt")
+    assert "did you mean fit? The commands are fit, validate, test, predict, tune, methods." in found
 
 
 def test_help_and_print_config_are_readable(
@@ -210,7 +277,9 @@ def test_help_and_print_config_are_readable(
     with pytest.raises(SystemExit) as left:
         run(monkeypatch, "--help")
     assert left.value.code == 0
-    assert "lightning-mtl methods" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "predict", "tune", "methods"):
+        assert f"\n  {command} " in listed
     monkeypatch.syspath_prepend(str(EXAMPLES))
     with pytest.raises(SystemExit):
         run(monkeypatch, "fit", "--config", str(EXAMPLES / "run.yaml"), "--print_config")

@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from lightning_mtl.architectures.branching import LTB
-from lightning_mtl.monitors.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
+from lightning_mtl.monitors.figures import heatmap, require_matplotlib
+from lightning_mtl.monitors.loggers import log_figure, loggers_of, step_of, take_figures
 
 
 class Branching(Callback):
@@ -98,7 +99,7 @@ class Branching(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the branching probabilities."""
-        if not self.heatmaps or not has_tensorboard(trainer):
+        if not self.heatmaps or not take_figures(trainer):
             return
         for path, trunk in self._trunks.items():
             for depth, probabilities in enumerate(trunk.probabilities()):
@@ -114,4 +115,5 @@ class Branching(Callback):
                     row_label="task" if last else f"node of stage {depth + 1}",
                     column_label=f"reads node of stage {depth}",
                 )
-                log_figure(trainer, f"branching/{path}/stage {depth}", figure)
+                name = f"branching/{path}/stage {depth}"
+                log_figure(loggers_of(trainer), name, figure, step_of(trainer))

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lightning_mtl.architectures.costs import as_trained, latency_ms, multiply_adds, parameters_behind
+from lightning_mtl.monitors.figures import draw_bars
+from lightning_mtl.monitors.report import Report, Shown
 from lightning_mtl.monitors.tables import Grid
 from lightning_mtl.task.batches import call_trunk_with
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.trunk import TrunkParts, outermost
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 COLUMNS = ("", "parameters", "shared", "own", "multiply-adds", "ms")
@@ -54,7 +57,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class ParameterReport:
+class ParameterReport(Report):
     """Compares the multi-task model with the models of single tasks and their sum; ``print`` it, or ``rich.print`` it.
 
     Attributes:
@@ -126,13 +129,29 @@ class ParameterReport:
         idle = f" {self.idle:,} parameters take part in no prediction." if self.idle else ""
         return f"{self.assumption}{idle}"
 
-    def table(self) -> Table:
-        """Make the same table for the package rich.
+    def shown(self) -> Shown:
+        """Return the table of costs and ratios."""
+        return Shown(self._grid(), "Cost of a forward pass", self._caption())
+
+    def records(self) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+        """Return a row for each single-task model, for their sum, and for the multi-task model."""
+        costs = [*self.single_task.values(), self.single_task_total, self.multi_task]
+        return [field.name for field in fields(Cost)], [astuple(cost) for cost in costs]
+
+    def figure(self) -> Figure:
+        """Draw the single-task models as one bar and the multi-task model as the other, for each kind of cost.
 
         Raises:
-            ModuleNotFoundError: If rich is not installed.
+            ModuleNotFoundError: If matplotlib is not installed.
         """
-        return self._grid().rich(title="Cost of a forward pass", caption=self._caption())
+        many, one = self.single_task_total, self.multi_task
+        kinds = {"parameters": "parameters", "multiply-adds": "multiply_adds", "ms": "milliseconds"}
+        costs = [*self.single_task.values()]
+        bars = {
+            kind: [{cost.name: getattr(cost, name) for cost in costs}, {one.name: getattr(one, name)}]
+            for kind, name in kinds.items()
+        }
+        return draw_bars(bars, [many.name, one.name], title="Cost of a forward pass")
 
     def __rich__(self) -> Table:
         return self.table()

@@ -46,7 +46,7 @@ def parser() -> OneLineArguments:
         "machines (default: this process's memory)",
     )
     made.add_argument("--name", default="search", help="the study's name in the storage (default: search)")
-    made.add_argument("--dir", type=Path, help="where logs and results go (default: the study's name)")
+    made.add_argument("--dir", type=Path, help="where logs and results go (default: studies/NAME)")
     made.add_argument("--seeds", type=int, default=1, help="trainings a trial's value is the mean of (default: 1)")
     made.add_argument("--prune", action="store_true", help="end trials that are worse than the median after an epoch")
     made.add_argument("--timeout", type=float, help="begin no trial after so many seconds")

@@ -46,8 +46,8 @@ def check_data_arguments(
         _check_number("seed", seed, 0)
     if not isinstance(mixing, Mixing):
         raise TypeError(
-            f"mixing must be Joint(), RoundRobin(), Proportional(), Ratios({{task: number}}) or Schedule({{epoch: "
-            f"mode}}) from lightning_mtl.data, found {mixing!r}."
+            f"mixing must be Joint(), RoundRobin(), Proportional(), Ratios({{task: number}}), Adaptive(metric) or "
+            f"Schedule({{epoch: mode}}) from lightning_mtl.data, found {mixing!r}."
         )
     if given["train"] is not None:
         mixing.check(list(given["train"]))

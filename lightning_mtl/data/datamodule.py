@@ -147,10 +147,15 @@ class MultiTaskDataModule(pl.LightningDataModule):
         """Refuse data whose names are not those of the module's tasks; start the training data from the beginning."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         if isinstance(module, TaskModule):
+            validated: list[str] = []
             # A module without a trunk reads batches by itself, under whatever names.
             for part in LOADED_STAGES[stage] if module.the_trunk is not None else ():
                 if (data := self.task_data(part)) is not None:
                     check_names(part, list(data), list(module.tasks), complete=part == "train")
+                    if part == "val" and self.trainer is not None and self.trainer.limit_val_batches:
+                        validated = list(data)
+            if stage == "fit":
+                self.mixing.check_goals(module.tasks, validated)
         # Lightning validates where the hook val_dataloader is overridden. Whether there are validation data is known
         # here only, so that the instance takes the override back, as LightningDataModule.from_datasets does.
         vars(self).pop("val_dataloader", None)
@@ -189,9 +194,15 @@ class MultiTaskDataModule(pl.LightningDataModule):
         self._loader = MixedLoader(
             streams, self.mixing, steps, seed, self._shard(), of_each, same_epoch=overfit, one_pass=self._pass_beside
         )
+        self._loader.trainer = self.trainer if self._fitting else None
         if state:
             self._loader.load_state_dict(state)
         return self._loader
+
+    @property
+    def shares(self) -> dict[str, float] | None:
+        """The tasks' shares of the present epoch's steps, where the mixing mode follows validation."""
+        return None if self._loader is None else self._loader.shares
 
     def _pass_beside(self) -> EvaluationLoader:
         """All training samples once, of the tasks whose data do not come but once."""

@@ -6,10 +6,15 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from lightning_mtl.data.mixing import Mixing
+import lightning.pytorch as pl
+
+from lightning_mtl.data.mixing import Mixing, Progress, Ratios
 from lightning_mtl.data.order import Shard, generator_for
 from lightning_mtl.data.streams import Stream
 from lightning_mtl.distributed import of_each
+from lightning_mtl.task.module import TaskModule
+
+Scores = Mapping[str, Mapping[str, float]]  # {task: {"loss" or metric: value}}
 
 
 class MixedLoader:
@@ -28,6 +33,10 @@ class MixedLoader:
         gather: Collects a value from all ranks, for a checkpoint.
         same_epoch: Repeat the first epoch for ever, for a Trainer that overfits batches.
         one_pass: Makes a loader that reads all samples once, beside this one.
+
+    Attributes:
+        trainer: Whose validation a mode may follow; None follows none.
+        shares: The tasks' shares of the epoch's steps, where the mode follows their progress.
     """
 
     def __init__(
@@ -43,6 +52,9 @@ class MixedLoader:
         one_pass: Callable[[], Iterable[Any]] | None = None,
     ) -> None:
         self.one_pass = one_pass
+        self.trainer: pl.Trainer | None = None
+        self._first: Scores = {}
+        self.shares: dict[str, float] | None = None
         self.streams = dict(streams)
         self.mixing = mixing
         self.steps = steps
@@ -72,22 +84,42 @@ class MixedLoader:
         epoch = self._epoch
         # Only the epoch that was interrupted goes on in its middle.
         first = self._consumed[1] if self._restored and self._consumed[0] == epoch else 0
-        self._restored = False
+        going_on, self._restored = self._restored and first > 0, False
         if self._same_epoch:
             for stream in self.streams.values():
                 stream.rewind()
-        for number, tasks in enumerate(itertools.islice(self._order(epoch), first, None), start=first + 1):
+        order = self._order(epoch, self._mode(epoch, going_on=going_on))
+        for number, tasks in enumerate(itertools.islice(order, first, None), start=first + 1):
             batch = {task: self.streams[task].next() for task in tasks}
             for task in tasks:
                 self.streams[task].check_ranks(self._gather)
             self._consumed = (epoch, number)
             yield batch
 
-    def _order(self, epoch: int) -> Iterator[tuple[str, ...]]:
+    def _mode(self, epoch: int, *, going_on: bool) -> Mixing:
+        """The mode of an epoch; one that goes on in its middle keeps the shares that it began with."""
+        mode = self.mixing.in_epoch(0 if self._same_epoch else epoch)
+        mode.check(list(self.streams))
+        if not going_on:
+            progress = None if self._same_epoch else self._progress()
+            self.shares = None if progress is None else mode.shares(progress)
+            if progress is not None and self.shares is not None:
+                self._first = {task: dict(scores) for task, scores in progress.first.items()}
+                # Ranks with devices of several kinds may differ in a last digit, which must not part their ways.
+                self.shares = self._gather(self.shares)[0]
+        return mode if self.shares is None else Ratios(self.shares)
+
+    def _progress(self) -> Progress | None:
+        """How far the tasks are by the newest validation of the fit; None before one."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        newest = module.stage_scores["val"] if isinstance(module, TaskModule) else {}
+        if not isinstance(module, TaskModule) or not newest:
+            return None
+        return Progress({task: module.tasks[task] for task in self.streams}, newest, self._first or newest)
+
+    def _order(self, epoch: int, mode: Mixing) -> Iterator[tuple[str, ...]]:
         epoch = 0 if self._same_epoch else epoch
         sizes = {task: stream.batches for task, stream in self.streams.items()}
-        mode = self.mixing.in_epoch(epoch)
-        mode.check(list(sizes))
         return mode.order(sizes, self.steps, generator_for(self.seed, "mixing", epoch))
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,7 +129,8 @@ class MixedLoader:
         own = {task: states[task] for task in self.streams if task not in alike}
         epoch, step = self._consumed
         ranks = self._gather(own) if own else []
-        return {"seed": self.seed, "epoch": epoch, "step": step, "tasks": alike, "ranks": ranks}
+        state = {"seed": self.seed, "epoch": epoch, "step": step, "tasks": alike, "ranks": ranks}
+        return state if self.shares is None else {**state, "shares": dict(self.shares), "first": dict(self._first)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after what has been consumed.
@@ -119,6 +152,7 @@ class MixedLoader:
             )
         for task, stream in self.streams.items():
             stream.load_state_dict(found[task])
+        self.shares, self._first = state.get("shares"), dict(state.get("first", {}))
         self._epoch = state["epoch"]
         self._consumed = (state["epoch"], state["step"])
         self._restored = True

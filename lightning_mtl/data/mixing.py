@@ -7,12 +7,28 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
+from lightning_mtl.task import Task
+
 Sizes = Mapping[str, int | None]
 Until = Literal["longest", "shortest"]
+
+
+class Progress(NamedTuple):
+    """How far the tasks are, for modes that follow it.
+
+    Args:
+        tasks: What the module declares of each task, in the order of the data.
+        newest: ``{task: {"loss" or metric: value}}`` of the newest validation, over all ranks.
+        first: The same of the validation that the first epoch with such shares began after.
+    """
+
+    tasks: Mapping[str, Task]
+    newest: Mapping[str, Mapping[str, float]]
+    first: Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -43,9 +59,16 @@ class Mixing(ABC):
     def check(self, tasks: Sequence[str]) -> None:  # noqa: B027 - most modes have no names to check
         """Refuse names that are no task of the data."""
 
+    def check_goals(self, tasks: Mapping[str, Task], validated: Sequence[str]) -> None:  # noqa: B027 - most have none
+        """Refuse, at setup, what no progress can be followed of; ``validated`` are the tasks with validation data."""
+
     def in_epoch(self, epoch: int) -> Mixing:
         """Return the mode of an epoch."""
         return self
+
+    def shares(self, progress: Progress) -> dict[str, float] | None:
+        """Return the tasks' shares of an epoch that begins after a validation, for a mode that follows it; or None."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_mtl.data.mixing import Mixing, Sizes
+from lightning_mtl.task import Task
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Schedule(Mixing):
         """Refuse modes that name other tasks; those that a function returns are checked in their epoch."""
         for mode in self.modes.values() if isinstance(self.modes, Mapping) else [self.in_epoch(0)]:
             mode.check(tasks)
+
+    def check_goals(self, tasks: Mapping[str, Task], validated: Sequence[str]) -> None:
+        """Refuse modes that could not follow the tasks; those that a function returns, in epoch 0."""
+        for mode in self.modes.values() if isinstance(self.modes, Mapping) else [self.in_epoch(0)]:
+            mode.check_goals(tasks, validated)
 
     def in_epoch(self, epoch: int) -> Mixing:
         """Return the mode with the latest first epoch, or what the function returns."""

@@ -98,7 +98,53 @@ def check_tasks(
     return tasks
 
 
-class NamedArguments:
+PLAIN = (bool, int, float, str, tuple, list, dict)
+
+
+class GivenArguments:
+    """Remembers what a constructor was given, so that the object prints as the call that made it.
+
+    Example:
+        >>> class Half(GivenArguments):
+        ...     def __init__(self, scale=0.5, name="half"):
+        ...         self.factor = scale
+        >>> Half(), Half(scale=0.25)
+        (Half(), Half(scale=0.25))
+        >>> Half().arguments
+        {'scale': 0.5, 'name': 'half'}
+    """
+
+    arguments: dict[str, Any]
+    """The constructor's arguments by name, defaults included; what it refuses itself is not in here."""
+
+    def __new__(cls, *values: object, **arguments: object) -> Self:
+        """Bind the arguments to their names."""
+        made = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls).bind_partial(*values, **arguments)
+        except TypeError:  # the constructor says so with its own name
+            made.arguments = {}
+            return made
+        bound.apply_defaults()
+        made.arguments = {}
+        for name, value in bound.arguments.items():
+            kind = bound.signature.parameters[name].kind
+            if kind is not inspect.Parameter.VAR_POSITIONAL or value:
+                made.arguments |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        return made
+
+    def __repr__(self) -> str:
+        defaults = {name: one.default for name, one in inspect.signature(type(self)).parameters.items()}
+        shown = {k: value for k, value in self.arguments.items() if k not in defaults or not _same(value, defaults[k])}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def _same(value: object, default: object) -> bool:
+    # Tensors and arrays compare element by element, and are no defaults.
+    return value is default or (isinstance(value, type(default)) and isinstance(value, PLAIN) and value == default)
+
+
+class NamedArguments(GivenArguments):
     """Spells out, in the signature of a subclass, what its constructor takes as ``**common``; refuses anything else."""
 
     def __init_subclass__(cls, **arguments: Any) -> None:  # noqa: ANN401 - what a class statement may hold
@@ -118,7 +164,7 @@ class NamedArguments:
         unknown = [name for name in arguments if name not in accepted]
         if unknown and not any(one.kind is one.VAR_KEYWORD for one in accepted.values()):
             raise TypeError(f"{cls.__name__} has no argument {unknown[0]!r}; it takes {', '.join(accepted) or 'none'}.")
-        return super().__new__(cls)
+        return super().__new__(cls, *values, **arguments)
 
 
 def _in_full(constructor: Any, inherited: Any) -> inspect.Signature | None:  # noqa: ANN401 - functions' attributes

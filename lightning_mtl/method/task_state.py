@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_mtl.devices import numbers
+from lightning_mtl.method.arguments import GivenArguments
 from lightning_mtl.method.signals import Signals
 
 
@@ -23,7 +24,7 @@ class Declared(NamedTuple):
     on_cpu: bool = False
 
 
-class TaskState(Callback):
+class TaskState(GivenArguments, Callback):
     """The part of a weighting that remembers."""
 
     key_prefix: ClassVar[str] = "lightning_mtl.Weighting:"

@@ -5,6 +5,7 @@ from lightning_mtl.monitors.affinity import TaskAffinity, first_order_affinity, 
 from lightning_mtl.monitors.conflict import GradientConflict, conflict_measures, magnitude_similarity
 from lightning_mtl.monitors.convergence import Convergence
 from lightning_mtl.monitors.course import Course, describe_course
+from lightning_mtl.monitors.fit_table import FitTable
 from lightning_mtl.monitors.gates import GateUsage
 from lightning_mtl.monitors.grouping import best_grouping, grouping_score
 from lightning_mtl.monitors.throughput import Throughput
@@ -12,6 +13,7 @@ from lightning_mtl.monitors.throughput import Throughput
 __all__ = [
     "Convergence",
     "Course",
+    "FitTable",
     "GateUsage",
     "GradientConflict",
     "TaskAffinity",

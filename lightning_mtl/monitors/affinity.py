@@ -76,10 +76,11 @@ class TaskAffinity(PairMonitor):
     attributes and random numbers are put back to the bit.
 
     Logged at each measured step are ``affinity/mean`` and ``affinity/lowest`` over the pairs of different tasks; at an
-    epoch's end a heatmap, ``affinity/heatmap``, shows the epoch's mean. :attr:`affinity` is the mean over the whole
-    training, for :meth:`groups`. Where some tasks are auxiliary (``Task(role="auxiliary")``), ``affinity/main/<task>``
-    is the mean of what a step for each does for the main tasks, and ``affinity/helped/<task>`` the share of the
-    measured steps so far in which it was above 0; :attr:`helped` has the shares. What a measured step costs is said at
+    epoch's end a heatmap, ``affinity/heatmap``, shows the epoch's mean, each column divided by what the task's own step
+    does for it. :attr:`affinity` is the mean over the whole training, for :meth:`groups`; :meth:`report` shows it.
+    Where some tasks are auxiliary (``Task(role="auxiliary")``), ``affinity/main/<task>`` is the mean of what a step for
+    each does for the main tasks, and ``affinity/helped/<task>`` the share of the measured steps so far in which it was
+    above 0; :attr:`helped` has the shares. What a measured step costs is said at
     :class:`~lightning_mtl.monitors.GradientConflict`; the exact form adds K forward passes.
 
     Args:
@@ -110,6 +111,7 @@ class TaskAffinity(PairMonitor):
 
     title: ClassVar[str] = "affinity of tasks"
     from_to: ClassVar[tuple[str, str]] = ("a step for", "changes the loss of")
+    caption: ClassVar[str] = "1 is what the task's own step does"
 
     def __init__(
         self,
@@ -133,6 +135,10 @@ class TaskAffinity(PairMonitor):
     def affinity(self) -> Tensor:
         """Return the mean affinities over the training, ``[K, K]``: row i acts on column j, in the order of tasks."""
         return self.whole.mean()
+
+    def readable(self, values: Tensor) -> Tensor:
+        """Return each column divided by what the task's own step does for it: numbers around 1, whatever the step."""
+        return values / values.diagonal().abs()
 
     def groups(self, num_groups: int) -> list[list[str]]:
         """Return the at most ``num_groups`` groups of tasks that learn best together, by :func:`best_grouping`."""

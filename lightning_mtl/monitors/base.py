@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lightning_mtl.devices import finish_queue
+from lightning_mtl.method.arguments import GivenArguments
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import Task
 from lightning_mtl.task.module import TaskModule
@@ -24,7 +25,7 @@ PLACES = ("trunk", "features", "last_layer")
 _SLOW_SECONDS = 30.0
 
 
-class Monitor(Callback):
+class Monitor(GivenArguments, Callback):
     """Reads the measurements of optimizer steps and changes nothing in the training.
 
     The module calls :meth:`observe`. What goes wrong in there never stops the training: the monitor is turned off, with
@@ -61,6 +62,10 @@ class Monitor(Callback):
     _began: float | None = None
     _spent: float = 0.0
     _exact: bool = False  # whether what a device had queued before is kept out of the time
+
+    def __init__(self) -> None:
+        # Its signature is that of monitors without a constructor of their own.
+        super().__init__()
 
     def measures_in(self, step: int) -> bool:
         """Return whether the monitor looks at optimizer step ``step``."""

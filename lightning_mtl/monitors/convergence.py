@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.monitors.base import Monitor, guarding
 from lightning_mtl.monitors.course import Course, describe_course, table_of
+from lightning_mtl.monitors.loggers import log_text, loggers_of, step_of
 from lightning_mtl.task import Task
 from lightning_mtl.task.module import TaskModule
 
@@ -175,9 +175,7 @@ class Convergence(Monitor):
             scalars |= {f"convergence/steps/{c.task}": c.steps_to_fraction for c in courses if c.steps_to_fraction}
             scalars |= {f"convergence/gap/{c.task}": c.gap for c in courses if c.gap is not None}
             trainer._logger_connector.log_metrics({name: torch.tensor(float(x)) for name, x in scalars.items()})
-            for logger in trainer.loggers:
-                if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_text("convergence", table, trainer.global_step)
+            log_text(loggers_of(trainer), "convergence", table, step_of(trainer))
 
     def _take_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         scores = _scores(pl_module, "train")

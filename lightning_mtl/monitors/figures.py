@@ -1,15 +1,14 @@
-"""Draws tables and intervals as figures, and logs figures to TensorBoard."""
+"""Draws tables and intervals as figures."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_mtl.metrics import Interval
@@ -137,23 +136,6 @@ def _cells(table: Any) -> list[tuple[tuple[int, int], float]]:  # noqa: ANN401
     ]
 
 
-def has_tensorboard(trainer: pl.Trainer) -> bool:
-    """Return whether a figure would reach TensorBoard."""
-    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
-
-
-def log_figure(trainer: pl.Trainer, name: str, figure: Figure) -> None:
-    """Log a figure to every TensorBoard logger, at the step where Lightning logs an epoch's end; on rank 0 only."""
-    if not trainer.is_global_zero:
-        return
-    # The axis that Lightning's loggers use: batches that stepped, which is no other than global_step here but for
-    # validation before the first step.
-    step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - 1, 0)
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure(name, figure, step)
-
-
 MOST_MARKS = 60
 """More intervals than this in one picture become a heatmap of their means."""
 
@@ -233,6 +215,68 @@ def draw_curves(curves: Mapping[str, Sequence[Interval]], at: Sequence[int], *, 
     axes.set_title(title, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def draw_bars(kinds: Mapping[str, Sequence[Mapping[str, float]]], rows: Sequence[str], *, title: str) -> Figure:
+    """Draw horizontal bars, of parts behind each other, on an axis of its own for each kind of number.
+
+    Args:
+        kinds: ``{kind: [the parts of each bar by name]}``.
+        rows: What each bar is, from the top.
+        title: What the bars show.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    require_matplotlib("draw_bars")
+    figure = blank_figure(2 + 2.4 * len(kinds), 1.2 + 0.45 * len(rows))
+    shared: Any = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, (kind, bars) in zip(shared, kinds.items(), strict=True):
+        for place, parts in enumerate(bars):
+            left = 0.0
+            for number, value in enumerate(parts.values()):
+                axes.barh(place, value, left=left, height=0.6, color=f"C{number % 10}", edgecolor="white")
+                left += value
+        axes.set_title(kind, fontsize=10)
+        axes.locator_params(axis="x", nbins=3)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+    shared[0].invert_yaxis()
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_history(
+    values: Mapping[str, Sequence[tuple[int, float]]],
+    best_of: Sequence[Callable[[float, float], float]],
+    *,
+    title: str,
+) -> Figure:
+    """Draw the values of trials in their order, and the best so far as a line, on an axis for each objective.
+
+    Args:
+        values: ``{objective: [(number of the trial, value)]}``.
+        best_of: For each objective the better of two values: ``min`` or ``max``.
+        title: What was searched.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    require_matplotlib("draw_history")
+    figure = blank_figure(6.4, 0.8 + 2.2 * len(values))
+    rows: Any = figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, points), best in zip(rows, values.items(), best_of, strict=True):
+        trials = [trial for trial, _ in points]
+        found = [value for _, value in points]
+        axes.plot(trials, found, "o", markersize=4.5, label="trial")
+        axes.plot(trials, list(accumulate(found, best)), drawstyle="steps-post", label="best so far")
+        axes.set_ylabel(name)
+        axes.spines[["top", "right"]].set_visible(False)
+    rows[-1].set_xlabel("trial")
+    rows[0].legend(frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
     return figure
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_mtl.distributed import sum_over
 from lightning_mtl.monitors.base import Monitor
-from lightning_mtl.monitors.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
+from lightning_mtl.monitors.figures import heatmap, require_matplotlib
+from lightning_mtl.monitors.loggers import log_figure, loggers_of, step_of, take_figures
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,9 @@ class GateUsage(Monitor):
         mean = sum_over(trainer, table.values.detach().float().to(pl_module.device)) / trainer.world_size
         table = GateTable(mean.cpu(), table.rows, table.columns, table.limits)
         self.latest[name] = table
-        if trainer.is_global_zero and has_tensorboard(trainer):
+        if trainer.is_global_zero and take_figures(trainer):
             figure = heatmap(table.values, table.rows, table.columns, title=name, limits=table.limits, colors="viridis")
-            log_figure(trainer, name, figure)
+            log_figure(loggers_of(trainer), name, figure, step_of(trainer))
 
 
 def _as_table(values: Tensor, tasks: tuple[str, ...]) -> GateTable:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_mtl.monitors.base import Monitor, guarding
-from lightning_mtl.monitors.figures import has_tensorboard, heatmap, log_figure, require_matplotlib
+from lightning_mtl.monitors.figures import heatmap, require_matplotlib
+from lightning_mtl.monitors.loggers import log_figure, loggers_of, step_of, take_figures
+from lightning_mtl.monitors.report import Report, Shown
+from lightning_mtl.monitors.tables import Grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class PairMeans:
@@ -46,6 +53,69 @@ class PairMeans:
         return not bool(self.sums[1].any())
 
 
+@dataclass(frozen=True)
+class PairReport(Report):
+    """Shows a number for each pair of tasks.
+
+    Attributes:
+        title: What the numbers are.
+        tasks: The tasks' names, for rows and columns.
+        values: ``[K, K]``, the numbers as they are measured: those of :meth:`records` and the data frame.
+        shown_values: ``[K, K]``, the numbers in the scale of table and picture.
+        limits: The values at the ends of the color scale; None takes the largest beside the diagonal, around 0.
+        from_to: What a row and a column are.
+        caption: What a reader has to know of the scale.
+
+    Example:
+        >>> pairs = torch.tensor([[1.0, -0.25], [-0.25, 1.0]])
+        >>> print(PairReport("cosines", ("age", "smile"), pairs, pairs).markdown())
+        |       |   age | smile |
+        | ----- | ----: | ----: |
+        | age   | +1.00 | -0.25 |
+        | smile | -0.25 | +1.00 |
+    """
+
+    title: str
+    tasks: Sequence[str]
+    values: Tensor
+    shown_values: Tensor
+    limits: tuple[float, float] | None = None
+    from_to: tuple[str, str] = ("", "")
+    caption: str = ""
+
+    def shown(self) -> Shown:
+        """Return the table: a row and a column for each task."""
+        row, column = self.from_to
+        grid = Grid([f"{row} ↓ {column} →" if column else "", *self.tasks])
+        for task, values in zip(self.tasks, self.shown_values.tolist(), strict=True):
+            grid.add(task, *("–" if math.isnan(value) else f"{value:+.2f}" for value in values))
+        return Shown(grid, self.title, self.caption)
+
+    def records(self) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+        """Return a row for each task, its name first, with a column for each task."""
+        rows = zip(self.tasks, self.values.tolist(), strict=True)
+        return (self.from_to[0] or "task", *self.tasks), [(task, *values) for task, values in rows]
+
+    def figure(self) -> Figure:
+        """Draw a heatmap.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        require_matplotlib("PairReport.figure()")
+        row, column = self.from_to
+        limits = self.limits or _symmetric(self.shown_values)
+        return heatmap(
+            self.shown_values,
+            self.tasks,
+            self.tasks,
+            title=self.title if not self.caption else f"{self.title}: {self.caption}",
+            limits=limits,
+            row_label=row,
+            column_label=column,
+        )
+
+
 class PairMonitor(Monitor):
     """Measures a number for each pair of tasks from the Gramian of their gradients; a base class.
 
@@ -61,6 +131,7 @@ class PairMonitor(Monitor):
     measures: ClassVar[Literal["losses", "gramian"]] = "gramian"
     title: ClassVar[str]
     from_to: ClassVar[tuple[str, str]] = ("", "")
+    caption: ClassVar[str] = ""
     limits: tuple[float, float] | None = None
 
     def __init__(self, *, every_n_steps: int, at: str | Sequence[str], figure: bool, name: str) -> None:
@@ -141,22 +212,31 @@ class PairMonitor(Monitor):
             return
         with guarding([self]):
             # The means are the same on all ranks, so that rank 0 can draw them without asking the others.
-            if self.figure and trainer.is_global_zero and has_tensorboard(trainer):
-                row, column = self.from_to
-                figure = heatmap(
-                    self.epoch.mean(),
-                    self.tasks,
-                    self.tasks,
-                    title=f"{self.title} at {self._where()}, epoch {trainer.current_epoch}",
-                    limits=self.limits or _symmetric(self.epoch.mean()),
-                    row_label=row,
-                    column_label=column,
-                )
-                log_figure(trainer, f"{self.name}/heatmap", figure)
+            if self.figure and trainer.is_global_zero and take_figures(trainer):
+                figure = self._report_of(self.epoch, f"epoch {trainer.current_epoch}").figure()
+                log_figure(loggers_of(trainer), f"{self.name}/heatmap", figure, step_of(trainer))
         self.epoch = PairMeans(len(self.tasks))
 
-    def _where(self) -> str:
-        return self.at if isinstance(self.at, str) else ", ".join(self.at)
+    def report(self) -> PairReport:
+        """Return the means over the training as a table, a data frame and a picture."""
+        return self._report_of(self.whole, "all epochs")
+
+    def _report_of(self, means: PairMeans, when: str) -> PairReport:
+        where = self.at if isinstance(self.at, str) else ", ".join(self.at)
+        values = means.mean()
+        return PairReport(
+            title=f"{self.title} at {where}, {when}",
+            tasks=self.tasks,
+            values=values,
+            shown_values=self.readable(values),
+            limits=self.limits,
+            from_to=self.from_to,
+            caption=self.caption,
+        )
+
+    def readable(self, values: Tensor) -> Tensor:
+        """Return the means, ``[K, K]``, on the scale in which they are shown."""
+        return values
 
     # Checkpoints
 

@@ -1,7 +1,8 @@
-"""Writes tables for the console, for TensorBoard and as plain text."""
+"""Writes tables for the console, for TensorBoard, for notebooks and as plain text."""
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -63,6 +64,24 @@ class Grid:
         rule = ["-" * len(name) if i in self.left else "-" * (len(name) - 1) + ":" for i, name in enumerate(head)]
         return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
 
+    def html(self, *, title: str, caption: str) -> str:
+        """Write the table for a notebook, in its own fonts and colors; green is better beyond noise, red is worse."""
+        head = "".join(self._html_cell("th", place, Cell(name)) for place, name in enumerate(self.header))
+        body = ""
+        for position, row in enumerate(self.rows):
+            line = "border-bottom: 1px solid currentColor" if position in self.sections else ""
+            cells = "".join(self._html_cell("td", place, cell) for place, cell in enumerate(row))
+            body += f'<tr style="{line}">{cells}</tr>'
+        return (
+            f'<table><caption style="text-align: left"><b>{html.escape(title)}</b></caption>'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{html.escape(caption)}</p>"
+        )
+
+    def _html_cell(self, tag: str, place: int, cell: Cell) -> str:
+        side = "left" if place in self.left else "right"
+        color = {"better": "; color: green", "worse": "; color: red", "": ""}[cell.verdict]
+        return f'<{tag} style="text-align: {side}{color}">{html.escape(cell.text)}</{tag}>'
+
     def _aligned(self, lines: Sequence[Sequence[str]]) -> list[list[str]]:
         widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]  # Markdown's rules need 2 or more
         return [
@@ -81,8 +100,7 @@ class Grid:
             from rich.text import Text
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "The table is one of rich's, which is not installed; run pip install rich, or take "
-                "markdown() of a TransferReport, and print() of a ParameterReport."
+                "The table is one of rich's, which is not installed; run pip install rich, or take markdown()."
             ) from error
         colors = {"better": "green", "worse": "red", "": ""}
         table = Table(title=title, caption=caption, caption_justify="left")

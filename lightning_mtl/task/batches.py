@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_mtl.task.advice import on_loss
 from lightning_mtl.task.labels import MaskedTarget, labeled_part, number_of_samples
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import TaskOutput, name_task
@@ -240,15 +241,17 @@ class LossModule(TaskModule):
             loss = declared.loss((prediction - mean) / std, (target - mean) / std)
             return TaskOutput(loss, prediction, target, num_samples)
         except Exception as error:
-            name_task(error, "loss", task)
+            name_task(error, "loss", task, on_loss(prediction, target))
             raise
 
-    def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
-        """The checked outputs of the tasks that a batch has labels for, in order."""
+    def present_outputs(self, batch: Any, without: Set[str] = frozenset()) -> dict[str, TaskOutput]:  # noqa: ANN401
+        """The checked outputs of the tasks that a batch has labels for, in order; none of tasks ``without``."""
         learned = self.learned_tasks
+        if without:
+            learned = frozenset(self.tasks if learned is None else learned) - without
         if learned is None:
             return present_outputs(self.task_losses(batch), list(self.tasks), self.device)
-        found = self.task_losses(without_others(batch, self.tasks, learned))
+        found = self.task_losses(without_others(self.in_known_form(batch), self.tasks, learned))
         outputs = present_outputs(found, list(self.tasks), self.device)
         return {task: output for task, output in outputs.items() if task in learned}
 

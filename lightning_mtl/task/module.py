@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
@@ -89,14 +89,18 @@ class TaskModule(pl.LightningModule):
                 "modules as in module.named_modules(): at=['encoder']."
             )
 
+    def in_known_form(self, batch: Any) -> Any:  # noqa: ANN401
+        """Bring a batch into one of the forms that are read outside of ``task_losses``; others stay as they are."""
+        return batch
+
     @property
     @abstractmethod
     def trunk_parts(self) -> TrunkParts:
         """What the trunk and its parts say of themselves."""
 
     @abstractmethod
-    def present_outputs(self, batch: Any) -> dict[str, TaskOutput]:  # noqa: ANN401
-        """The checked outputs of the tasks that a batch has labels for, in order."""
+    def present_outputs(self, batch: Any, without: Set[str] = frozenset()) -> dict[str, TaskOutput]:  # noqa: ANN401
+        """The checked outputs of the tasks that a batch has labels for, in order; none of tasks ``without``."""
 
     @abstractmethod
     def task_losses(self, batch: Any) -> Mapping[str, Tensor | TaskOutput]:  # noqa: ANN401

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_mtl.task.advice import class_for_object
 from lightning_mtl.task.labels import MissingPer
 from lightning_mtl.task.units import Standardize, check_standardize
 
@@ -88,6 +89,8 @@ class Task:
     standardize: Standardize = False
 
     def __post_init__(self) -> None:
+        if (refused := class_for_object("Task(loss=...)", self.loss)) is not None:
+            raise refused
         if not callable(self.loss):
             raise TypeError(
                 f"Task(loss=...) must be a function (prediction, target) -> scalar, found {type(self.loss).__name__}."
@@ -117,10 +120,12 @@ class Task:
         else:
             found = list(given) if isinstance(given, list | tuple) else [given]
         kinds = Metric | MetricCollection
-        if wrong := [type(metric).__name__ for metric in found if not isinstance(metric, kinds)]:
+        if refused := [wrong for one in found if (wrong := class_for_object("Task(metrics=...)", one)) is not None]:
+            raise refused[0]
+        if others := [type(metric).__name__ for metric in found if not isinstance(metric, kinds)]:
             raise TypeError(
                 "Task(metrics=...) must be a torchmetrics Metric or MetricCollection, or a list or dict of them, found "
-                f"{wrong[0]}."
+                f"{others[0]}."
             )
         for name in self.metric_collection():
             if name in RESERVED_METRICS:
@@ -256,9 +261,9 @@ class TaskOutput:
     residuals: Tensor | None = field(default=None, repr=False)
 
 
-def name_task(error: Exception, part: str, task: str) -> None:
-    """Say in an error from a task's loss, head or metrics which task it was; its type and traceback stay."""
-    note = f"in the {part} of task {task!r}"
+def name_task(error: Exception, part: str, task: str, advice: str = "") -> None:
+    """Say in an error from a task's loss, head or metrics which task it was, and what to change; its type stays."""
+    note = f"in the {part} of task {task!r}{f': {advice}' if advice else ''}"
     if sys.version_info >= (3, 11):
         error.add_note(note)
     elif error.args and isinstance(error.args[0], str):  # Python 3.10 has no notes

@@ -22,7 +22,8 @@ does both where parameters are sharded.
 
 Around the step: ``checks`` refuses at setup what cannot work, ``module`` and ``hooks`` are where Lightning calls in,
 ``schedulers`` and ``closure`` do what Lightning does by itself in automatic optimization, ``synchronization`` and
-``absent`` say what ranks owe each other, ``features`` chooses where gradients are measured, ``task_rates`` takes the
-tasks' own learning rates to the optimizer, ``scores`` and ``reduced`` log a stage's metrics, ``resume`` does what was
-due when a checkpoint was written, and ``snapshots`` makes passes that leave no trace.
+``absent`` say what ranks owe each other, ``resting`` sets tasks aside whose heads train alone, ``features`` chooses
+where gradients are measured, ``task_rates`` takes the tasks' own learning rates to the optimizer, ``scores`` and
+``reduced`` log a stage's metrics, ``resume`` does what was due when a checkpoint was written, and ``snapshots`` makes
+passes that leave no trace.
 """

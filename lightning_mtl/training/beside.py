@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,22 +11,21 @@ from lightning_mtl.gradients.beside import kernel_trace, rows_of
 from lightning_mtl.gradients.graph import check_repeatable
 from lightning_mtl.gradients.inner_products import Measured
 from lightning_mtl.gradients.micro_batch import MicroBatch
-from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import TaskOutput
-from lightning_mtl.training.cast import Cast, trainable_parameters
+from lightning_mtl.training.cast import Cast
 from lightning_mtl.training.checks import no_shared_parameters
 from lightning_mtl.training.window import Window
 
 
 def traces_of(
-    module: TaskModule, window: Window, cast: Cast, outputs: Mapping[str, TaskOutput], *, unseen: bool
+    window: Window, cast: Cast, outputs: Mapping[str, TaskOutput], shared: Sequence[Tensor], *, unseen: bool
 ) -> dict[str, Tensor]:
     """Estimate the mean diagonal entry of each task's neural tangent kernel on this rank's micro-batch.
 
     Raises:
         ValueError: If a task has no residuals, or no shared parameter can be trained.
     """
-    weighting, device, residuals = window.weighting, module.device, dict[str, Tensor]()
+    weighting, residuals = window.weighting, dict[str, Tensor]()
     for task, output in outputs.items():
         if output.residuals is None:
             raise ValueError(
@@ -34,10 +33,10 @@ def traces_of(
                 f"have task_losses return {{{task!r}: TaskOutput(loss, residuals=r)}}, where r are the numbers whose "
                 "mean square the loss is, with their graph."
             )
-        residuals[task] = output.residuals.to(device)
-    shared, _ = trainable_parameters(module)
+        residuals[task] = output.residuals.to(output.loss.device)
     if weighting is None or not shared:
         raise no_shared_parameters(weighting)
+    device = shared[0].device
     if unseen:
         check_repeatable([r for r in residuals.values() if r.requires_grad])
     # As where losses are scaled for half precision: a gradient of residuals may vanish, too.
@@ -46,13 +45,12 @@ def traces_of(
     return {task: kernel_trace(r, shared, draws, signs, scale) for task, r in residuals.items()}
 
 
-def renewed_rows(module: TaskModule, window: Window, batch: MicroBatch) -> Measured:
+def renewed_rows(window: Window, batch: MicroBatch, shared: Sequence[Tensor]) -> Measured:
     """Measure the gradients of those tasks that a method wants to renew in this step.
 
     Raises:
         ValueError: If no shared parameter can be trained.
     """
-    shared, _ = trainable_parameters(module)
     if window.weighting is None or not shared:
         raise no_shared_parameters(window.weighting)
     if batch.unseen:

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
 
+from lightning_mtl.control.early_stopping import TaskEarlyStopping
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
 from lightning_mtl.method.base import Weighting, weighting_of
@@ -29,6 +29,7 @@ class Cast:
         weighting: The one weighting; None weighs all tasks equally.
         monitors: All monitors.
         steering: The learning rates of the tasks' own, where a callback gives them.
+        stopping: What says which tasks rest; None where all train.
         ranks: The processes with different data.
         sharded: Whether parameters are sharded over the ranks (FSDP2).
         scaler: The gradient scaler of half precision.
@@ -41,6 +42,7 @@ class Cast:
     weighting: Weighting | None
     monitors: list[Monitor]
     steering: Steering | None
+    stopping: TaskEarlyStopping | None
     ranks: Ranks
     sharded: bool
     scaler: Any
@@ -64,6 +66,7 @@ class Cast:
             weighting=weighting_of(trainer),
             monitors=[callback for callback in callbacks if isinstance(callback, Monitor)],
             steering=None if rates is None else Steering(rates, module),
+            stopping=next((c for c in callbacks if isinstance(c, TaskEarlyStopping)), None),
             ranks=ranks,
             sharded=isinstance(strategy, ModelParallelStrategy),
             scaler=getattr(trainer.precision_plugin, "scaler", None),
@@ -87,10 +90,3 @@ def _penalizes(module: TaskModule) -> bool:
         return True
     parts = [] if module.the_trunk is None else module.the_trunk.modules()
     return any(callable(getattr(part, "penalties", None)) for part in parts)
-
-
-def trainable_parameters(module: TaskModule) -> tuple[list[Tensor], list[Tensor]]:
-    """The shared parameters that need gradients now, and all other parameters that do."""
-    shared: list[Tensor] = [p for p in module.shared_parameters() if p.requires_grad]
-    known = set(shared)
-    return shared, [p for p in module.parameters() if p.requires_grad and p not in known]

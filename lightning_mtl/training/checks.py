@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_mtl.gradients.micro_batch import MicroBatch
@@ -17,6 +17,7 @@ from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.names import check_task_names
 from lightning_mtl.task.task import Task
+from lightning_mtl.training.window import Window
 
 REFUSED_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy)
 
@@ -166,6 +167,16 @@ def collects_shards(weighting: Weighting | None, size: int) -> ValueError:
         "Accumulate nothing, or give every micro-batch all tasks and use a method that reads nothing but its state, "
         "such as UncertaintyWeighting."
     )
+
+
+def check_collection(window: Window, shared: Sequence[Tensor], *, sharded: bool) -> None:
+    """Refuse a step that has to keep each task's gradients and cannot."""
+    if window.wanted != "nothing" and window.measures_at == "trunk" and not (shared or window.idle):
+        raise no_shared_parameters(window.weighting)
+    if window.weighting is not None and window.size > 1:
+        check_accumulation(window.weighting, window.size)
+    if sharded and window.size > 1:
+        raise collects_shards(window.weighting, window.size)
 
 
 def check_model(module: TaskModule, trainer: pl.Trainer) -> None:

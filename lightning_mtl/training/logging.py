@@ -9,20 +9,19 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_mtl.devices import fetch, numbers, send, widest
-from lightning_mtl.distributed import sum_over
+from lightning_mtl.distributed import log_reduced, sum_over
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import Task
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.shapes import SeenShapes
 from lightning_mtl.training.checks import check_model, check_trainer
+from lightning_mtl.training.dashboard import prepare_loggers
 from lightning_mtl.training.losses import LabelCounts
-from lightning_mtl.training.reduced import log_reduced
 from lightning_mtl.training.scales import LossScales, warn_of_units
 from lightning_mtl.training.schedulers import step_schedulers
 from lightning_mtl.training.scores import Scores, StageMetrics, change_from_baselines
@@ -70,7 +69,8 @@ class Recorder(Callback):
 
     It also keeps what only a callback can: the epoch's running means over an interruption, and the schedulers that wait
     for a validation. ``scores`` holds, for each stage, what its last epoch gave each task that had samples;
-    ``plateau_due`` the interval and the index for which schedulers that follow a metric are due once it is logged.
+    ``plateau_due`` the interval and the index for which schedulers that follow a metric are due once it is logged;
+    ``results`` the metrics that TensorBoard's HPARAMS shows, None for those of the validation.
     """
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
@@ -85,6 +85,7 @@ class Recorder(Callback):
         self._penalties: Mapping[str, Tensor] = {}
         self._callback_metrics: dict[str, Tensor] = {}
         self.unlogged = False
+        self.results: Sequence[str] | None = None
         self.plateau_due: tuple[str, int] | None = None
 
     # Steps
@@ -93,6 +94,11 @@ class Recorder(Callback):
     def latest_tasks(self) -> Sequence[str]:
         """The tasks of the newest step."""
         return self._vectors["loss"][0] if self._vectors else ()
+
+    def count(self, window: Window, *, finite: bool) -> None:
+        """Count a step's losses into the epoch's means, unless the step is skipped."""
+        for names, losses, samples in window.local if finite else ():
+            self.losses["train"].add(losses, samples, names)
 
     def record_step(
         self,
@@ -111,8 +117,7 @@ class Recorder(Callback):
             weights: ``[K]`` over all tasks, what multiplied the shared gradients; None where no weights describe it.
             rates: The tasks' own learning rates, for those that have one.
         """
-        for names, losses, samples in window.local:
-            self.losses["train"].add(losses, samples, names)
+        self.count(window, finite=True)
         tasks, losses, norms = signals.tasks, signals.losses, signals.norms
         if weights is not None and len(positions) < len(weights):
             weights = weights[numbers(positions, weights.device)]
@@ -160,29 +165,15 @@ class Recorder(Callback):
         self.shapes.clear()
         if stage == "fit":
             check_trainer(pl_module, trainer)
+            self.scores.update({of: {} for of in ("train", "val")})
             self.labels.reset()
             if self.scales is not None:
                 self.scales.reset()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
-        """Lay out TensorBoard's custom scalars: all tasks' weights on one chart, all losses on another."""
+        """Check the model; lay out TensorBoard's charts, and log the method's hyperparameters."""
         check_model(pl_module, trainer)
-        for logger in trainer.loggers:
-            if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(self.tensorboard_layout())
-
-    def tensorboard_layout(self) -> dict[str, dict[str, list[str | list[str]]]]:
-        """Charts with one line a task, for TensorBoard's custom-scalars tab."""
-        charts = {
-            "weights": "weight",
-            "losses": "loss",
-            "gradient norms": "grad_norm",
-            "epoch losses": "loss_epoch",
-            "validation losses": "val/loss",
-            "learning rates": "lr",  # last: empty where no tasks have rates of their own
-        }
-        # A pattern, no list of tasks: TensorBoard shows a chart once for all runs only where their layouts agree.
-        return {"tasks": {title: ["Multiline", [f"^{prefix}/(?!total$)"]] for title, prefix in charts.items()}}
+        prepare_loggers(trainer, pl_module, self.results)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Remember where callbacks look for metrics: the Trainer's own, for this run."""
@@ -213,6 +204,8 @@ class Recorder(Callback):
         if self.unlogged:
             self._log_latest(pl_module, on_step=False)
         self._log_stage(pl_module, "train", "loss_epoch")
+        if shares := getattr(getattr(trainer, "datamodule", None), "shares", None):
+            log_reduced(pl_module, {f"share/{task}": share for task, share in shares.items()})
         if trainer.current_epoch == 0:
             self.labels.log(pl_module)
         if pl_module.automatic_optimization:
@@ -247,7 +240,8 @@ class Recorder(Callback):
         for task, own in self._metrics.compute(module, stage).items():
             values.update((f"{stage}/{name}/{task}", value) for name, value in own.items())
             scores.setdefault(task, {}).update(own)
-        self.scores[stage] = scores
+        if not module.trainer.sanity_checking:  # which sees a part of the data
+            self.scores[stage] = scores
         if stage != "train":
             compared = change_from_baselines(self.tasks, scores, module.delta_m_over)
             values |= {} if compared is None else {f"{stage}/delta_m": compared}

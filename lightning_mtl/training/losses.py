@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.devices import numbers, widest
-from lightning_mtl.distributed import Ranks, sum_over
+from lightning_mtl.distributed import Ranks, log_reduced, sum_over
 from lightning_mtl.gradients.graph import reached_leaves
 from lightning_mtl.gradients.micro_batch import MicroBatch, stack_losses, starts_of
 from lightning_mtl.gradients.split import Split
@@ -20,7 +20,8 @@ from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import TaskOutput
 from lightning_mtl.training.absent import standing_in
 from lightning_mtl.training.cast import Cast
-from lightning_mtl.training.reduced import Reduced, log_reduced
+from lightning_mtl.training.reduced import Reduced
+from lightning_mtl.training.resting import set_aside
 from lightning_mtl.training.window import Window
 
 
@@ -84,9 +85,21 @@ def over_scales(
         task: replace(output, loss=output.loss / scale)
         for (task, output), scale in zip(outputs.items(), own.unbind(), strict=True)
     }
-    kernels = window.probes and reduced.scores is not None  # of residuals that are not scaled
-    scores = reduced.scores / scales if kernels else reduced.scores  # type: ignore[operator]
+    scores = reduced.scores
+    if window.probes and scores is not None:  # traces, of residuals that are not scaled
+        scores = scores / scales
     return scaled, replace(reduced, losses=reduced.losses / scales, scores=scores)
+
+
+def to_weigh(
+    window: Window, cast: Cast, outputs: dict[str, TaskOutput], reduced: Reduced, others: Sequence[Tensor]
+) -> tuple[dict[str, TaskOutput], Reduced, dict[str, Tensor]]:
+    """Make of a micro-batch's losses what a weighting may see, and a penalty of those that it may not."""
+    if window.scales is not None:
+        outputs, reduced = over_scales(window, outputs, reduced)
+    if not window.resting.head_only:
+        return outputs, reduced, {}
+    return set_aside(window, cast, outputs, reduced, others)
 
 
 def _counts(given: Sequence[int | Tensor | None], losses: Tensor) -> Tensor:

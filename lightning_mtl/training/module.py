@@ -7,15 +7,20 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from typing_extensions import Self
 
 from lightning_mtl.gradients.micro_batch import stack_losses
 from lightning_mtl.learning_rates.parameter_groups import Rate, apply_lr_factors, parameter_groups
 from lightning_mtl.learning_rates.task_learning_rate import task_rates_of
 from lightning_mtl.method.base import Weighting, weighting_of
+from lightning_mtl.monitors.fit_table import bring_fit_table
+from lightning_mtl.monitors.model_summary import show_heads
 from lightning_mtl.task.batches import LossModule, is_per_task, under_its_name
+from lightning_mtl.training.arguments import refuse_callbacks
 from lightning_mtl.training.checks import check_trainer_arguments, several_loaders
 from lightning_mtl.training.evaluation import evaluating
 from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
+from lightning_mtl.training.loading import missing_arguments
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import sample_counts
 from lightning_mtl.training.resume import Resume
@@ -32,7 +37,7 @@ from lightning_mtl.training.update import OptimizerHooks
 
 
 def with_own_callbacks(configure: Hook) -> Hook:
-    """Let ``configure_callbacks`` also bring the recorder and the step's hooks along, once."""
+    """Let ``configure_callbacks`` also bring the recorder, the step's hooks and the final table along, once."""
 
     @functools.wraps(configure)
     def configure_callbacks(self: SteppedModule) -> list[pl.Callback]:
@@ -51,7 +56,11 @@ def with_own_callbacks(configure: Hook) -> Hook:
         there: list[pl.Callback] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
         if self.recorder in there and any(type(callback) is hooks for callback in there):
             return callbacks
-        return [*callbacks, self.recorder, hooks(self.optimization), Resume(self.optimization)]
+        shown: list[pl.Callback] = []
+        if self._trainer is not None:
+            show_heads(self.trainer)
+            shown += bring_fit_table(self.trainer)
+        return [*callbacks, self.recorder, hooks(self.optimization), Resume(self.optimization), *shown]
 
     return cast("Hook", configure_callbacks)
 
@@ -98,6 +107,25 @@ class SteppedModule(LossModule, OptimizerHooks):
         """The Trainer's weighting; None where there is none, as while a tuner has replaced the callbacks."""
         return weighting_of(self.trainer)
 
+    def __new__(cls, *arguments: Any, **named: Any) -> Self:  # noqa: ANN401 - a subclass's
+        """Refuse a weighting, or another callback, that was meant for the Trainer."""
+        refuse_callbacks(cls, arguments, named)
+        return super().__new__(cls)
+
+    @classmethod
+    def load_from_checkpoint(cls, *arguments: Any, **named: Any) -> Self:  # noqa: ANN401
+        """Load a module as Lightning does; name the arguments that a checkpoint lacks.
+
+        Raises:
+            TypeError: If the constructor has arguments that neither the checkpoint nor the call has.
+        """
+        try:
+            return super().load_from_checkpoint(*arguments, **named)
+        except TypeError as error:
+            if (said := missing_arguments(cls, named, error)) is not None:
+                raise said from error
+            raise
+
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401
         """Count the batch into ``val/loss/<task>`` and ``val/<metric>/<task>``."""
         self._evaluate("val", batch, dataloader_idx)
@@ -112,7 +140,7 @@ class SteppedModule(LossModule, OptimizerHooks):
         return under_its_name(batch, loaders, dataloader_idx, self.tasks)
 
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
-        named = self.under_its_name(stage, batch, dataloader_idx)
+        named = self.in_known_form(self.under_its_name(stage, batch, dataloader_idx))
         # A module without a trunk reads what comes under a name by itself.
         known = is_per_task(named, self.tasks) or (self.the_trunk is None and named is not batch)
         if dataloader_idx > 0 and not known:

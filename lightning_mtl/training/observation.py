@@ -186,7 +186,7 @@ class Observation:
                     self._before.put_back()  # the random numbers that the losses were computed with
                 torch.clear_autocast_cache()  # which holds the parameters in half precision, as they were
                 with module.trainer.precision_plugin.train_step_context(), second_look(module):
-                    outputs = module.present_outputs(given)
+                    outputs = module.present_outputs(given, self._window.resting.dropped)
                 for other, name in enumerate(names):
                     if name in outputs:
                         table[task, other] = outputs[name].loss

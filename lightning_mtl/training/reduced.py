@@ -1,13 +1,10 @@
-"""What has been reduced over the ranks: a micro-batch's losses, and figures to log."""
+"""What has been reduced over the ranks of a micro-batch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import lightning.pytorch as pl
 from torch import Tensor
-from torchmetrics import SumMetric
 
 
 @dataclass
@@ -35,15 +32,3 @@ class Reduced:
         if self.own_counts is None or self.counts is None:
             return None
         return self.own_counts / self.counts
-
-
-def log_reduced(module: pl.LightningModule, values: Mapping[str, float]) -> None:
-    """Log an epoch's figures that are over all ranks already.
-
-    As metrics, which Lightning asks for their value as they are: of plain numbers it would advise each user to reduce
-    them over the ranks once more.
-    """
-    for name, value in values.items():
-        figure = SumMetric(nan_strategy="disable", sync_on_compute=False)
-        figure.update(value)
-        module.log(name, figure, metric_attribute=name, batch_size=1)

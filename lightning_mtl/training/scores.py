@@ -14,6 +14,7 @@ from torchmetrics import MetricCollection
 
 from lightning_mtl.distributed import sum_over
 from lightning_mtl.metrics import delta_m
+from lightning_mtl.task.advice import on_metrics
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.task import RESERVED_METRICS, Task, TaskOutput, name_task
 
@@ -36,7 +37,8 @@ def update_metrics(
             else:
                 scores[task] = collections[task](prediction, output.target)[step_metric].detach()
         except Exception as error:
-            name_task(error, "metrics", task)
+            metrics = collections[task].items()  # type: ignore[operator]
+            name_task(error, "metrics", task, on_metrics(metrics, prediction, output.target))
             raise
     return scores
 

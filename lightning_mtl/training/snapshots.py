@@ -139,7 +139,7 @@ def losses_after(module: TaskModule, window: Window, names: Sequence[str]) -> Te
     try:
         for batch in window.batches:
             with second_look(module):
-                outputs = module.present_outputs(batch)
+                outputs = module.present_outputs(batch, window.resting.dropped)
             with torch.autocast(module.device.type, enabled=False):
                 again.note(reduce_losses(outputs, again.tasks, again.ranks, module.device), {})
     finally:

@@ -26,12 +26,12 @@ from lightning_mtl.monitors.throughput import Phases
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_absent
 from lightning_mtl.training.beside import renewed_rows, traces_of
-from lightning_mtl.training.cast import Cast, trainable_parameters
-from lightning_mtl.training.checks import check_accumulation, collects_shards, no_shared_parameters
+from lightning_mtl.training.cast import Cast
+from lightning_mtl.training.checks import check_collection
 from lightning_mtl.training.closure import forward_alone, pass_again
 from lightning_mtl.training.features import features_of, find_layer
 from lightning_mtl.training.logging import Recorder
-from lightning_mtl.training.losses import micro_batch_of, over_scales, reduce_losses, sample_counts
+from lightning_mtl.training.losses import micro_batch_of, reduce_losses, sample_counts, to_weigh
 from lightning_mtl.training.observation import Observation
 from lightning_mtl.training.reduced import Reduced
 from lightning_mtl.training.scores import update_metrics
@@ -43,6 +43,13 @@ from lightning_mtl.training.window import Collection, Window
 
 _SILENT: AbstractContextManager[None] = nullcontext()
 _NOWHERE = Split()  # the trunk's outputs where nobody asks for them
+
+
+def trainable_parameters(module: TaskModule) -> tuple[list[Tensor], list[Tensor]]:
+    """The shared parameters that need gradients now, and all other parameters that do."""
+    shared: list[Tensor] = [p for p in module.shared_parameters() if p.requires_grad]
+    known = set(shared)
+    return shared, [p for p in module.parameters() if p.requires_grad and p not in known]
 
 
 class Optimization:
@@ -138,7 +145,8 @@ class Optimization:
             # Until a callback unfreezes some of what is shared there is nothing to balance but the heads.
             able = weighting is not None and weighting.measures == "losses" and weighting.weighs_heads
             weighting, shares = weighting if able else None, None
-        window = Window(tuple(module.tasks), weighting, step, epoch, size, cast.ranks, shares, self.recorder.scales)
+        scales, resting = self.recorder.scales, cast.stopping.resting if cast.stopping else None
+        window = Window(tuple(module.tasks), weighting, step, epoch, size, cast.ranks, shares, scales, resting)
         if not module.automatic_optimization:
             self.zero_gradients(module, batch_idx)
         if window.way == "rows" and cast.sharded:
@@ -159,14 +167,10 @@ class Optimization:
     def _collection(self, module: TaskModule, window: Window) -> Collection:
         """Make ready to keep the step's gradients, task by task, where its weights are not known before its end."""
         shared, others = trainable_parameters(module)
-        if window.wanted != "nothing" and window.measures_at == "trunk" and not (shared or window.idle):
-            raise no_shared_parameters(window.weighting)
-        if window.weighting is not None and window.size > 1:
-            check_accumulation(window.weighting, window.size)
+        if self.cast.sharded or window.size > 1 or not shared:
+            check_collection(window, shared, sharded=self.cast.sharded)
         tasks, ranks = tuple(module.tasks), window.ranks
         if self.cast.sharded:
-            if window.size > 1:
-                raise collects_shards(window.weighting, window.size)
             return ShardedTrunkGradients(tasks, shared, others)
         # Hooks of this older kind may change a layer's weight gradient, which is never computed without rows.
         if not window.keeps_rows and not any(part._is_full_backward_hook is False for part in module.modules()):
@@ -178,36 +182,39 @@ class Optimization:
 
     def _forward(self, module: TaskModule, window: Window, batch: object) -> tuple[MicroBatch, Reduced]:
         """Pass one micro-batch forward, and tell everybody about its losses before any gradient is taken."""
-        cast, recorder, weighting = self.cast, self.recorder, window.weighting
+        cast, weighting = self.cast, window.weighting
         observation = None if window.repeats else self._observation
         observed = observation is not None and observation.before_forward(module)
         trunk = module.the_trunk if cast.sharded or window.needs_split or observed else None
         split = _NOWHERE if trunk is None else Split()
         watching = split.watching(module.the_heads) if cast.sharded else _SILENT
         with self.phases.during("forward"), watching, _SILENT if trunk is None else split.applied_to(trunk):
-            outputs = module.present_outputs(batch)
+            outputs = module.present_outputs(batch, window.resting.dropped)
         if module.sharing is not None:
             find_shared(module, cast, window, outputs, observed=observed)
         window.batches += [batch] if window.keeps_batches else []
         step_metric = None if weighting is None else weighting.step_metric
         counts = len(module.train_task_metrics) and not window.repeats
         scores = update_metrics(module, "train", outputs, step_metric) if counts else None
-        if cast.steering is not None and not window.repeats:
-            cast.steering.collect(module, window, batch, outputs)
         kind = module.device.type
         off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT
         with off:
             if window.probes and not window.idle:
-                scores = traces_of(module, window, cast, outputs, unseen=not self._looked)
+                scores = traces_of(window, cast, outputs, trainable_parameters(module)[0], unseen=not self._looked)
             reduced = reduce_losses(outputs, window.tasks, window.ranks, module.device, scores)
+            all_outputs, own, beside = outputs, reduced.own, dict[str, Tensor]()
+            if window.scales is not None or window.resting.head_only:
+                outputs, reduced, beside = to_weigh(window, cast, outputs, reduced, trainable_parameters(module)[1])
+        if cast.steering is not None and not window.repeats:
+            cast.steering.collect(module, window, batch, outputs)
         with self.phases.during("forward"):
             penalties = module.penalties_with(reduced.names) if cast.penalizes else {}
         with off:
-            outputs, reduced = (outputs, reduced) if window.scales is None else over_scales(window, outputs, reduced)
-            window.note(reduced, penalties, None if module.learned_tasks is None else len(module.learned_tasks))
-            if outputs:
-                window.local.append((list(outputs), reduced.own, sample_counts(list(outputs.values()))))
-                recorder.labels.add_whole(outputs)
+            window.note(reduced, penalties, module.learned_tasks)
+            if all_outputs:
+                window.local.append((list(all_outputs), own, sample_counts(list(all_outputs.values()))))
+                self.recorder.labels.add_whole(all_outputs)
+            penalties = {**penalties, **beside}
             found = micro_batch_of(module, window, cast, reduced, outputs, penalties, split, unseen=not self._looked)
             if observation is not None and window.micro_batches == 1:
                 with self.phases.during("monitors"):
@@ -222,7 +229,7 @@ class Optimization:
         engine: MicroBatch | FeatureGradients | Collection = batch
         measured = Measured()
         if names and window.renews and not (window.collects or window.idle):
-            measured = renewed_rows(module, window, batch)
+            measured = renewed_rows(window, batch, trainable_parameters(module)[0])
         if window.collects:
             engine = window.gradients = window.gradients or self._collection(module, window)
             if names and wanted != "nothing" and window.measures_at != "trunk":
@@ -285,6 +292,7 @@ class Optimization:
             if module.trainer.lr_scheduler_configs:  # those that follow a metric wait until it is logged
                 self.recorder.plateau_due = "step", module.trainer.fit_loop.epoch_loop.batch_idx
         if not finite or signals is None:
+            self.recorder.count(window, finite=finite)
             return
         if steering is not None:
             steering.observe(window, signals)

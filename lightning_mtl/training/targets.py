@@ -125,6 +125,8 @@ def _check_losses(module: TaskModule, tasks: Sequence[str]) -> None:
 def _targets_in(batch: Any, module: TaskModule, name: str | None) -> dict[str, Any]:  # noqa: ANN401
     if name is not None and name in module.tasks and isinstance(batch, tuple | list) and len(batch) == 2:
         return {name: batch[1]}
+    under_a_name = name is not None and name in module.tasks and not is_per_task(batch, module.tasks)
+    batch = module.in_known_form({name: batch} if under_a_name else batch)
     if is_joint(batch, module.tasks):
         return {task: target for task, target in batch[1].items() if target is not None}
     if is_per_task(batch, module.tasks):

@@ -158,7 +158,7 @@ class Steering:
         """Keep what is asked for of a micro-batch's targets and predictions."""
         if not self.rates.collects:
             return
-        if is_per_task(batch, module.tasks):
+        if is_per_task(module.in_known_form(batch), module.tasks):
             raise ValueError(
                 "The relatedness of tasks is measured on targets of the same samples, and each task has samples of its "
                 "own where a batch is {task: (inputs, target)}; measure Relatedness('gradient_cosine')."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_mtl.control.resting import NONE_RESTS, Resting
 from lightning_mtl.devices import numbers
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.inner_products import Measured, Wanted
@@ -39,18 +40,17 @@ class Window:
         ranks: The processes that train together.
         shares: ``[K]``, what multiplies each task's weight in the shared gradient, and there alone; None for 1.
         scales: What losses are divided by before anyone but the loggers sees them; None for 1.
+        resting: The tasks that a callback has taken out of the training of what is shared; None for no task.
 
     Attributes:
-        probes, renews, at_shared: Random probes of each kernel; whether some tasks' rows, or anything, is measured.
-        wanted: What to measure before the weighting is asked.
-        measures_at: Where gradients are measured.
-        keeps_rows: Whether the step's gradients are kept in full, where it collects them.
-        gradients: The gradients kept until the step's weights are known, where the step collects them.
+        probes, renews, at_shared: Probes of each kernel; whether some tasks' rows, or anything, is measured.
+        wanted, measures_at: What to measure before the weighting is asked, and where.
+        keeps_rows, gradients: Whether gradients are kept in full until the step's weights are known, and those kept.
         layer: The parameters that gradients are measured at, over the micro-batches so far; None for a place of all.
         passes_again: Whether some step of the training may pass a part of the graph more than once.
         loss: The step's loss, detached; None before the first backward pass.
         keeps_batches: Whether the step's batches are kept until it is over.
-        repeats: Whether this is a step of which an optimizer's closure asks again, see :meth:`again`.
+        repeats: Whether an optimizer's closure asks for this step again, see :meth:`again`.
         reached: The parameters that this rank's losses and penalties reach, where ``forgets`` is asked for.
         idle: Whether no parameter is shared that the weighting could be asked about.
         forgets: Whether parameters that no rank reached may have got a gradient of 0, which has to go.
@@ -66,14 +66,15 @@ class Window:
         ranks: Ranks,
         shares: Tensor | None = None,
         scales: LossScales | None = None,
+        resting: Resting | None = None,
     ) -> None:
         self.weighting, self.step, self.epoch, self.size, self.ranks = weighting, step, epoch, size, ranks
-        self.shares, self.scales = shares, scales
+        self.shares, self.scales, self.resting = shares, scales, resting or NONE_RESTS
         # What follows from the arguments alone is decided once, so that a step asks attributes instead of the method.
         self.measures = weighting is not None and weighting.measures_in(step)
         self.wanted: Wanted = "nothing"
         self.measures_at: str | tuple[str, ...] = "features"
-        self.passes_again = shares is not None
+        self.passes_again = shares is not None or bool(self.resting.head_only)
         # The cheapest way that does what the weighting says. Shares are the trunk's alone: heads keep their weights.
         self.way: Way = "losses" if shares is None else "features"
         self.probes, self.renews = 0, False  # at the shared parameters, beside the step's own way
@@ -82,7 +83,7 @@ class Window:
             self.probes = weighting.kernel_probes if self.measures else 0
             self.renews = weighting.renews_rows and self.measures
             self.passes_again = weighting.measures != "losses" or not weighting.weighs_heads or size > 1
-            self.passes_again |= weighting.kernel_probes > 0
+            self.passes_again |= weighting.kernel_probes > 0 or bool(self.resting.head_only)
             if self.renews and size > 1:  # all gradients are kept until the step's end, and seen there
                 self.wanted, self.way = "rows", "rows"
             elif self.measures and weighting.measures != "losses" and not self.renews:
@@ -129,21 +130,21 @@ class Window:
 
     # The losses of the micro-batches
 
-    def note(self, reduced: Reduced, penalties: Mapping[str, Tensor], learned: int | None = None) -> None:
+    def note(self, reduced: Reduced, penalties: Mapping[str, Tensor], learned: Set[str] | None = None) -> None:
         """Remember what a micro-batch said; the first one decides whether the step's gradients are collected.
 
         Args:
             reduced: Its losses over all ranks.
             penalties: Its penalties.
-            learned: How many tasks train; None for all.
+            learned: The tasks that train; None for all.
         """
         self.micro_batches += 1
         self.penalties = {name: value.detach() for name, value in penalties.items()}
         if reduced.names:
             self._noted.append((self.positions(reduced.names), reduced))
         if self.micro_batches == 1 and not self.repeats:
-            complete = len(reduced.names) == (len(self.tasks) if learned is None else learned)
-            self.collects = self._has_to_collect(complete=complete)
+            left = set(self.tasks if learned is None else learned) - self.resting.dropped - self.resting.head_only
+            self.collects = self._has_to_collect(complete=len(reduced.names) == len(left))
 
     def _has_to_collect(self, *, complete: bool) -> bool:
         """Whether the weights are not known before the step's last micro-batch.
@@ -245,7 +246,7 @@ class Window:
             )
         # Weights and heads' weights that agree make a sum of losses, of which one backward pass is enough.
         alike = self.size == 1 and all(decision.head_weights is None for decision in known)
-        again = Window(self.tasks, None, self.step, self.epoch, self.size, self.ranks, scales=self.scales)
+        again = Window(self.tasks, None, self.step, self.epoch, self.size, self.ranks, None, self.scales, self.resting)
         again.way, again.collects = ("losses", False) if alike else (self.way, self.collects)
         again.needs_split = self.needs_split and (again.way != "losses" or self.size > 1)
         again.passes_again, again.repeats, again._decisions = self.passes_again, True, list(known)

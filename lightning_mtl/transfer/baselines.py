@@ -16,6 +16,7 @@ from lightning_mtl.distributed import of_first
 from lightning_mtl.task import Task
 from lightning_mtl.transfer.cache import CallMemory, ScoreCache, configuration
 from lightning_mtl.transfer.finished import Directions, TaskScores, chosen_scores, is_finished, of_seeds
+from lightning_mtl.transfer.progress import Progress
 from lightning_mtl.transfer.runs import (
     DataOrFactory,
     EvaluationStage,
@@ -124,6 +125,7 @@ def single_task_baselines(
     ckpt_path: str | None = None,
     cache_dir: str | Path | None = None,
     key: str | None = None,
+    progress: bool = True,
 ) -> SingleTaskBaselines:
     """Train each task alone, with the architecture, the budget and the data order of the whole model.
 
@@ -166,6 +168,8 @@ def single_task_baselines(
         cache_dir: A folder to keep scores in. Several machines must share it.
         key: Names everything that is not in the model's parameters, as above: ``"faces v2, Adam 1e-3"``; it goes with
             ``cache_dir``.
+        progress: Show one display for all runs, on standard error, in place of the Trainers' own bars, summaries and
+            messages.
 
     Raises:
         ValueError: If a name is unknown, a seed missing or double, ``cache_dir`` comes without ``key``, or a Trainer
@@ -188,13 +192,17 @@ def single_task_baselines(
     scores: list[TaskScores] = []
     directions: Directions = {}
     spare: list[pl.Trainer] = []  # asked for to read the budget from, for the next run
-    with CallMemory.of_call(arguments) if cache_dir is None else nullcontext(ScoreCache(cache_dir)) as cache:
+    memory = CallMemory.of_call(arguments) if cache_dir is None else nullcontext(ScoreCache(cache_dir))
+    shown = Progress("single_task_baselines", 0, show=progress)
+    with memory as cache, shown:
         for seed in seeds:
             with seeded(seed):
                 whole = module if isinstance(module, BalancedModule) else module(seed)
             directions = metric_directions(chosen_tasks(whole, tasks), metrics)
+            shown.total = len(seeds) * len(directions)
             scores.append({})
             for task in directions:
+                shown.begin(f"seed {seed}, task {task}")
                 model = only_tasks(whole, [task])
                 spare = spare or [fresh(trainer_factory())]
                 described = {
@@ -208,7 +216,7 @@ def single_task_baselines(
                 # Another process may write the file while the ranks look for it: rank 0 looks for all of them.
                 found = of_first(cache.read(described))
                 if found is None:
-                    trainer = spare.pop()
+                    trainer = shown.only(spare.pop())
                     data = made_data(datamodule, seed)
                     found = fit_and_score(model, data, trainer, seed=seed, stage=stage, ckpt_path=ckpt_path)[task]
                     if cache_dir is None or trainer.is_global_zero:

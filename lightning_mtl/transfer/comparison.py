@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 
 from lightning_mtl.metrics import Interval, bootstrap_interval, delta_m, mean_rank, transfer_gain
 from lightning_mtl.monitors.figures import draw_intervals
+from lightning_mtl.monitors.loggers import log_figure, log_text
+from lightning_mtl.monitors.report import Report, Shown
 from lightning_mtl.monitors.tables import Grid, marked
 from lightning_mtl.transfer.baselines import SingleTaskBaselines
 from lightning_mtl.transfer.finished import TaskScores, chosen_scores, interval_of, is_finished, of_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 
-class TransferReport:
+class TransferReport(Report):
     r"""Compares multi-task runs with each task trained alone: each task's gain, delta_m, and mean rank.
 
     Every number is computed for each seed, against the baseline of the same seed, and then averaged over the seeds; the
@@ -138,20 +137,12 @@ class TransferReport:
 
     # What it looks like
 
-    def table(self) -> Table:
-        """Make a table of the package rich for the console; green and red are beyond noise.
+    def shown(self) -> Shown:
+        """Return the table of gains, delta_m and mean ranks with their intervals."""
+        return Shown(self._grid(), "Gain of each task over training it alone, %", self._caption())
 
-        Raises:
-            ModuleNotFoundError: If rich is not installed.
-        """
-        return self._grid().rich(title="Gain of each task over training it alone, %", caption=self._caption())
-
-    def markdown(self) -> str:
-        """Write the same table in Markdown; bold is beyond noise."""
-        return f"{self._grid().markdown()}\n\n{self._caption()}"
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write everything, a row each: run, quantity, task, metric, mean, both ends of the interval, numbers of seeds.
+    def records(self) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+        """Return everything, a row each: run, quantity, task, metric, mean, both ends of the interval, seeds, finished.
 
         The quantities are ``gain``, ``delta_m``, ``mean_rank`` and ``score``; the run of the baselines is ``alone``.
         ``seeds`` is the number of seeds behind the mean, ``finished`` says "n of N" of those that the run finished.
@@ -171,12 +162,11 @@ class TransferReport:
                 for task, metrics in self.baselines.higher_is_better.items()
                 for metric in metrics
             )
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("run", "quantity", "task", "metric", "mean", "low", "high", "seeds", "finished"))
-            for run, *names, interval in rows:
-                counts = behind[run], f"{finished[run]} of {len(self.baselines.seeds)}"
-                writer.writerow((run, *names, *interval, *counts))
+        asked = len(self.baselines.seeds)
+        columns = ("run", "quantity", "task", "metric", "mean", "low", "high", "seeds", "finished")
+        return columns, [
+            (run, *names, *interval, behind[run], f"{finished[run]} of {asked}") for run, *names, interval in rows
+        ]
 
     def figure(self) -> Figure:
         """Draw every task's gain in every run with its interval, and -delta_m as that of all tasks.
@@ -191,7 +181,7 @@ class TransferReport:
         return draw_intervals(gains, [*self.tasks, "all (-Δm)"], title="gain over training each task alone, %")
 
     def log(self, to: pl.Trainer | Logger, *, step: int = 0, figure: bool = True) -> None:
-        """Log the report: numbers to any logger, table and picture to TensorBoard's text and images tabs.
+        """Log the report: numbers to any logger, table and picture to those that take them, as TensorBoard does.
 
         Numbers are ``transfer/gain/<run>/<task>``, ``transfer/delta_m/<run>``, but for a run without any, and
         ``transfer/seeds/<run>``, how many seeds it finished.
@@ -215,10 +205,10 @@ class TransferReport:
         numbers.update({f"transfer/seeds/{run}": float(len(self.finished(run))) for run in self.runs})
         for logger in loggers:
             logger.log_metrics(numbers, step=step)
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("transfer", self.markdown(), step)
-                if figure:
-                    logger.experiment.add_figure("transfer", self.figure(), step)
+        log_text(loggers, "transfer", self.markdown(), step)
+        if figure:
+            log_figure(loggers, "transfer", self.figure(), step)
+        for logger in loggers:
             logger.save()
 
     def _interval(self, values: Sequence[float]) -> Interval:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -18,16 +17,17 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from lightning_mtl.metrics import Interval
 from lightning_mtl.module import MultiTaskModule, check_parts
 from lightning_mtl.monitors.figures import draw_curves
+from lightning_mtl.monitors.report import Report, Shown
 from lightning_mtl.monitors.tables import Grid, marked
 from lightning_mtl.task import Task
 from lightning_mtl.training.schedulers import LRSchedulerCallable, OptimizerCallable
 from lightning_mtl.transfer.finished import chosen_scores, interval_of, of_seeds
+from lightning_mtl.transfer.progress import Progress
 from lightning_mtl.transfer.runs import TrainerFactory, fit_and_score, fresh, metric_directions, seeded
 from lightning_mtl.trunk import takes_tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
 ProbeTask = Mapping[str, Task]
 
@@ -58,7 +58,7 @@ class FrozenTrunk(nn.Module):
 
 
 @dataclass(frozen=True)
-class ProbeResult:
+class ProbeResult(Report):
     """Holds the scores of a new head on a frozen trunk, and of the same model trained from scratch.
 
     A score that is not finite stands for a run that diverged. Table, picture and advantage are over the seeds that both
@@ -103,12 +103,8 @@ class ProbeResult:
         both = zip(self.frozen[position], self.scratch[position], strict=True)
         return [pair for pair in both if all(map(math.isfinite, pair))]
 
-    def table(self) -> Table:
-        """Make a table of the package rich for the console; green and red are beyond the noise of the seeds.
-
-        Raises:
-            ModuleNotFoundError: If rich is not installed.
-        """
+    def shown(self) -> Shown:
+        """Return the table of both trunks' scores, and of the advantage with its interval."""
         grid = Grid(["samples", "frozen trunk", "from scratch", "advantage"])
         for position, number in enumerate(self.num_samples):
             cells = []
@@ -117,16 +113,16 @@ class ProbeResult:
                 cells.append(mean.partition(" [")[0] + of_seeds(sum(map(math.isfinite, own)), len(own)))
             grid.add(str(number), *cells, marked(self.advantage(number), digits=3))
         way = "higher" if self.higher_is_better else "lower"
-        return grid.rich(title=f"{self.task}: {self.metric}, {way} is better", caption="positive is better")
+        return Shown(grid, f"{self.task}: {self.metric}, {way} is better", "positive is better")
 
-    def to_csv(self, path: str | Path) -> None:
-        """Write every score, a row each: samples, trunk, place of the seed, and the score under the metric's name."""
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("samples", "trunk", "seed", self.metric))
-            for trunk, scores in (("frozen", self.frozen), ("scratch", self.scratch)):
-                for number, own in zip(self.num_samples, scores, strict=True):
-                    writer.writerows((number, trunk, seed, score) for seed, score in enumerate(own))
+    def records(self) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+        """Return every score, a row each: samples, trunk, place of the seed, and the score under the metric's name."""
+        return ("samples", "trunk", "seed", self.metric), [
+            (number, trunk, seed, score)
+            for trunk, scores in (("frozen", self.frozen), ("scratch", self.scratch))
+            for number, own in zip(self.num_samples, scores, strict=True)
+            for seed, score in enumerate(own)
+        ]
 
     def figure(self) -> Figure:
         """Draw both scores over the number of samples.
@@ -157,6 +153,7 @@ def probe_transfer(
     batch_size: int = 32,
     optimizer: OptimizerCallable = torch.optim.Adam,
     lr_scheduler: LRSchedulerCallable | None = None,
+    progress: bool = True,
 ) -> ProbeResult:
     """Fit a head for an unseen task on the frozen trunk, and the whole model from scratch, on the same n samples.
 
@@ -181,6 +178,7 @@ def probe_transfer(
         batch_size: Of the training batches; the last one of an epoch may be smaller.
         optimizer: Called with the parameters, returns the optimizer.
         lr_scheduler: Called with the optimizer, returns a scheduler stepped once an epoch.
+        progress: Show one display for all runs, on standard error, in place of the Trainers' own.
 
     Raises:
         ValueError: If there is not one task, a number of samples is not in the data set, or ``trunk`` is needed since
@@ -200,29 +198,35 @@ def probe_transfer(
     chosen = next(iter(directions[name]))
     fresh_trunk = trunk or _resetting(module.trunk)
     samples, evaluation = datamodule
-    scores: dict[str, list[list[float]]] = {"frozen": [], "scratch": []}
-    for number in num_samples:
-        for own in scores.values():
-            own.append([])
-        for seed in seeds:
-            order = torch.randperm(_number_of_samples(samples), generator=torch.Generator().manual_seed(seed))
-            subset = Subset(samples, order[:number].tolist())
-            for kind in scores:
-                with seeded(seed):
-                    made = head()
-                    own_trunk = FrozenTrunk(deepcopy(module.trunk)) if kind == "frozen" else fresh_trunk()
-                if takes_tasks(own_trunk):
-                    own_trunk.takes_tasks = False  # type: ignore[assignment]  # it knows nothing of the new task
-                probe = _Probe(own_trunk, {name: made}, task, optimizer=optimizer, lr_scheduler=lr_scheduler)
-                loader = DataLoader(subset, batch_size=batch_size, shuffle=True)
-                trainer = fresh(trainer_factory())
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # the frozen trunk
-                    warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_dataloader`")
-                    # Few samples make short epochs: to evaluate after each would take most of the time.
-                    found = fit_and_score(probe, (loader, evaluation), trainer, seed=seed, stage="val", watched=False)
-                scores[kind][-1].append(chosen_scores(found, directions)[name][chosen])
-    return ProbeResult(name, chosen, directions[name][chosen], tuple(num_samples), scores["frozen"], scores["scratch"])
+
+    def run(subset: Subset[Any], seed: int, trained_from: str, trainer: pl.Trainer) -> float:
+        with seeded(seed):
+            made = head()
+            own_trunk = FrozenTrunk(deepcopy(module.trunk)) if trained_from == "frozen trunk" else fresh_trunk()
+        if takes_tasks(own_trunk):
+            own_trunk.takes_tasks = False  # type: ignore[assignment]  # it knows nothing of the new task
+        probe = _Probe(own_trunk, {name: made}, task, optimizer=optimizer, lr_scheduler=lr_scheduler)
+        loader = DataLoader(subset, batch_size=batch_size, shuffle=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # the frozen trunk
+            warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_dataloader`")
+            # Few samples make short epochs: to evaluate after each would take most of the time.
+            found = fit_and_score(probe, (loader, evaluation), trainer, seed=seed, stage="val", watched=False)
+        return chosen_scores(found, directions)[name][chosen]
+
+    scores: dict[str, list[list[float]]] = {"frozen trunk": [], "from scratch": []}
+    with Progress("probe_transfer", 2 * len(num_samples) * len(seeds), show=progress) as shown:
+        for number in num_samples:
+            for own in scores.values():
+                own.append([])
+            for seed in seeds:
+                order = torch.randperm(_number_of_samples(samples), generator=torch.Generator().manual_seed(seed))
+                subset = Subset(samples, order[:number].tolist())
+                for trained_from, own in scores.items():
+                    shown.begin(f"task {name}, {number} samples, seed {seed}, {trained_from}")
+                    trainer = shown.only(fresh(trainer_factory()))
+                    own[-1].append(run(subset, seed, trained_from, trainer))
+    return ProbeResult(name, chosen, directions[name][chosen], tuple(num_samples), *scores.values())
 
 
 class _Probe(MultiTaskModule):

@@ -6,29 +6,32 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 import yaml
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from lightning_mtl.monitors.tables import console_for_lines
+from lightning_mtl.monitors.figures import draw_history
+from lightning_mtl.monitors.report import Report, Shown
+from lightning_mtl.monitors.tables import Grid, console_for_lines
 from lightning_mtl.transfer.cache import write_whole
 from lightning_mtl.tuning.configuration import BaseConfig, trial_configuration
 from lightning_mtl.tuning.goals import Goal
-from lightning_mtl.tuning.space import Space
+from lightning_mtl.tuning.space import Space, as_text
 from lightning_mtl.tuning.storage import ERROR, SURPLUS, counts
 from lightning_mtl.tuning.workers import SEED_VALUES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROWS = 10
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Report):
     """Holds what a search has found.
 
     Attributes:
@@ -77,21 +80,52 @@ class Result:
         states = (TrialState.RUNNING, TrialState.WAITING)
         return [trial for trial in self.study.get_trials(deepcopy=False, states=states) if counts(trial)]
 
-    def print_table(self, console: Console | None = None) -> None:
-        """Print the best trials, what became of the others, and where the files are."""
-        console = console_for_lines(console)
-        table = Table(title=f"Study {self.study.study_name}", title_justify="left", box=box.SIMPLE)
-        table.add_column("trial", justify="right")
-        for goal in self.goals:
-            table.add_column(goal.name, justify="right", no_wrap=True)
-        table.add_column("values")
+    def shown(self) -> Shown:
+        """Return the table of the best trials, with what became of the others below it."""
+        grid = Grid(["trial", *(goal.name for goal in self.goals), "values"], left=(1 + len(self.goals),))
         listed = self.finished
         if len(self.goals) > 1:
             listed = [trial for trial in listed if trial.number in self.best]
         for trial in listed[:ROWS]:
             values = [f"{value:.6g}{_spread(trial, index)}" for index, value in enumerate(trial.values)]
-            table.add_row(str(trial.number), *values, _in_words(self.space.in_words(trial.params, self.tasks)))
-        console.print(table)
+            grid.add(str(trial.number), *values, as_text(self.space.in_words(trial.params, self.tasks)))
+        return Shown(grid, f"Study {self.study.study_name}", self._told())
+
+    def records(self) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
+        """Return a row for each trial: number, state, the goals' values, and what was drawn; None if unknown."""
+        trials = self.study.get_trials(deepcopy=False)
+        drawn = {trial.number: self.space.in_words(trial.params, self.tasks) for trial in trials if trial.params}
+        names = list(dict.fromkeys(name for own in drawn.values() for name in own))
+        rows: list[tuple[Any, ...]] = []
+        for trial in trials:
+            values = trial.values or [None] * len(self.goals)
+            own = drawn.get(trial.number, {})
+            rows.append((trial.number, trial.state.name.lower(), *values, *(own.get(name) for name in names)))
+        return ("trial", "state", *(goal.name for goal in self.goals), *names), rows
+
+    def figure(self) -> Figure:
+        """Draw each objective's value in each trial, and the best one so far.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        best_of = [max if way == optuna.study.StudyDirection.MAXIMIZE else min for way in self.study.directions]
+        found = {
+            goal.name: [(trial.number, trial.values[place]) for trial in complete]
+            for place, goal in enumerate(self.goals)
+        }
+        return draw_history(found, best_of, title=f"Study {self.study.study_name}")
+
+    def print_table(self, console: Console | None = None) -> None:
+        """Print the best trials, what became of the others, and where the files are."""
+        console = console_for_lines(console)
+        shown = self.shown()
+        console.print(shown.grid.rich(title=shown.title, caption=shown.caption))
+        for path in (*self.best.values(), *self.pictures):
+            console.print(str(path), markup=False, highlight=False)
+
+    def _told(self) -> str:
         trials = self.study.get_trials(deepcopy=False)
         told = {
             "complete": len(self.finished),
@@ -100,13 +134,10 @@ class Result:
             "unfinished": len(self.unfinished),
             "lost and repeated": sum(t.state == TrialState.FAIL and not counts(t) for t in trials),
         }
-        console.print("Trials: " + ", ".join(f"{count} {name}" for name, count in told.items() if count))
+        lines = ["Trials: " + ", ".join(f"{count} {name}" for name, count in told.items() if count)]
         if self.failed:
-            console.print(
-                f"First error, trial {self.failed[0].number}: {self.failed[0].user_attrs[ERROR]}", markup=False
-            )
-        for path in (*self.best.values(), *self.pictures):
-            console.print(str(path), markup=False, highlight=False)
+            lines.append(f"First error, trial {self.failed[0].number}: {self.failed[0].user_attrs[ERROR]}")
+        return "\n".join(lines)
 
 
 def _spread(trial: FrozenTrial, index: int) -> str:
@@ -115,12 +146,6 @@ def _spread(trial: FrozenTrial, index: int) -> str:
         return ""
     values = [values[index] for values in by_seed.values()]
     return f" ({min(values):.4g} to {max(values):.4g})"
-
-
-def _in_words(params: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in params.items()
-    )
 
 
 def write_report(study: optuna.Study, base: BaseConfig, space: Space, folder: Path) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -18,13 +19,15 @@ from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.transfer import single_task_baselines
 from lightning_mtl.transfer.cache import digest
+from lightning_mtl.transfer.progress import Progress, quiet
+from lightning_mtl.tuning.addresses import without_passwords
 from lightning_mtl.tuning.configuration import BaseConfig, check_space, other_callbacks, read_base
 from lightning_mtl.tuning.goals import Direction
 from lightning_mtl.tuning.identity import QUESTION, differences, identity_of
 from lightning_mtl.tuning.result import Result, write_report
 from lightning_mtl.tuning.space import Space, read_space
-from lightning_mtl.tuning.storage import fail_and_repeat, open_storage
-from lightning_mtl.tuning.trial import TrialProcesses, quiet
+from lightning_mtl.tuning.storage import counting, fail_and_repeat, open_storage
+from lightning_mtl.tuning.trial import TrialProcesses
 from lightning_mtl.tuning.workers import Worker
 
 
@@ -43,6 +46,7 @@ def tune(
     retry_running: bool = False,
     overrides: Sequence[str] = (),
     sampler: optuna.samplers.BaseSampler | None = None,
+    progress: bool = True,
 ) -> Result:
     """Search over weightings and hyperparameters; also joins, or resumes, a study that exists.
 
@@ -54,7 +58,7 @@ def tune(
         storage: Where workers meet: ``sqlite:///study.db`` or a journal file (``journal:///study.journal``) on one
             machine, ``postgresql://...`` or ``mysql://...`` across machines; None for this process alone.
         name: The study's name in the storage.
-        folder: Where logs, the best configuration and pictures go; None takes the study's name.
+        folder: Where logs, the best configuration and pictures go; None takes ``studies/<name>``.
         seeds: Train each trial with so many seeds and take the mean; a study that exists keeps its number.
         prune: End trials whose objective, after an epoch, is worse than the median of the others. With several seeds
             the first one decides.
@@ -65,6 +69,7 @@ def tune(
             worker may be at work.
         overrides: Further arguments for the configuration, as on the command line.
         sampler: One of Optuna's samplers; None takes TPE, which serves one objective and several.
+        progress: Say on standard error what is searched, and which trial and seed trains.
 
     Raises:
         ConfigurationError: If configuration, space or storage are wrong, or do not go together, or the study was begun
@@ -73,12 +78,12 @@ def tune(
     Example:
         >>> result = tune("run.yaml", "space.yaml", trials=20, storage="sqlite:///study.db")  # doctest: +SKIP
         >>> result.best  # doctest: +SKIP
-        {17: PosixPath('search/best.yaml')}
+        {17: PosixPath('studies/search/best.yaml')}
     """
     for argument, value in (("trials", trials), ("seeds", seeds), ("silence", silence)):
         if value < 1:
             raise ConfigurationError(f"{argument}={value} must be at least 1.")
-    folder = Path(name if folder is None else folder)
+    folder = Path("studies") / name if folder is None else Path(folder)
     with isolate_rng(), quiet():
         base, wanted = read_base(config, overrides), read_space(space)
         directions = [goal.direction_for(base.tasks) for goal in wanted.goals]
@@ -90,15 +95,38 @@ def tune(
         opened = open_storage(storage, silence)
         asked = identity_of(base, wanted, directions, seeds)
         study = _study(opened, name, directions, prune, sampler, asked, ranks)
-        base = with_baselines(base, wanted, study, folder, ranks)
+        if progress and ranks.leads:
+            sys.stderr.write(announcement(study, wanted, directions, trials, seeds, storage, folder))
+        base = with_baselines(base, wanted, study, folder, ranks, progress=progress)
         if retry_running and ranks.leads:
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 fail_and_repeat(study, trial)
-        worker = Worker(study, opened, base, wanted, ranks, trials, seeds, folder, prune, silence)
-        worker.work(timeout)
+        with Progress("tune", trials * seeds, show=progress) as shown:
+            Worker(study, opened, base, wanted, ranks, trials, seeds, folder, prune, silence, shown).work(timeout)
     if ranks.leads:
         return write_report(study, base, wanted, folder)
     return Result(study, wanted, list(base.tasks), {}, (), leads=False)
+
+
+def announcement(
+    study: optuna.Study,
+    space: Space,
+    directions: Sequence[Direction],
+    trials: int,
+    seeds: int,
+    storage: str | Path | None,
+    folder: Path,
+) -> str:
+    """Say what a search is about to do, in a line each: trials, objective, what varies, where it all goes."""
+    there = len(counting(study.get_trials(deepcopy=False)))
+    of_each = "" if seeds == 1 else f", {seeds} seeds each"
+    goals = ", ".join(f"{way} {goal.name}" for way, goal in zip(directions, space.goals, strict=True))
+    kept = "this process's memory" if storage is None else without_passwords(str(storage))
+    return (
+        f"tune: study {study.study_name!r} in {kept}: {trials} trials{of_each}, {there} of them there already\n"
+        f"tune: {goals}; varies {', '.join(space.varied())}\n"
+        f"tune: logs, the best configuration and pictures go to {folder}/\n"
+    )
 
 
 def _check_pruning(space: Space, prune: bool) -> None:
@@ -155,7 +183,13 @@ MOMENT = 2.0  # seconds
 
 
 def with_baselines(
-    base: BaseConfig, space: Space, study: optuna.Study, folder: Path, ranks: TrialProcesses
+    base: BaseConfig,
+    space: Space,
+    study: optuna.Study,
+    folder: Path,
+    ranks: TrialProcesses,
+    *,
+    progress: bool = True,
 ) -> BaseConfig:
     """Put single-task scores into the configuration, where the objective is delta_m and it holds none.
 
@@ -176,7 +210,7 @@ def with_baselines(
         )
     means = ranks.broadcast(study.user_attrs.get(BASELINES))
     if means is None:
-        means = ranks.broadcast(_trained(base, folder))
+        means = ranks.broadcast(_trained(base, folder, progress=progress))
         if ranks.leads:
             # Of two workers that trained at once, the first one's count for both.
             means = study.user_attrs.get(BASELINES) or means
@@ -185,7 +219,7 @@ def with_baselines(
     return base.with_baselines(means)
 
 
-def _trained(base: BaseConfig, folder: Path) -> dict[str, dict[str, float]]:
+def _trained(base: BaseConfig, folder: Path, *, progress: bool) -> dict[str, dict[str, float]]:
     values = deepcopy(dict(base.values))
     values["seed_everything"] = base.seed
     # A weighting has nothing to weigh in a task alone, and scores are what is kept of it.
@@ -204,6 +238,7 @@ def _trained(base: BaseConfig, folder: Path) -> dict[str, dict[str, float]]:
         seeds=(base.seed,),
         cache_dir=folder / "baselines",
         key=digest(values),
+        progress=progress,
     ).usable()
     if not any(found.values()):
         raise ConfigurationError(

@@ -100,6 +100,12 @@ class Space:
         importances = {f"importance.{task}": value for task, value in self.importances(drawn, tasks).items()}
         return {**drawn, **importances}
 
+    def varied(self) -> list[str]:
+        """Return what varies, for people to read."""
+        weightings = [f"weighting ({', '.join(candidate.name for candidate in self.weightings)})"]
+        importances = ["the tasks' importances"] if self.simplex else []
+        return [*(weightings if self.weightings else []), *importances, *self.parameters]
+
     def weighting_arguments(self, drawn: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
         """Return the arguments of the weighting that was drawn, its importances included."""
         chosen = self.candidate(drawn)
@@ -109,6 +115,13 @@ class Space:
         if self.simplex:
             arguments[chosen.importance_argument] = self.importances(drawn, tasks)
         return arguments
+
+
+def as_text(values: Mapping[str, Any]) -> str:
+    """Write values by name on one line."""
+    return ", ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
 
 
 def label(value: Any) -> Any:  # noqa: ANN401 - whatever a YAML file holds

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.distributed import of_each, of_first
+from lightning_mtl.transfer.progress import quiet
 from lightning_mtl.tuning.goals import Goal
 
 
@@ -67,23 +66,6 @@ class RankError(RuntimeError):
     """Is raised on all ranks of a trial for an error on one of them."""
 
 
-# Lightning logs several lines for each Trainer and each seed, and a search has one of both for every trial.
-_TALKATIVE = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence Lightning's log but for warnings and errors inside the block."""
-    before = {name: logging.getLogger(name).level for name in _TALKATIVE}
-    for name in before:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
-
-
 @dataclass(frozen=True)
 class Job:
     """Holds one seed of one trial.
@@ -121,7 +103,8 @@ def train(job: Job, goals: Sequence[Goal], callbacks: Sequence[pl.Callback] = ()
         cli.trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
         tensorboard = cli.trainer.logger
         if isinstance(tensorboard, TensorBoardLogger):
-            tensorboard.log_hyperparams(dict(job.drawn))
+            tensorboard.hparams = dict(job.drawn)
+        cli.model.recorder.results = [goal.name for goal in goals]
         try:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
         except SystemExit as error:  # Lightning's way to end after Ctrl-C
@@ -129,8 +112,7 @@ def train(job: Job, goals: Sequence[Goal], callbacks: Sequence[pl.Callback] = ()
     logged = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     found = [goal.value(logged) for goal in goals]
     if isinstance(tensorboard, TensorBoardLogger):
-        metrics = {goal.name: value for goal, value in zip(goals, found, strict=True)}
-        # TensorBoard lists a run in the HParams tab once it knows a result.
-        tensorboard.log_hyperparams(dict(job.drawn), metrics)
+        means = {goal.name: value for goal, value in zip(goals, found, strict=True) if goal.name not in logged}
+        tensorboard.log_metrics(means, step=cli.trainer.global_step)
         tensorboard.finalize("success")
     return found

@@ -18,10 +18,11 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from lightning_mtl.configured import ConfigurationError
+from lightning_mtl.transfer.progress import Progress
 from lightning_mtl.tuning.configuration import BaseConfig, trial_configuration
 from lightning_mtl.tuning.goals import NotLoggedError
 from lightning_mtl.tuning.pruning import Pruning
-from lightning_mtl.tuning.space import Space
+from lightning_mtl.tuning.space import Space, as_text
 from lightning_mtl.tuning.storage import (
     ERROR,
     SURPLUS,
@@ -57,6 +58,7 @@ class Worker:
         folder: Where trials log.
         prune: Whether to end unpromising trials.
         silence: Seconds without a sign of life after which another worker is taken for dead.
+        shown: What shows which trial and seed trains.
     """
 
     study: optuna.Study
@@ -69,6 +71,7 @@ class Worker:
     folder: Path
     prune: bool
     silence: int
+    shown: Progress
     _stopped_by: Exception | None = field(default=None, init=False)
     _running: optuna.Trial | None = field(default=None, init=False)
 
@@ -158,6 +161,8 @@ class Worker:
         by_seed = []
         shown = self.space.in_words(drawn, list(self.base.tasks))
         for index in range(self.seeds):
+            self.shown.done = number * self.seeds + index  # other workers may have had trials in between
+            self.shown.begin(f"trial {number}, seed {self.base.seed + index}: {as_text(shown)}")
             name = f"trial_{number:04d}" + (f"_seed_{index}" if self.seeds > 1 else "")
             pruned = self.prune and index == 0
             pruning = [Pruning(trial, self.space.goals[0].metrics[0], self.ranks)] if pruned else []

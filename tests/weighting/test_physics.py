@@ -179,11 +179,11 @@ def test_lr_annealing_keeps_what_a_step_does_not_show() -> None:
 
 def test_kernel_traces_by_probes() -> None:
     module = physics()
-    outputs = module.task_losses(data()[0])
+    outputs: dict[str, Any] = dict(module.task_losses(data()[0]))
     parameters = list(module.parameters())
     generator = torch.Generator().manual_seed(0)
     for output in outputs.values():
-        exact = torch.zeros(())
+        exact: Any = torch.zeros(())
         for r in output.residuals.flatten():
             exact = exact + sum(g.square().sum() for g in torch.autograd.grad(r, parameters, retain_graph=True))
         exact = exact / output.residuals.numel()
@@ -207,7 +207,7 @@ def test_ntk_weights_in_a_fit() -> None:
     for step, batch in enumerate(data()):
         if step % 2 == 0:
             parameters, signs = list(plain.parameters()), draws.probes(torch.device("cpu"))
-            outputs = plain.task_losses(batch).values()
+            outputs: Any = plain.task_losses(batch).values()
             traces = torch.stack([kernel_trace(output.residuals, parameters, 2, signs) for output in outputs])
             means = traces if step == 0 else 0.5 * means + 0.5 * traces
             weights = means.sum() / means
