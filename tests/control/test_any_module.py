@@ -45,7 +45,7 @@ class Free(BalancedModule):
 
 
 def trained(instead: str, *callbacks: Any) -> BalancedModule:
-    module = type("Module", (Free,), {"instead": instead})()
+    module: BalancedModule = type("Module", (Free,), {"instead": instead})()
     fit(module, loader(*TRAIN), loader(*TRAIN), callbacks=list(callbacks), max_epochs=4)
     return module
 
