@@ -18,6 +18,7 @@ import json
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -74,6 +75,7 @@ class Cell:
 def train(cell: Cell) -> dict[str, Any]:
     """Run a cell: its error at the end, and the median processor time of a step."""
     quieten()
+    warnings.filterwarnings("ignore", "In the first step the loss of task")  # what this is about
     torch.set_num_threads(1)
     torch.manual_seed(cell.seed)
     equation = EQUATIONS[cell.equation]()
