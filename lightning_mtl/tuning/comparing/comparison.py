@@ -25,6 +25,7 @@ from lightning_mtl.tuning.comparing import queue
 from lightning_mtl.tuning.comparing.page import write_page
 from lightning_mtl.tuning.comparing.plan import Line, Plan, Training, rates_around
 from lightning_mtl.tuning.comparing.queue import Known, Worker, read
+from lightning_mtl.tuning.comparing.raw_units import in_raw_units
 from lightning_mtl.tuning.comparing.result import Comparison, RowOutcome
 from lightning_mtl.tuning.comparing.rows import DEFAULT_METHODS, EQUAL, SHORT, Methods, Row, read_rows
 from lightning_mtl.tuning.comparing.setups import ConfigSource, Setup, SetupSource, Source
@@ -66,7 +67,7 @@ def compare(
     Args:
         config: A file as ``lightning-mtl fit`` takes it, its content, or a :class:`Setup` of functions.
         methods: Weighting methods: names, ``{"class_path": ..., "init_args": ...}``, or a mapping ``{name: method}``,
-            whose methods may also be functions that return a weighting.
+            whose methods may also be functions that return a weighting. The configuration's weighting is a row, too.
         rows: The other rows: ``"single"``, ``"equal"`` (always there), ``"standardized"``, ``"initial"`` (1 / L(0)) and
             ``"fixed"``.
         seeds: How many seeds are compared. The configuration's own seed chooses; those after it are compared.
@@ -75,7 +76,7 @@ def compare(
         lr_path: Where the configuration's learning rate is; None takes ``model.optimizer.lr``.
         draws: How many sets of fixed weights, uniform on the simplex, there are to choose from.
         metrics: Names of metrics to compare, ``"loss"`` possibly among them; None takes each task's metrics, or its
-            loss if it has none.
+            loss if it has none; that of a regression in the targets' own units, ``"raw_loss"``.
         storage: Where workers meet, as in :func:`~lightning_mtl.tuning.tune`; None takes an SQLite file in the folder.
         name: The study's name in the storage.
         folder: Where table, picture and page go; None takes the study's name.
@@ -107,8 +108,8 @@ def compare(
         source = _source(config, lr_path, overrides)
         if len(source.tasks) < 2:
             raise ConfigurationError(f"there is nothing to weigh with one task; found {list(source.tasks)}.")
-        made, left_out = read_rows(source.tasks, rows, methods, draws)
-        directions = _directions(source.tasks, metrics)
+        made, left_out = read_rows(source.tasks, rows, methods, draws, source.own_methods())
+        made, directions = in_raw_units(source.tasks, _directions(source.tasks, metrics), made)
         counted = main_tasks(source.tasks)
         plan = make_plan(source, made, directions, counted, _rates(lrs, source.rate), seeds)
         if storage is None:

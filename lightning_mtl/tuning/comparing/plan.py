@@ -116,8 +116,8 @@ class Search:
 def search(line: Line, rates: Sequence[float], seed: int, known: Scores) -> Search:
     """Choose a line's learning rate and variant, as far as the outcomes allow it.
 
-    The candidate with the least regret is chosen, the first of equals; where all diverged, the lowest rate. Where its
-    rate is the lowest or the highest of those tried with its variant, one more is tried on that side, at the same
+    The candidate with the least regret is chosen, of equals that in the middle; where all diverged, the lowest rate.
+    Where its rate is the lowest or the highest of those tried with its variant, one more is tried on that side, at the same
     ratio, at most three times.
 
     Args:
@@ -127,6 +127,11 @@ def search(line: Line, rates: Sequence[float], seed: int, known: Scores) -> Sear
         known: What is known so far.
     """
     candidates = [Candidate(variant, rate) for variant in range(line.variants) for rate in rates]
+    middle = rates[len(rates) // 2]
+
+    def away(rate: float) -> float:
+        return abs(math.log(rate / middle))
+
     if len(candidates) == 1:  # nothing to choose from
         return Search((), Choice(candidates[0], tuple(rates)))
     while True:
@@ -137,7 +142,7 @@ def search(line: Line, rates: Sequence[float], seed: int, known: Scores) -> Sear
         if all(scores is None for scores in found.values()):
             return Search(tuple(trainings), Choice(None))
         behind = regrets(found, line.directions)
-        best = min(behind, key=lambda one: (behind[one], one.rate if math.isinf(behind[one]) else 0.0))
+        best = min(behind, key=lambda one: (behind[one], one.rate if math.isinf(behind[one]) else away(one.rate)))
         tried = tuple(sorted(one.rate for one in found if one.variant == best.variant))
         if len(rates) == 1 or tried[0] < best.rate < tried[-1]:
             return Search(tuple(trainings), Choice(best, tried))

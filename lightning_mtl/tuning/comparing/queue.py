@@ -24,6 +24,7 @@ from lightning_mtl.tuning.turns import Turn, note_error, repeat_lost_trials
 _logger = logging.getLogger(__name__)
 # User attributes of a trial: the training's key, and what it has come to.
 JOB, OUTCOME = "job", "outcome"
+INTERRUPTED = "interrupted"  # by the user, which is no worker's death
 RETRIED = "retried"  # user attribute of the study: numbers of failed trials that do not count any more
 POLL_SECONDS = 1.0
 
@@ -66,7 +67,7 @@ def read(study: optuna.Study) -> Known:
             outcomes[key] = Outcome(**trial.user_attrs[OUTCOME])
         elif trial.state == TrialState.FAIL and ERROR in trial.user_attrs:
             errors[key] = trial.user_attrs[ERROR]
-        elif trial.state == TrialState.FAIL:
+        elif trial.state == TrialState.FAIL and INTERRUPTED not in trial.user_attrs:
             lost[key] += 1
     for key, times in lost.items():
         if times > MAX_RETRIES and key not in outcomes:
@@ -155,6 +156,9 @@ class Worker:
         try:
             outcome = train(self.source, self.rows[training.row], training, steps=_steps(known))
         except optuna.TrialPruned:
+            raise
+        except KeyboardInterrupt:
+            trial.set_user_attr(INTERRUPTED, True)
             raise
         except Exception as error:
             note_error(trial, error)

@@ -67,7 +67,11 @@ def equal(_: int) -> None:
 
 
 def read_rows(
-    tasks: Mapping[str, Task], kinds: Sequence[str], methods: Methods, draws: int
+    tasks: Mapping[str, Task],
+    kinds: Sequence[str],
+    methods: Methods,
+    draws: int,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[list[Row], dict[str, str]]:
     """Make the rows.
 
@@ -76,6 +80,7 @@ def read_rows(
         kinds: Names of the rows without a method, as on the command line; equal weights are always there.
         methods: Names, or class paths with arguments, or functions by name.
         draws: How many sets of fixed weights there are to choose from.
+        own: Methods of the configuration, by the names of their rows.
 
     Returns:
         The rows in the table's order, and ``{row: why it is left out}``.
@@ -114,7 +119,7 @@ def read_rows(
         drawn = fixed_weights(list(tasks), draws)
         texts = tuple(", ".join(f"{task} {weight:.2f}" for task, weight in own.items()) for own in drawn)
         rows.append(Row(FIXED, FIXED, lambda variant: StaticWeights(drawn[variant]), texts))
-    rows += [_method_row(name, spec, tasks) for name, spec in _named(methods)]
+    rows += [_method_row(name, spec, tasks) for name, spec in [*_named(methods), *(own or {}).items()]]
     names = [row.name for row in rows]
     if doubled := [name for name in names if names.count(name) > 1]:
         raise ConfigurationError(

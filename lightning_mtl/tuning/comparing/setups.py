@@ -9,17 +9,18 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_mtl.balanced import BalancedModule
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.data import MultiTaskDataModule
 from lightning_mtl.method.base import Weighting
-from lightning_mtl.module import MultiTaskModule
 from lightning_mtl.task import Task
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.step import Optimization
+from lightning_mtl.transfer.cache import LOOK_ON
+from lightning_mtl.transfer.progress import without_displays
 from lightning_mtl.transfer.runs import fresh, seeded
 from lightning_mtl.transfer.values import digest_of
 from lightning_mtl.tuning.configuration import BaseConfig, locate, other_callbacks
@@ -50,6 +51,10 @@ class Source(ABC):
     rate: float
     seed: int
 
+    def own_methods(self) -> dict[str, dict[str, Any]]:
+        """Return ``{row: class path and arguments}`` of the weightings that are configured."""
+        return {}
+
     @abstractmethod
     def parts(self, rate: float, seed: int) -> Parts:
         """Make model, data and Trainer of a learning rate and a seed."""
@@ -66,7 +71,8 @@ class Setup:
     Args:
         model: Called with a learning rate; returns a module. Random numbers are seeded before.
         data: Called with a seed; returns a datamodule, or loaders: ``(train, val)`` or ``(train, val, test)``.
-        trainer: Called without arguments; returns a new Trainer without a weighting.
+        trainer: Called without arguments; returns a new Trainer without a weighting. Its loggers, checkpoints, early
+            stopping, displays and monitors are taken out.
         lr: The learning rate that the grid is laid around.
         seed: The seed of the choices; the compared seeds follow it.
 
@@ -125,7 +131,7 @@ class SetupSource(Source):
 class ConfigSource(Source):
     """Makes everything from a configuration, as ``lightning-mtl fit`` does.
 
-    Its weighting, checkpoints and early stopping are left out: every row brings its own weighting, and trains as long.
+    Its weighting makes a row.
 
     Args:
         base: The configuration.
@@ -155,7 +161,7 @@ class ConfigSource(Source):
         holder, key = locate(values, self.path)
         holder[key] = rate
         values["trainer"].update(
-            callbacks=other_callbacks(values, Weighting, ModelCheckpoint, EarlyStopping),
+            callbacks=other_callbacks(values, Weighting, Checkpoint),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -164,6 +170,12 @@ class ConfigSource(Source):
         with seeded(seed):
             cli = MultiTaskCLI(values, run=False, exit_on_error=False)
         return Parts(cli.model, cli.datamodule, cli.trainer)
+
+    def own_methods(self) -> dict[str, dict[str, Any]]:
+        """Return the configuration's weighting, which makes a row."""
+        others = other_callbacks(self.base.values, Weighting)
+        own = [entry for entry in other_callbacks(self.base.values) if entry not in others]
+        return {f"{entry['class_path'].rpartition('.')[2]} (configuration)": entry for entry in own}
 
     def identity(self) -> dict[str, int | str]:
         """Return digests of all values of the configuration, but for the learning rate, which is in the keys."""
@@ -181,6 +193,18 @@ def _refuse_ranks(world_size: int) -> None:
         )
 
 
+# What writes, only looks on, or would give rows unequal budgets.
+LEFT_OUT = (*LOOK_ON, Checkpoint, EarlyStopping)
+
+
+def stripped(trainer: pl.Trainer) -> pl.Trainer:
+    """Return the Trainer without loggers, checkpoints, early stopping, displays and monitors: it is one of many."""
+    trainer.loggers = []
+    kept = [one for one in without_displays(trainer).callbacks if not isinstance(one, LEFT_OUT)]  # type: ignore[attr-defined]
+    trainer.callbacks = kept  # type: ignore[attr-defined]
+    return trainer
+
+
 def has_test_data(data: pl.LightningDataModule | Loaders) -> bool:
     """Return whether data have a part to test on."""
     if isinstance(data, MultiTaskDataModule):
@@ -196,7 +220,7 @@ def declare_anew(module: BalancedModule, changes: Mapping[str, Mapping[str, Any]
 
     Args:
         module: A module that has not trained.
-        changes: ``{task: {field: value}}``; ``standardize`` and ``loss_scale`` are what makes sense.
+        changes: ``{task: {field: value}}``; ``standardize``, ``loss_scale`` and ``metrics`` make sense.
 
     Raises:
         ValueError: If there are no heads, or one cannot predict in raw units, as it is another task's, too.
@@ -204,12 +228,20 @@ def declare_anew(module: BalancedModule, changes: Mapping[str, Mapping[str, Any]
     for name, fields in changes.items():
         module.tasks[name] = task = replace(module.tasks[name], **fields)
         if "standardize" in fields:
-            if not isinstance(module, MultiTaskModule):
+            if not isinstance(module, BalancedModule):
                 raise ValueError(
-                    f"Task(standardize=...) is for heads of a MultiTaskModule, and {type(module).__name__} has none; "
+                    f"Task(standardize=...) is for heads of a BalancedModule, and {type(module).__name__} has none; "
                     "leave the row out."
                 )
-            module.target_units.drop(name, module.heads[name])
-            module.target_units.add(name, task.standardize, module.heads)
+            if name not in module.the_heads:
+                raise ValueError(
+                    f"{type(module).__name__} has no head for {name!r}, whose output could be brought to raw units; "
+                    "standardize in task_losses."
+                )
+            module.target_units.drop(name, module.the_heads[name])
+            module.target_units.add(name, task.standardize, module.the_heads)
+        if "metrics" in fields:
+            for stage in ("train", "val", "test"):
+                getattr(module, f"{stage}_task_metrics")[name] = task.metric_collection()
     module.recorder = Recorder(module.tasks)
     module.optimization = Optimization(module.recorder)

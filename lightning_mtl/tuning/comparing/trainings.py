@@ -17,11 +17,10 @@ from lightning_mtl.method.signals import Signals
 from lightning_mtl.monitors import GradientConflict
 from lightning_mtl.monitors.conflict import conflict_measures
 from lightning_mtl.transfer.finished import TaskScores, is_finished
-from lightning_mtl.transfer.progress import without_displays
 from lightning_mtl.transfer.runs import fit_and_score, only_tasks, seeded, task_scores
 from lightning_mtl.tuning.comparing.plan import Training
 from lightning_mtl.tuning.comparing.rows import Row
-from lightning_mtl.tuning.comparing.setups import Source, declare_anew, has_test_data
+from lightning_mtl.tuning.comparing.setups import Source, declare_anew, has_test_data, stripped
 
 MEASUREMENTS = 40  # of the monitored training, evenly over its steps
 
@@ -115,7 +114,7 @@ def train(source: Source, row: Row, training: Training, *, steps: int | None = N
     monitor = GradientFigures(max(1, (steps or MEASUREMENTS) // MEASUREMENTS))
     watched = training.purpose == "monitor"
     callbacks = [one for one in (weighting, clock, monitor if watched else None) if one is not None]
-    without_displays(parts.trainer).callbacks.extend(callbacks)  # type: ignore[attr-defined]
+    stripped(parts.trainer).callbacks.extend(callbacks)  # type: ignore[attr-defined]
     data = parts.data
     fitted = data if isinstance(data, pl.LightningDataModule) else (data[0], data[1])
     with warnings.catch_warnings():
