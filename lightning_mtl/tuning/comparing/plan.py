@@ -117,8 +117,8 @@ def search(line: Line, rates: Sequence[float], seed: int, known: Scores) -> Sear
     """Choose a line's learning rate and variant, as far as the outcomes allow it.
 
     The candidate with the least regret is chosen, of equals that in the middle; where all diverged, the lowest rate.
-    Where its rate is the lowest or the highest of those tried with its variant, one more is tried on that side, at the same
-    ratio, at most three times.
+    Where its rate is the lowest or the highest of those tried with its variant, one more is tried on that side, at the
+    same ratio, at most three times.
 
     Args:
         line: The row, or the task of a row.
