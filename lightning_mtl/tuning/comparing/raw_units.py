@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from lightning_mtl.task import Task
 from lightning_mtl.task.task import LossFunction
-from lightning_mtl.transfer.finished import Directions
+from lightning_mtl.transfer.finished import Directions, TaskScores
 from lightning_mtl.tuning.comparing.rows import Row, is_regression
 
 RAW_LOSS = "raw_loss"
@@ -81,3 +81,10 @@ def in_raw_units(
 
 def _merged(own: Mapping[str, Mapping[str, Any]], more: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: {**own.get(name, {}), **more.get(name, {})} for name in {**own, **more}}
+
+
+def with_raw_losses(scores: TaskScores, tasks: Mapping[str, Task]) -> None:
+    """Take the loss itself where nothing is standardized and ``task_losses`` hands no predictions to the metrics."""
+    for name, own in scores.items():
+        if tasks[name].standardize is False and RAW_LOSS not in own and tasks[name].has_metric(RAW_LOSS):
+            own[RAW_LOSS] = own["loss"]

@@ -19,6 +19,7 @@ from lightning_mtl.monitors.conflict import conflict_measures
 from lightning_mtl.transfer.finished import TaskScores, is_finished
 from lightning_mtl.transfer.runs import fit_and_score, only_tasks, seeded, task_scores
 from lightning_mtl.tuning.comparing.plan import Training
+from lightning_mtl.tuning.comparing.raw_units import with_raw_losses
 from lightning_mtl.tuning.comparing.rows import Row
 from lightning_mtl.tuning.comparing.setups import Source, declare_anew, has_test_data, stripped
 
@@ -132,6 +133,8 @@ def train(source: Source, row: Row, training: Training, *, steps: int | None = N
             with seeded(seed):
                 parts.trainer.test(module, **where, verbose=False)
             test = task_scores(parts.trainer, "test")
+    for scores in (val, test or {}):
+        with_raw_losses(scores, module.tasks)
     figures = monitor.figures() if watched else {}
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

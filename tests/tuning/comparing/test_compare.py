@@ -167,7 +167,7 @@ def test_the_command_compares_a_configuration(
     main()
     shown = capsys.readouterr()
     assert "Comparison on validation data, 2 seeds" in shown.out
-    assert "compare 5/5: equal weights, lr 0.01, seed 4, with monitors" in shown.err
+    assert "compare 7/7: equal weights, lr 0.01, seed 4, with monitors" in shown.err
     assert Path("comparison/comparison.html").exists()
     assert comparison.main_tasks({"a": Task(mse_loss, role="auxiliary"), "b": Task(mse_loss)}) == ("b",)
 

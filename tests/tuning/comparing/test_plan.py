@@ -7,7 +7,7 @@ import math
 import pytest
 
 from lightning_mtl.transfer.finished import TaskScores
-from lightning_mtl.tuning.comparing.plan import Candidate, Line, Plan, Training, rates_around, regrets, search
+from lightning_mtl.tuning.comparing.plan import Candidate, Choice, Line, Plan, Training, rates_around, regrets, search
 
 LOSS = {"a": {"loss": False}}
 LINE = Line("row", LOSS)
@@ -63,6 +63,13 @@ def test_regret_has_no_unit_and_knows_the_direction() -> None:
     assert found[high] == pytest.approx((0 + 0.2 / 0.8) / 2)
     assert found[lost] == math.inf  # nor does its accuracy count as the best
     assert regrets({low: {"a": {"loss": 0.0}}, high: {"a": {"loss": 4.0}}}, LOSS) == {low: 0.0, high: 1.0}
+
+
+def test_of_equally_good_rates_that_in_the_middle_is_chosen() -> None:
+    """A metric that all rates bring to its best says nothing about an edge."""
+    trainings = search(LINE, RATES, 0, {}).trainings
+    found = search(LINE, RATES, 0, {training.key: {"a": {"loss": 0.0}} for training in trainings})
+    assert found.choice == Choice(Candidate(0, 0.1), RATES)
 
 
 def test_where_all_diverge_the_lowest_rate_is_chosen_and_lower_ones_tried() -> None:

@@ -17,7 +17,7 @@ from lightning_mtl.tuning.comparing.plan import Line, Plan, Training
 from lightning_mtl.tuning.comparing.queue import JOB, Worker, read
 from lightning_mtl.tuning.comparing.rows import EQUAL, Row, equal
 from lightning_mtl.tuning.comparing.trainings import Outcome
-from lightning_mtl.tuning.storage import open_storage, sign_of_life
+from lightning_mtl.tuning.storage import MAX_RETRIES, open_storage, sign_of_life
 
 LOSS = {"a": {"loss": False}}
 PLAN = Plan((Line(EQUAL, LOSS), Line("other", LOSS)), (0.01, 0.1, 1.0), 0, (1, 2), EQUAL)
@@ -72,6 +72,24 @@ def test_what_was_interrupted_goes_on(tmp_path: Path, trained: list[str]) -> Non
     assert 0 < len(trained) < ALL
     worker(storage).work()
     assert len(trained) == len(set(trained)) == ALL
+
+
+def test_a_training_that_was_interrupted_often_is_not_given_up(
+    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = worker(f"journal:///{tmp_path}/study.journal")
+
+    def interrupted(*_: object, **__: object) -> Outcome:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(queue, "train", interrupted)
+        for _ in range(MAX_RETRIES + 2):
+            with pytest.raises(KeyboardInterrupt):
+                own.work()
+    own.work()
+    assert read(own.study).errors == {}
+    assert len(trained) == ALL
 
 
 @pytest.mark.filterwarnings("ignore:Heartbeat of storage is supposed to be used with Study.optimize")
