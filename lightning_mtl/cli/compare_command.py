@@ -55,6 +55,7 @@ def parser() -> OneLineArguments:
         "--lrs", type=float, nargs="+", metavar="LR", help="to choose from (default: three around the configuration's)"
     )
     made.add_argument("--lr-path", help="where the learning rate is in the configuration (default: model.optimizer.lr)")
+    made.add_argument("--seed-path", help="where a seed goes besides seed_everything, such as data.seed")
     made.add_argument("--draws", type=int, default=4, help="sets of fixed weights to choose from (default: 4)")
     made.add_argument(
         "--metrics", nargs="+", metavar="METRIC", help="to compare (default: each task's own, or its loss)"
@@ -100,6 +101,7 @@ def run(arguments: Sequence[str]) -> None:
             seeds=given.seeds,
             lrs=given.lrs,
             lr_path=given.lr_path,
+            seed_path=given.seed_path,
             draws=given.draws,
             metrics=given.metrics,
             storage=given.storage,

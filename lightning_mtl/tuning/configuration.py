@@ -104,10 +104,15 @@ def _imported_class(class_path: str) -> type:
     return found
 
 
-def locate(values: dict[str, Any], path: str) -> tuple[Any, Any]:
+def locate(values: dict[str, Any], path: str, *, said: str = "parameters.") -> tuple[Any, Any]:
     """Find where a path leads: the mapping or list that holds the value, and its key there.
 
     ``init_args`` may be left out, items of lists go by their number.
+
+    Args:
+        values: The configuration.
+        path: The path, its steps joined by dots.
+        said: What the user wrote before the path, for errors.
 
     Raises:
         ConfigurationError: If it leads nowhere.
@@ -128,14 +133,14 @@ def locate(values: dict[str, Any], path: str) -> tuple[Any, Any]:
         if isinstance(holder, list) and step.isdigit() and int(step) < len(holder):
             key = int(step)
         elif not (isinstance(holder, dict) and step in holder):
-            raise ConfigurationError(_nowhere(path, ".".join(steps[:index]), step, holder))
+            raise ConfigurationError(said + _nowhere(path, ".".join(steps[:index]), step, holder))
         place = holder[key]
     return holder, key
 
 
 def _nowhere(path: str, before: str, step: str, holder: Any) -> str:  # noqa: ANN401
     where = before or "the configuration"
-    said = f"parameters.{path} names no parameter: {where} "
+    said = f"{path} names no parameter: {where} "
     if isinstance(holder, dict):
         return f"{said}has no {step!r}. {choices(step, [str(key) for key in holder])}"
     if isinstance(holder, list):

@@ -43,6 +43,7 @@ def compare(
     seeds: int = 5,
     lrs: Sequence[float] | None = None,
     lr_path: str | None = None,
+    seed_path: str | None = None,
     draws: int = 4,
     metrics: Sequence[str] | None = None,
     storage: str | Path | None = None,
@@ -74,6 +75,8 @@ def compare(
         lrs: The learning rates to choose from; None takes three around the configuration's, a factor of the root of 10
             apart. One is taken as it is.
         lr_path: Where the configuration's learning rate is; None takes ``model.optimizer.lr``.
+        seed_path: Where a seed goes in the configuration besides ``seed_everything``, such as ``data.seed``: a seed
+            then divides the data, too.
         draws: How many sets of fixed weights, uniform on the simplex, there are to choose from.
         metrics: Names of metrics to compare, ``"loss"`` possibly among them; None takes each task's metrics, or its
             loss if it has none; that of a regression in the targets' own units, ``"raw_loss"``.
@@ -105,7 +108,7 @@ def compare(
         )
     folder = Path(name if folder is None else folder)
     with isolate_rng(), quiet(), ExitStack() as undo:
-        source = _source(config, lr_path, overrides)
+        source = _source(config, lr_path, seed_path, overrides)
         if len(source.tasks) < 2:
             raise ConfigurationError(f"there is nothing to weigh with one task; found {list(source.tasks)}.")
         made, left_out = read_rows(source.tasks, rows, methods, draws, source.own_methods())
@@ -139,12 +142,20 @@ def compare(
     )
 
 
-def _source(config: str | Path | Mapping[str, Any] | Setup, lr_path: str | None, overrides: Sequence[str]) -> Source:
+def _source(
+    config: str | Path | Mapping[str, Any] | Setup,
+    lr_path: str | None,
+    seed_path: str | None,
+    overrides: Sequence[str],
+) -> Source:
     if isinstance(config, Setup):
-        if lr_path is not None or overrides:
-            raise ConfigurationError("lr_path and overrides are for configurations; a Setup's model takes the rate.")
+        if lr_path is not None or seed_path is not None or overrides:
+            raise ConfigurationError(
+                "lr_path, seed_path and overrides are for configurations; a Setup's model takes the rate, its data the "
+                "seed."
+            )
         return SetupSource(config)
-    return ConfigSource(read_base(config, overrides), lr_path)
+    return ConfigSource(read_base(config, overrides), lr_path, seed_path)
 
 
 def _directions(tasks: Mapping[str, Task], metrics: Sequence[str] | None) -> Directions:

@@ -136,13 +136,17 @@ class ConfigSource(Source):
     Args:
         base: The configuration.
         rate_path: Where its learning rate is; None looks in the model's optimizer.
+        seed_path: Where a seed goes besides ``seed_everything``.
 
     Raises:
-        ConfigurationError: If there is no learning rate, or training takes several processes.
+        ConfigurationError: If there is no learning rate, a path leads nowhere, or training takes several processes.
     """
 
-    def __init__(self, base: BaseConfig, rate_path: str | None = None) -> None:
+    def __init__(self, base: BaseConfig, rate_path: str | None = None, seed_path: str | None = None) -> None:
         self.base, self.tasks, self.seed = base, base.tasks, base.seed
+        self.seed_path = seed_path
+        if seed_path is not None:
+            locate(deepcopy(dict(base.values)), seed_path, said="--seed-path ")
         self.path = rate_path or "model.optimizer.lr"
         _refuse_ranks(base.world_size)
         try:
@@ -160,6 +164,9 @@ class ConfigSource(Source):
         values["seed_everything"] = seed
         holder, key = locate(values, self.path)
         holder[key] = rate
+        if self.seed_path is not None:
+            holder, key = locate(values, self.seed_path)
+            holder[key] = seed
         values["trainer"].update(
             callbacks=other_callbacks(values, Weighting, Checkpoint),
             logger=False,
@@ -178,10 +185,12 @@ class ConfigSource(Source):
         return {f"{entry['class_path'].rpartition('.')[2]} (configuration)": entry for entry in own}
 
     def identity(self) -> dict[str, int | str]:
-        """Return digests of all values of the configuration, but for the learning rate, which is in the keys."""
+        """Return digests of all values of the configuration, but for rate and seed, which are in the keys."""
         values = deepcopy(dict(self.base.values))
-        holder, key = locate(values, self.path)
-        holder[key] = self.path
+        for path in (self.path, self.seed_path):
+            if path is not None:
+                holder, key = locate(values, path)
+                holder[key] = path
         return {path: digest_of(value)[:12] for path, value in leaves(values, "")}
 
 

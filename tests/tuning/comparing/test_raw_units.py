@@ -16,14 +16,16 @@ from torchmetrics import MeanSquaredError
 
 from lightning_mtl import Task
 from lightning_mtl.balanced import BalancedModule
+from lightning_mtl.configured import ConfigurationError
 from lightning_mtl.monitors import GradientConflict
 from lightning_mtl.transfer.runs import metric_directions
 from lightning_mtl.tuning import Setup, compare
 from lightning_mtl.tuning.comparing.plan import Candidate, Training
 from lightning_mtl.tuning.comparing.raw_units import RAW_LOSS, RawLoss, in_raw_units
 from lightning_mtl.tuning.comparing.rows import EQUAL, STANDARDIZED, read_rows
-from lightning_mtl.tuning.comparing.setups import SetupSource, declare_anew, stripped
+from lightning_mtl.tuning.comparing.setups import ConfigSource, SetupSource, declare_anew, stripped
 from lightning_mtl.tuning.comparing.trainings import train
+from lightning_mtl.tuning.configuration import read_base
 from tests.tuning.comparing.tiny import UNITS, data, model, setup, trainer
 from tests.tuning.tiny import configuration
 
@@ -122,6 +124,15 @@ def test_a_configurations_weighting_is_a_row_and_what_needs_a_logger_is_left_out
     assert [row.name for row in result.rows] == [EQUAL, "GradNorm (configuration)"]
     assert not any(row.failed for row in result.rows)
     assert len(result.rows[1].scores) == 2
+
+
+def test_a_seed_reaches_the_data_where_its_path_is_named(tmp_path: Path) -> None:
+    source = ConfigSource(read_base(configuration(tmp_path)), None, "data.batch_size")
+    assert [source.parts(0.1, seed).data.batch_size for seed in (3, 4)] == [3, 4]  # type: ignore[union-attr]
+    other = ConfigSource(read_base({**configuration(tmp_path)}), None, None)
+    assert source.identity() != other.identity()
+    with pytest.raises(ConfigurationError, match="--seed-path data.sed names no parameter"):
+        ConfigSource(read_base(configuration(tmp_path)), None, "data.sed")
 
 
 class Two(BalancedModule):
