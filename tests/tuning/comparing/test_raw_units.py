@@ -104,9 +104,13 @@ def test_trainers_leave_nothing_behind_and_all_rows_train_as_long(
 ) -> None:
     """A Trainer as Lightning makes it by default: it logs, keeps checkpoints, and here would stop at once."""
     monkeypatch.chdir(tmp_path)
-    stop = functools.partial(EarlyStopping, "val/loss/total", patience=0, min_delta=1e9)
-    made = lambda: pl.Trainer(max_epochs=3, accelerator="cpu", callbacks=[stop(), GradientConflict(figure=False)])  # noqa: E731
-    assert [type(one).__name__ for one in stripped(made()).callbacks] == []  # type: ignore[attr-defined]
+
+    def made() -> pl.Trainer:
+        stop = EarlyStopping("val/loss/total", patience=0, min_delta=1e9)
+        return pl.Trainer(max_epochs=3, accelerator="cpu", callbacks=[stop, GradientConflict(figure=False)])
+
+    callbacks: list[pl.Callback] = stripped(made()).callbacks  # type: ignore[attr-defined]
+    assert callbacks == []
     source = SetupSource(Setup(model, data, made, lr=1e-2))
     rows, _ = read_rows(source.tasks, [], [], 1)
     outcome = train(source, rows[0], Training("compare", EQUAL, None, Candidate(0, 1e-2), 1))
@@ -131,7 +135,7 @@ def test_a_seed_reaches_the_data_where_its_path_is_named(tmp_path: Path) -> None
     assert [source.parts(0.1, seed).data.batch_size for seed in (3, 4)] == [3, 4]  # type: ignore[union-attr]
     other = ConfigSource(read_base({**configuration(tmp_path)}), None, None)
     assert source.identity() != other.identity()
-    with pytest.raises(ConfigurationError, match="--seed-path data.sed names no parameter"):
+    with pytest.raises(ConfigurationError, match=r"--seed-path data\.sed names no parameter"):
         ConfigSource(read_base(configuration(tmp_path)), None, "data.sed")
 
 
