@@ -24,7 +24,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #3d444d; --page: #0d1117;
   --card: #151b23; --better: #58a6ff; --worse: #f0883e; } }
 * { box-sizing: border-box }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 62rem;
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 72rem;
   margin: 0 auto; padding: 2rem 1.25rem 4rem }
 h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
 .about, .notes { color: var(--soft); font-size: .9rem } .about { margin: .2rem 0 0 }
@@ -35,6 +35,7 @@ th, td { padding: .42rem .7rem; text-align: right; border-bottom: 1px solid var(
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page) }
 th { color: var(--soft); font-weight: 600 } .better { color: var(--better); font-weight: 600 }
 .worse { color: var(--worse); font-weight: 600 } small { color: var(--soft); font-weight: 400 }
+td:first-child small { display: block; max-width: 15rem; white-space: normal }
 """
 
 
@@ -102,7 +103,7 @@ def _main_table(result: Comparison) -> str:
     lines = []
     for row in result.rows:
         name = html.escape(row.name + of_seeds(len(result.finished(row.name)), len(result.seeds)))
-        name += f"<br><small>{html.escape(row.variant)}</small>" if row.variant else ""
+        name += f"<small>{html.escape(row.variant)}</small>" if row.variant else ""
         if row.failed:
             lines.append([html.escape(row.name), "–", "failed", *["–"] * (len(heads) - 3)])
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
-from lightning_mtl.paired import LEVEL, Difference
+from lightning_mtl.paired import LEVEL, Difference, compare_with_zero
 from lightning_mtl.tuning.comparing.result import Comparison
 from lightning_mtl.tuning.comparing.rows import EQUAL, FIXED, INITIAL, SINGLE, STANDARDIZED
 
@@ -46,8 +46,8 @@ def verdict(result: Comparison) -> list[str]:
     widths = [(one.interval.high - one.interval.low) / 2 for one in found.values()]
     if not math.isnan(widths[0]):
         said.append(
-            f"These {len(result.seeds)} seeds show differences to within ±{statistics.median(widths):.2g} points "
-            f"of Δm (median over the rows; {min(widths):.2g} to {max(widths):.2g}); smaller ones may exist, unseen."
+            f"These {len(result.seeds)} seeds show differences to within ±{_points(statistics.median(widths))} points "
+            f"of Δm (median over the rows; {_points(min(widths))} to {_points(max(widths))}); smaller ones may exist, unseen."
         )
     else:
         said.append("One seed gives no interval: nothing can be told apart. Take five or more.")
@@ -96,10 +96,7 @@ def advice(result: Comparison) -> list[str]:
     )
     said: list[str] = []
     if better:
-        best = better[0]
-        said.append(
-            f"Take {best}: it is the furthest ahead of equal weights ({_numbers(found[best])}).{_how(result, best)}"
-        )
+        said += _to_take(result, better)
     elif alone := [name for name, one in found.items() if one.p < LEVEL and one.interval.mean < 0]:
         said.append(
             f"Take more seeds (--seeds) before you choose: {', '.join(alone)} would be ahead of equal weights if "
@@ -122,10 +119,41 @@ def advice(result: Comparison) -> list[str]:
         needed = seeds_for(WIDE, wide, len(result.seeds))
         number = f"roughly {needed}" if needed <= MOST_SEEDS else f"more than {MOST_SEEDS}"
         said.append(
-            f"Intervals are ±{wide:.2g} points wide: to see a difference of {WIDE:g} point takes {number} seeds "
+            f"Intervals are ±{_points(wide)} points wide: to see a difference of {WIDE:g} point takes {number} seeds "
             "(--seeds)."
         )
     return said
+
+
+def _to_take(result: Comparison, better: list[str]) -> list[str]:
+    """The row that is furthest ahead, and those that are not told apart from it, of which the cheapest is named."""
+    best, *others = better
+    said = [
+        (
+            f"Take {best}: it is the furthest ahead of equal weights ({_numbers(result.against_equal[best])})."
+            f"{_how(result, best)}"
+        )
+    ]
+    own = result.changes(best, EQUAL, result.counted)
+    behind = {
+        name: [
+            change - own[seed] for seed, change in result.changes(name, EQUAL, result.counted).items() if seed in own
+        ]
+        for name in others
+    }
+    alike = [name for name, one in compare_with_zero(behind).items() if not one.significant]
+    if alike:
+        times = {name: result.time_ratio(name) for name in (best, *alike)}
+        cheapest = min(times, key=lambda name: math.inf if math.isnan(times[name]) else times[name])
+        said.append(
+            f"Not told apart from {best}: {', '.join(alike)}. A step of {cheapest} is the cheapest of these, "
+            f"{times[cheapest]:.2f} times that with equal weights.{_how(result, cheapest) if cheapest != best else ''}"
+        )
+    return said
+
+
+def _points(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def seeds_for(margin: float, found: float, seeds: int) -> int:

@@ -107,6 +107,26 @@ def test_words_name_what_differs_and_the_figures_that_advice_rests_on() -> None:
     assert any("conflict in 45 %" in line and "PCGrad" in line for line in tips)
 
 
+def test_rows_that_are_not_told_apart_from_the_best_are_named_with_the_cheapest_of_them() -> None:
+    def row(name: str, seconds: float, *losses: float) -> RowOutcome:
+        scores = {seed: {"a": {"loss": loss}} for seed, loss in enumerate(losses, 1)}
+        return RowOutcome(name, scores, step_seconds=dict.fromkeys(scores, seconds))
+
+    rows = (
+        row("equal weights", 1.0, 10.0, 10.0, 10.0, 10.0),
+        row("best", 4.0, 1.0, 1.2, 0.8, 1.0),
+        row("cheap", 1.5, 1.1, 1.0, 1.1, 1.0),
+        row("behind", 1.2, 5.0, 5.1, 4.9, 5.0),
+    )
+    result = Comparison(rows, {"a": {"loss": False}}, ("a",), (1, 2, 3, 4), "val")
+    differences = [own[1] - own[0] for own in ([1.0, 1.1], [1.2, 1.0], [0.8, 1.1], [1.0, 1.0])]
+    assert stats.ttest_1samp(differences, 0).pvalue > 0.05
+    assert advice(result)[0].startswith("Take best: it is the furthest ahead of equal weights (Δm -90.0 %")
+    assert advice(result)[1] == (
+        "Not told apart from best: cheap. A step of cheap is the cheapest of these, 1.50 times that with equal weights."
+    )
+
+
 def test_more_seeds_are_advised_where_only_the_correction_stands_between() -> None:
     def row(name: str, *losses: float) -> RowOutcome:
         return RowOutcome(name, {seed: {"a": {"loss": loss}} for seed, loss in enumerate(losses, 1)})
