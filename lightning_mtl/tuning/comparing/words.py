@@ -47,7 +47,8 @@ def verdict(result: Comparison) -> list[str]:
     if not math.isnan(widths[0]):
         said.append(
             f"These {len(result.seeds)} seeds show differences to within ±{_points(statistics.median(widths))} points "
-            f"of Δm (median over the rows; {_points(min(widths))} to {_points(max(widths))}); smaller ones may exist, unseen."
+            f"of Δm (median over the rows; {_points(min(widths))} to {_points(max(widths))}); smaller ones may exist, "
+            "unseen."
         )
     else:
         said.append("One seed gives no interval: nothing can be told apart. Take five or more.")
