@@ -97,11 +97,11 @@ class Rotating(Wrapper):
         chosen = self.to_renew(signals.tasks, given.shape[1])
         if signals.norms is not None:  # of all tasks' gradients, under accumulation
             given = without_scale(given, signals.norms)[0][chosen]
-        if not bool(torch.isfinite(given).all()):  # the step will be skipped
-            ones = torch.ones_like(signals.losses)
-            return Decision(ones, None if self.weighs_heads else ones)
         places = [present[position] for position in chosen]
         products = self._products_with(places, given)
+        if not bool(torch.isfinite(products).all()):  # on the host; the step will be skipped
+            ones = torch.ones_like(signals.losses)
+            return Decision(ones, None if self.weighs_heads else ones)
         self._coming = signals.step, places, given, products
         return super().decide(self._seen(signals, present, products), present, measured=measured)
 
@@ -133,9 +133,10 @@ class Rotating(Wrapper):
             memory[place] = row
         known = [place for place, one in enumerate(memory) if one is not None]
         wide = widest(given.device)  # solvers see small differences between large products
-        for place, row in zip(places, given, strict=True):
-            own = [(row * one.to(row)).sum(dtype=wide) for one in memory if one is not None]
-            products[place, known] = products[known, place] = torch.stack(own).cpu().double()
+        rows = [one for one in memory if one is not None]
+        found = torch.stack([torch.stack([(row * one.to(row)).sum() for one in rows]) for row in given.to(wide)])
+        for place, own in zip(places, found.cpu().double(), strict=True):  # one wait for a device
+            products[place, known] = products[known, place] = own
         return products
 
     def _seen(self, signals: Signals, present: Sequence[int], products: Tensor) -> Signals:
