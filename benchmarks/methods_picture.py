@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from benchmarks.methods_report import Row
-from benchmarks.paired import Difference, t_interval
 from benchmarks.real_problems import Problem
 from benchmarks.trials import EQUAL, SINGLE
 from lightning_mtl.monitors.figures import blank_figure
+from lightning_mtl.paired import Difference, t_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,11 +12,11 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.paired import Difference, compare, t_interval
 from benchmarks.real_problems import TRAIN_BATCH, Problem
 from benchmarks.step_time import environment
 from benchmarks.trials import EQUAL, SINGLE, STATIC, Method, Trial, Tuned
 from lightning_mtl.metrics import Interval, delta_m, mean_rank
+from lightning_mtl.paired import Difference, compare, t_interval
 
 MOST_TASK_COLUMNS = 3
 Comparison = dict[str, dict[str, Difference]]  # {what with: {row: by how much its Δm is above}}

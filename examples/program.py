@@ -15,7 +15,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from scipy.stats import t as student
+
+from lightning_mtl.paired import t_interval
 
 
 def quieten() -> None:
@@ -71,8 +72,8 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
 
 def margin_of(differences: Sequence[float]) -> float:
     """Half the 95 % interval of Student's t for paired differences: few seeds make it wide, as it should be."""
-    margin: float = student.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
-    return margin
+    mean, _, high = t_interval(differences)
+    return high - mean
 
 
 def show_tensorboard(console: Console, folder: Path) -> None:

@@ -268,7 +268,7 @@ def test_an_unknown_command_lists_the_commands(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = refused(monkeypatch, capsys, "fitt")
-    assert "did you mean fit? The commands are fit, validate, test, predict, tune, methods." in found
+    assert "did you mean fit? The commands are fit, validate, test, predict, tune, compare, methods." in found
 
 
 def test_help_and_print_config_are_readable(

@@ -16,10 +16,10 @@ from scipy.stats import ttest_1samp, ttest_rel
 
 from benchmarks import do_methods_work
 from benchmarks.methods_report import first_at_least, rows_of, verdict
-from benchmarks.paired import compare, holm, t_interval
 from benchmarks.real_problems import PROBLEMS, Problem, digits, tox21
 from benchmarks.trials import EQUAL, NAMED, REST, SINGLE, STATIC, Method, Trial, Tuned, static_grid, train
 from lightning_mtl import weighting as methods
+from lightning_mtl.paired import compare, holm, t_interval
 
 
 @pytest.fixture(autouse=True)

@@ -39,6 +39,7 @@ PAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "weighting": ("Weightings", ("lightning_mtl.weighting",)),
     "architectures": ("Architectures", ("lightning_mtl.architectures",)),
     "learning_rates": ("Learning rates", ("lightning_mtl.learning_rates",)),
+    "control": ("Control for each task", ("lightning_mtl.control",)),
     "monitors": ("Monitors", ("lightning_mtl.monitors",)),
     "data": ("Data", ("lightning_mtl.data",)),
     "transfer": ("Did it help?", ("lightning_mtl.transfer", "lightning_mtl.metrics")),

@@ -1,4 +1,4 @@
-"""The command line, ``lightning-mtl``: training from YAML, the table of methods, and searches."""
+"""The command line, ``lightning-mtl``: training from YAML, the table of methods, searches and comparisons."""
 
 from __future__ import annotations
 
@@ -50,6 +50,12 @@ def _tune(arguments: Sequence[str]) -> None:
     search(arguments)
 
 
+def _compare(arguments: Sequence[str]) -> None:
+    from lightning_mtl.cli.compare_command import run
+
+    run(arguments)
+
+
 def _methods(arguments: Sequence[str]) -> None:
     from lightning_mtl.cli.method_table import print_methods
 
@@ -65,6 +71,12 @@ COMMANDS = {
     "tune": Command(
         "search over weightings and hyperparameters",
         _tune,
+        "tune",
+        ("jsonargparse", "rich", "optuna", "matplotlib"),
+    ),
+    "compare": Command(
+        "compare weightings with equal weights and single tasks",
+        _compare,
         "tune",
         ("jsonargparse", "rich", "optuna", "matplotlib"),
     ),

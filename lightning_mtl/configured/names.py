@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_mtl.method.base import Weighting
 
-ROOMS = ("weighting", "architectures", "monitors", "learning_rates", "data", "finetuning")
+ROOMS = ("weighting", "architectures", "monitors", "learning_rates", "control", "data", "finetuning")
 
 
 def load_short_names() -> dict[str, str]:

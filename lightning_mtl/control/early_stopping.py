@@ -146,13 +146,18 @@ class TaskEarlyStopping(Callback):
         self._learned = list(learned)
         self._metrics = {task: metric for task, metric in metrics.items() if task in learned}
         self._higher = {task: higher[task] for task in self._metrics}
-        if isinstance(trainer.strategy, ModelParallelStrategy) and "head_only" in map(self._what, self._metrics):
+        if isinstance(trainer.strategy, ModelParallelStrategy) and self.parts_heads:
             raise ValueError(
                 f"{name}(then='head_only') differentiates heads by themselves, and sharded parameters (FSDP2) have "
                 "gradients in the one backward pass only; use then='drop', or strategy='ddp'."
             )
         if stage == "fit":  # a resumed run restores the state after this
             self._begin()
+
+    @property
+    def parts_heads(self) -> bool:
+        """Whether some task's head may come to train alone."""
+        return "head_only" in map(self._what, self._metrics)
 
     def _what(self, task: str) -> Then:
         return of_task(self.then, task, "drop")

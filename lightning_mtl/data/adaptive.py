@@ -99,6 +99,11 @@ class Adaptive(Drawn):
                 "name a metric for each of these."
             )
 
+    @property
+    def follows(self) -> bool:
+        """Return True: the shares come from validation."""
+        return True
+
     def check_goals(self, tasks: Mapping[str, Task], validated: Sequence[str]) -> None:
         """Refuse metrics that no goal follows from, and tasks that are never validated."""
         metrics = metrics_of("Adaptive", self.metric, tasks)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from lightning_mtl.data.division import ANSWERS, ShardIterables
 from lightning_mtl.data.mixing import Mixing
+from lightning_mtl.task.module import TaskModule
 
 T = TypeVar("T")
 
@@ -88,6 +89,23 @@ def _check_number(name: str, value: object, least: int) -> None:
         raise TypeError(f"{name} must be an int, found {value!r}.")
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}.")
+
+
+def check_following(mixing: Mixing, module: TaskModule, task_data: Callable[[Any], Mapping[str, Any] | None]) -> None:
+    """Refuse, at setup, a mixing mode that follows tasks whose validation, or data, it will not find.
+
+    Raises:
+        ValueError: If the data are named otherwise than the tasks, or the mode refuses.
+    """
+    if not mixing.follows:
+        return
+    validated = list((task_data("val") or {}) if module.trainer.limit_val_batches else {})
+    mixing.check_goals(module.tasks, validated)
+    if set(found := task_data("train") or {}) != set(module.tasks):
+        raise ValueError(
+            f"{type(mixing).__name__} follows the tasks {list(module.tasks)}, and train has data of {list(found)}; "
+            "name the data as the tasks, or mix them by Ratios or Proportional."
+        )
 
 
 def check_names(stage: str, found: Sequence[str], tasks: Sequence[str], *, complete: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import Dataset
 
-from lightning_mtl.data.arguments import check_data_arguments, check_names, value_for_task
+from lightning_mtl.data.arguments import check_data_arguments, check_following, check_names, value_for_task
 from lightning_mtl.data.division import ShardIterables
 from lightning_mtl.data.loaders import EvaluationLoader, MixedLoader
 from lightning_mtl.data.mixing import Joint, Mixing
@@ -147,15 +147,12 @@ class MultiTaskDataModule(pl.LightningDataModule):
         """Refuse data whose names are not those of the module's tasks; start the training data from the beginning."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         if isinstance(module, TaskModule):
-            validated: list[str] = []
             # A module without a trunk reads batches by itself, under whatever names.
             for part in LOADED_STAGES[stage] if module.the_trunk is not None else ():
                 if (data := self.task_data(part)) is not None:
                     check_names(part, list(data), list(module.tasks), complete=part == "train")
-                    if part == "val" and self.trainer is not None and self.trainer.limit_val_batches:
-                        validated = list(data)
             if stage == "fit":
-                self.mixing.check_goals(module.tasks, validated)
+                check_following(self.mixing, module, self.task_data)
         # Lightning validates where the hook val_dataloader is overridden. Whether there are validation data is known
         # here only, so that the instance takes the override back, as LightningDataModule.from_datasets does.
         vars(self).pop("val_dataloader", None)

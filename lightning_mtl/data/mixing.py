@@ -59,6 +59,11 @@ class Mixing(ABC):
     def check(self, tasks: Sequence[str]) -> None:  # noqa: B027 - most modes have no names to check
         """Refuse names that are no task of the data."""
 
+    @property
+    def follows(self) -> bool:
+        """Whether :meth:`shares` looks at the tasks' validation."""
+        return False
+
     def check_goals(self, tasks: Mapping[str, Task], validated: Sequence[str]) -> None:  # noqa: B027 - most have none
         """Refuse, at setup, what no progress can be followed of; ``validated`` are the tasks with validation data."""
 

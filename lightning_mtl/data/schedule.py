@@ -52,13 +52,21 @@ class Schedule(Mixing):
 
     def check(self, tasks: Sequence[str]) -> None:
         """Refuse modes that name other tasks; those that a function returns are checked in their epoch."""
-        for mode in self.modes.values() if isinstance(self.modes, Mapping) else [self.in_epoch(0)]:
+        for mode in self._known_modes():
             mode.check(tasks)
 
+    @property
+    def follows(self) -> bool:
+        """Return whether a mode follows validation; of those that a function returns, that of epoch 0."""
+        return any(mode.follows for mode in self._known_modes())
+
     def check_goals(self, tasks: Mapping[str, Task], validated: Sequence[str]) -> None:
-        """Refuse modes that could not follow the tasks; those that a function returns, in epoch 0."""
-        for mode in self.modes.values() if isinstance(self.modes, Mapping) else [self.in_epoch(0)]:
+        """Refuse modes that could not follow the tasks; of those that a function returns, that of epoch 0."""
+        for mode in self._known_modes():
             mode.check_goals(tasks, validated)
+
+    def _known_modes(self) -> list[Mixing]:
+        return list(self.modes.values()) if isinstance(self.modes, Mapping) else [self.in_epoch(0)]
 
     def in_epoch(self, epoch: int) -> Mixing:
         """Return the mode with the latest first epoch, or what the function returns."""

@@ -35,6 +35,8 @@ def find_shared(
         ValueError: If a weighting measures at shared parameters, all tasks were seen, and none are shared.
     """
     sharing = module.sharing
+    # Heads that may come to train alone have to be known from what is shared before they do.
+    observed |= cast.stopping is not None and cast.stopping.parts_heads
     needed = window.way != "losses" or window.size > 1 or observed or window.at_shared
     if sharing is None or window.repeats or not needed:
         return

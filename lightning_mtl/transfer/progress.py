@@ -89,7 +89,11 @@ class Progress:
 
     def only(self, trainer: pl.Trainer) -> pl.Trainer:
         """Return the Trainer without progress bars, summaries and tables of its own."""
-        if self.show:
-            own = (ProgressBar, ModelSummary, FitTable)
-            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, own)]  # type: ignore[attr-defined]
-        return trainer
+        return without_displays(trainer) if self.show else trainer
+
+
+def without_displays(trainer: pl.Trainer) -> pl.Trainer:
+    """Return the Trainer without progress bars, summaries and tables: it is one of many."""
+    own = (ProgressBar, ModelSummary, FitTable)
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, own)]  # type: ignore[attr-defined]
+    return trainer

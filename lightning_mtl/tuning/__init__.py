@@ -1,4 +1,4 @@
-"""Searches over weightings and hyperparameters, on Optuna; with the extra ``tune``."""
+"""Searches over weightings and hyperparameters, and comparisons of methods, on Optuna; with the extra ``tune``."""
 
 try:
     import optuna  # noqa: F401
@@ -9,7 +9,8 @@ except ImportError as error:
     ) from error
 
 from lightning_mtl.method.search_space import Choice, Range
+from lightning_mtl.tuning.comparing import Comparison, Setup, compare
 from lightning_mtl.tuning.result import Result
 from lightning_mtl.tuning.search import tune
 
-__all__ = ["Choice", "Range", "Result", "tune"]
+__all__ = ["Choice", "Comparison", "Range", "Result", "Setup", "compare", "tune"]

@@ -1,18 +1,25 @@
-"""The identity of a study: everything that its objective depends on, and what differs when it is resumed."""
+"""The identity of a study: what its values depend on, and the refusal of another question under the same name."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import optuna
+from optuna.storages import BaseStorage
+
+from lightning_mtl.configured import ConfigurationError
 from lightning_mtl.transfer.values import class_name, digest_of
 from lightning_mtl.tuning.configuration import BaseConfig
 from lightning_mtl.tuning.goals import Direction
 from lightning_mtl.tuning.space import Space
+from lightning_mtl.tuning.trial import TrialProcesses
 
 QUESTION = "question"  # the study's user attribute
 SEEDS = "seeds"
 SHOWN = 3
+MOMENT = 2.0  # seconds
 
 
 def identity_of(base: BaseConfig, space: Space, directions: Sequence[Direction], seeds: int) -> dict[str, int | str]:
@@ -30,15 +37,16 @@ def identity_of(base: BaseConfig, space: Space, directions: Sequence[Direction],
         "number of processes": base.world_size,
     }
     parts |= {f"parameters.{path}": allowed for path, allowed in space.parameters.items()}
-    parts |= dict(_leaves(base.values, ""))
+    parts |= dict(leaves(base.values, ""))
     return {SEEDS: seeds, **{name: digest_of(part)[:12] for name, part in parts.items()}}
 
 
-def _leaves(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
+    """Yield each value of a nested mapping with its path."""
     for key, value in values.items():
         path = f"{before}{key}"
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{path}.")
+            yield from leaves(value, f"{path}.")
         else:
             yield path, value
 
@@ -56,9 +64,46 @@ def differences(begun: object, asked: Mapping[str, int | str]) -> str | None:
     """
     if not isinstance(begun, Mapping):
         return "by an earlier version, which did not note the number of seeds"
-    found = [f"with --seeds {begun.get(SEEDS)}, not {asked[SEEDS]}"] if begun.get(SEEDS) != asked[SEEDS] else []
+    found = [f"with --seeds {begun.get(SEEDS)}, not {asked.get(SEEDS)}"] if begun.get(SEEDS) != asked.get(SEEDS) else []
     names = sorted(name for name in {*begun, *asked} - {SEEDS} if begun.get(name) != asked.get(name))
     if names:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         found.append(f"with another configuration or space ({', '.join(names[:SHOWN])}{more})")
     return ", and ".join(found) or None
+
+
+def open_study(
+    storage: BaseStorage,
+    name: str,
+    directions: Sequence[Direction],
+    asked: Mapping[str, int | str],
+    ranks: TrialProcesses,
+    sampler: optuna.samplers.BaseSampler,
+    pruner: optuna.pruners.BasePruner,
+) -> optuna.Study:
+    """Create a study or load it; of several workers one creates it, and notes what it asks.
+
+    Raises:
+        ConfigurationError: If it was begun with another question.
+    """
+    if ranks.leads:
+        try:
+            study = optuna.create_study(
+                storage=storage, study_name=name, directions=list(directions), sampler=sampler, pruner=pruner
+            )
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(storage=storage, study_name=name)
+            begun = time.monotonic()
+            while QUESTION not in study.user_attrs and time.monotonic() - begun < MOMENT:
+                time.sleep(MOMENT / 10)  # the worker that has created it just now is about to say this
+        # The worker that created the study may have died, or lost its answer, before it could say this.
+        if QUESTION not in study.user_attrs:
+            study.set_user_attr(QUESTION, dict(asked))
+    ranks.broadcast(None)  # the others load what rank 0 has made
+    study = optuna.load_study(storage=storage, study_name=name, sampler=sampler, pruner=pruner)
+    if said := differences(study.user_attrs.get(QUESTION, asked), asked):
+        raise ConfigurationError(
+            f"study {name!r} was begun {said}: trials of both would not be comparable; give this one another name "
+            "(--name), or go back to what it was begun with."
+        )
+    return study

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -23,7 +22,7 @@ from lightning_mtl.transfer.progress import Progress, quiet
 from lightning_mtl.tuning.addresses import without_passwords
 from lightning_mtl.tuning.configuration import BaseConfig, check_space, other_callbacks, read_base
 from lightning_mtl.tuning.goals import Direction
-from lightning_mtl.tuning.identity import QUESTION, differences, identity_of
+from lightning_mtl.tuning.identity import identity_of, open_study
 from lightning_mtl.tuning.result import Result, write_report
 from lightning_mtl.tuning.space import Space, read_space
 from lightning_mtl.tuning.storage import counting, fail_and_repeat, open_storage
@@ -155,31 +154,10 @@ def _study(
     # In Optuna 5, running trials count as bad ones by default, so that workers do not all try the same.
     sampler = sampler or optuna.samplers.TPESampler()
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if prune else optuna.pruners.NopPruner()
-    if ranks.leads:
-        try:
-            study = optuna.create_study(
-                storage=storage, study_name=name, directions=list(directions), sampler=sampler, pruner=pruner
-            )
-        except optuna.exceptions.DuplicatedStudyError:
-            study = optuna.load_study(storage=storage, study_name=name)
-            begun = time.monotonic()
-            while QUESTION not in study.user_attrs and time.monotonic() - begun < MOMENT:
-                time.sleep(MOMENT / 10)  # the worker that has created it just now is about to say this
-        # The worker that created the study may have died, or lost its answer, before it could say this.
-        if QUESTION not in study.user_attrs:
-            study.set_user_attr(QUESTION, dict(asked))
-    ranks.broadcast(None)  # the others load what rank 0 has made
-    study = optuna.load_study(storage=storage, study_name=name, sampler=sampler, pruner=pruner)
-    if said := differences(study.user_attrs.get(QUESTION, asked), asked):
-        raise ConfigurationError(
-            f"study {name!r} was begun {said}: trials of both would not be comparable; give this one another name "
-            "(--name), or go back to what it was begun with."
-        )
-    return study
+    return open_study(storage, name, directions, asked, ranks, sampler, pruner)
 
 
 BASELINES = "baselines"
-MOMENT = 2.0  # seconds
 
 
 def with_baselines(

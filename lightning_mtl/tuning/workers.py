@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
@@ -23,22 +19,10 @@ from lightning_mtl.tuning.configuration import BaseConfig, trial_configuration
 from lightning_mtl.tuning.goals import NotLoggedError
 from lightning_mtl.tuning.pruning import Pruning
 from lightning_mtl.tuning.space import Space, as_text
-from lightning_mtl.tuning.storage import (
-    ERROR,
-    SURPLUS,
-    WORKER,
-    counting,
-    fail_and_repeat,
-    fail_silent_trials,
-    has_heartbeat,
-    is_recovering,
-    is_surplus,
-    sign_of_life,
-    without_sign,
-)
+from lightning_mtl.tuning.storage import SURPLUS, counting, has_heartbeat, is_surplus
 from lightning_mtl.tuning.trial import Job, RankError, TrialProcesses, train
+from lightning_mtl.tuning.turns import Turn, note_error, repeat_lost_trials
 
-_logger = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 SEED_VALUES = "values_by_seed"
 
@@ -73,7 +57,10 @@ class Worker:
     silence: int
     shown: Progress
     _stopped_by: Exception | None = field(default=None, init=False)
-    _running: optuna.Trial | None = field(default=None, init=False)
+    _turn: Turn = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._turn = Turn(self.study, self.storage, self._trial)
 
     def work(self, timeout: float | None = None) -> None:
         """Run trials until the study is complete, or no new one may begin after so many seconds.
@@ -87,12 +74,12 @@ class Worker:
         begun = time.monotonic()
         try:
             while timeout is None or time.monotonic() - begun < timeout:
-                self._repeat_lost_trials()
+                repeat_lost_trials(self.study, self.storage, self.silence)
                 trials = self.study.get_trials(deepcopy=False)
                 counted = counting(trials)
                 waiting = any(trial.state == TrialState.WAITING for trial in trials)
                 if waiting or len(counted) < self.total:
-                    self._run_trial()
+                    self._turn.take()
                 elif has_heartbeat(self.storage) and any(trial.state == TrialState.RUNNING for trial in counted):
                     time.sleep(POLL_SECONDS)  # one of them may have to be taken over
                 else:
@@ -102,36 +89,7 @@ class Worker:
         finally:
             self.ranks.broadcast(None)
 
-    def _run_trial(self) -> None:
-        try:
-            # Whatever a trial raises is its own end; the next may do better.
-            self.study.optimize(self._trial, n_trials=1, catch=(Exception,))
-        except (ValueError, UpdateFinishedTrialError):
-            # Optuna refuses the result of a trial that has ended.
-            if (trial := self._running) is None or not self._has_ended(trial):
-                raise
-            _logger.warning(
-                "Trial %d was given to another worker, as this one was silent for too long; its result does not count.",
-                trial.number,
-            )
-
-    def _has_ended(self, trial: optuna.Trial) -> bool:
-        return self.study._storage.get_trial(trial._trial_id).state.is_finished()
-
-    def _repeat_lost_trials(self) -> None:
-        if not has_heartbeat(self.storage):
-            return
-        fail_silent_trials(self.study)
-        # Whether the storage was away is known after a call to it.
-        trials = self.study.get_trials(deepcopy=False)
-        if not is_recovering(self.storage):
-            for trial in without_sign(trials, self.silence):
-                fail_and_repeat(self.study, trial)
-
     def _trial(self, trial: optuna.Trial) -> float | list[float]:
-        self._running = trial
-        sign_of_life(self.storage, trial)
-        trial.set_user_attr(WORKER, f"{socket.gethostname()}:{os.getpid()}")
         if is_surplus(self.study.get_trials(deepcopy=False), trial.number, self.total):
             trial.set_user_attr(SURPLUS, True)
             raise optuna.TrialPruned("There are enough trials: another worker was faster.")
@@ -142,7 +100,7 @@ class Worker:
         except optuna.TrialPruned:
             raise
         except Exception as error:
-            trial.set_user_attr(ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")
+            note_error(trial, error)
             if isinstance(error, NotLoggedError):
                 self._stopped_by = error
             raise

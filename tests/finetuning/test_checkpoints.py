@@ -104,7 +104,7 @@ def test_safetensors(tmp_path: Path) -> None:
 def test_safetensors_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
     (tmp_path / "saved.safetensors").touch()
-    with pytest.raises(ImportError, match=r"lightning-mtl\[safetensors\]"):
+    with pytest.raises(ImportError, match=r"pip install safetensors"):
         load_trunk(trunk(), tmp_path / "saved.safetensors")
 
 

@@ -136,7 +136,7 @@ def test_hooks_reach_the_wrapped_method() -> None:
         (lambda: CRMOGM(MGDA(start_step=1)), ValueError, "pass them to CRMOGM"),
         (lambda: CRMOGM(MGDA(total=1.0)), ValueError, "pass them to CRMOGM"),
         (lambda: FromTorchJD(3), TypeError, r"takes an instance of a TorchJD weighting .* found int"),  # type: ignore[arg-type]
-        (lambda: FromTorchJD(MGDA), TypeError, r"lightning-mtl\[torchjd\]"),  # type: ignore[arg-type]
+        (lambda: FromTorchJD(MGDA), TypeError, r"pip install torchjd"),  # type: ignore[arg-type]
     ],
 )
 def test_arguments(make: Any, error: type[Exception], message: str) -> None:

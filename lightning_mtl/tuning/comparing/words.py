@@ -1,0 +1,180 @@
+"""What a comparison says in words: what differs, what does not, and what to try next."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from lightning_mtl.paired import Difference
+from lightning_mtl.tuning.comparing.result import Comparison
+from lightning_mtl.tuning.comparing.rows import EQUAL, FIXED, INITIAL, SINGLE, STANDARDIZED
+
+# Above it, one task's gradient drowns another's; below, lengths are much alike.
+FAR_APART = 10.0
+# Pairs of gradients of random directions conflict in half of all steps; tasks that learn together rarely reach a third.
+MUCH_CONFLICT, LITTLE_CONFLICT = 1 / 3, 0.1
+WIDE = 1.0  # points of Δm
+DIRECTIONAL = ("PCGrad", "CAGrad", "UPGrad", "NashMTL", "AlignedMTL")
+
+
+def verdict(result: Comparison) -> list[str]:
+    """Say what differs from equal weights, what does not, and how learning together compares with single tasks."""
+    found = {name: one for name, one in result.against_equal.items() if not math.isnan(one.interval.mean)}
+    if not found:
+        return ["There is no row to compare with equal weights yet."]
+    if not result.finished(EQUAL):
+        return ["Equal weights diverged with every seed, so that nothing can be compared with them."]
+    better = {name: one for name, one in found.items() if one.significant and one.interval.mean < 0}
+    worse = {name: one for name, one in found.items() if one.significant and one.interval.mean > 0}
+    alone = [name for name, one in found.items() if one.p < 0.05 and not one.significant]
+    same = [name for name in found if name not in {*better, *worse, *alone}]
+    where = "test" if result.stage == "test" else "validation"
+    said = [
+        (
+            f"On {where} data, against equal weights, {len(found)} rows, 5 % level after Holm's correction: "
+            f"{len(better)} better, {len(worse)} worse, {len(found) - len(better) - len(worse)} not told apart."
+        )
+    ]
+    said += [f"Better than equal weights: {_listed(better)}."] if better else ["No row is better than equal weights."]
+    said += [f"Worse than equal weights: {_listed(worse)}."] if worse else []
+    if same:
+        said.append(f"Not told apart from equal weights: {', '.join(same)}.")
+    if alone:
+        said.append(f"Below 5 % only before the correction, so no finding: {', '.join(alone)}.")
+    widths = [(one.interval.high - one.interval.low) / 2 for one in found.values()]
+    if not math.isnan(widths[0]):
+        said.append(
+            f"These {len(result.seeds)} seeds show differences to within ±{statistics.median(widths):.2g} points "
+            f"of Δm (median over the rows; {min(widths):.2g} to {max(widths):.2g}); smaller ones may exist, unseen."
+        )
+    else:
+        said.append("One seed gives no interval: nothing can be told apart. Take five or more.")
+    if (one := result.against_single.get(EQUAL)) is not None and not math.isnan(one.interval.mean):
+        said.append(f"Learning together, with equal weights, against each task alone: {_against(one)}.")
+    for row in result.rows:
+        finished = len(result.finished(row.name))
+        if not row.failed and finished < len(row.scores):
+            said.append(f"{row.name} diverged with {len(row.scores) - finished} of {len(row.scores)} seeds.")
+    said += [f"{row.name} failed: {row.failed}" for row in result.rows if row.failed]
+    said += [f"{name} is left out: {why}." for name, why in (result.left_out or {}).items()]
+    if result.unfinished:
+        said.append(f"{result.unfinished} trainings are missing: the same command goes on.")
+    return said
+
+
+def _listed(found: dict[str, Difference]) -> str:
+    ordered = sorted(found.items(), key=lambda pair: pair[1].interval.mean)
+    return "; ".join(f"{name} ({_numbers(one)})" for name, one in ordered)
+
+
+def _numbers(one: Difference) -> str:
+    mean, low, high = one.interval
+    ends = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
+    p = "p < 0.001" if one.p_corrected < 0.001 else f"p = {one.p_corrected:.3f}"
+    return f"Δm {mean:+.1f} %{ends}, {p}"
+
+
+def _against(one: Difference) -> str:
+    if not one.significant:
+        return f"not told apart ({_numbers(one)})"
+    return f"{'better' if one.interval.mean < 0 else 'worse'} ({_numbers(one)})"
+
+
+def advice(result: Comparison) -> list[str]:
+    """Say what to try next, each piece with the figure that it rests on."""
+    found = result.against_equal
+    better = sorted(
+        (name for name, one in found.items() if one.significant and one.interval.mean < 0 and name != SINGLE),
+        key=lambda name: found[name].interval.mean,
+    )
+    said: list[str] = []
+    if better:
+        best = better[0]
+        said.append(
+            f"Take {best}: it is the furthest ahead of equal weights ({_numbers(found[best])}).{_how(result, best)}"
+        )
+    elif result.finished(EQUAL):
+        said.append("Keep equal weights: no row is ahead of them beyond noise, and none is cheaper or simpler.")
+    said += _of_scales(result, better) + _of_conflict(result, better) + _of_single_tasks(result, better)
+    for row in result.rows:
+        said += [f"{row.name}: {edge}; try others with lrs (--lrs)." for edge in row.edges]
+        if not row.failed and row.scores and len(result.finished(row.name)) < len(row.scores):
+            said.append(
+                f"{row.name} diverged in {len(row.scores) - len(result.finished(row.name))} of {len(row.scores)} "
+                "seeds: try a lower learning rate (--lrs), or gradient_clip_val."
+            )
+    halves = [(one.interval.high - one.interval.low) / 2 for one in found.values()]
+    widths = [half for half in halves if not math.isnan(half)]
+    if widths and (wide := statistics.median(widths)) > WIDE:
+        needed = math.ceil(len(result.seeds) * (wide / WIDE) ** 2)
+        said.append(
+            f"Intervals are ±{wide:.2g} points wide: to see a difference of {WIDE:g} point takes roughly {needed} "
+            "seeds (--seeds)."
+        )
+    return said
+
+
+def _how(result: Comparison, row: str) -> str:
+    weights = next(own.variant for own in result.rows if own.name == row)
+    return {
+        STANDARDIZED: " Write Task(standardize=True) for the regressions.",
+        INITIAL: ' Write Task(loss_scale="initial") for the tasks.',
+        FIXED: f" Give StaticWeights these weights: {weights}.",
+    }.get(row, "")
+
+
+def _of_scales(result: Comparison, better: list[str]) -> list[str]:
+    norms = {task: norm for task, norm in ((result.figures or {}).get("norms") or {}).items() if norm > 0}
+    if len(norms) < 2:
+        return []
+    large, small = max(norms, key=norms.__getitem__), min(norms, key=norms.__getitem__)
+    ratio = norms[large] / norms[small]
+    figure = f"With equal weights the median gradient of {large} is {ratio:.3g} times as long as that of {small}"
+    if ratio < FAR_APART:
+        return [f"{figure}, at most: scales are much alike, and there is little to gain from evening them out."]
+    helped = [name for name in better if name in (STANDARDIZED, INITIAL, FIXED)]
+    if helped:
+        return [f"{figure}: that is what {', '.join(helped)} mend."]
+    return [
+        (
+            f"{figure}: {small} hardly moves what is shared. Try Task(standardize=True) for regressions, "
+            'Task(loss_scale="initial" or "running"), or a method that does not depend on scales (IMTLG, NashMTL, '
+            "ScaleInvariant)."
+        )
+    ]
+
+
+def _of_conflict(result: Comparison, better: list[str]) -> list[str]:
+    share = (result.figures or {}).get("conflict")
+    if share is None:
+        return []
+    figure = f"Gradients conflict in {100 * share:.0f} % of the pairs of tasks and measured steps"
+    if share > MUCH_CONFLICT:
+        tried = [name for name in DIRECTIONAL if name in result.against_equal]
+        rest = ", ".join(name for name in DIRECTIONAL if name not in tried)
+        if not tried or set(tried) & set(better):
+            return [f"{figure}: methods that look at directions may help, such as {rest}."]
+        return [
+            (
+                f"{figure}. Of the methods against that, {', '.join(tried)} did not help here; others are {rest}, or "
+                "less sharing (MMoE, PLE, groups of tasks by TaskAffinity)."
+            )
+        ]
+    if share < LITTLE_CONFLICT:
+        return [f"{figure}: methods against conflict have little to do here."]
+    return [f"{figure}: some, as is usual; methods against conflict may help a little."]
+
+
+def _of_single_tasks(result: Comparison, better: list[str]) -> list[str]:
+    name = better[0] if better else EQUAL
+    one = result.against_single.get(name)
+    if one is None or not one.significant:
+        return []
+    if one.interval.mean > 0:
+        return [
+            (
+                f"Even {name} is behind each task trained alone ({_numbers(one)}): give the tasks more of their own (a "
+                "larger trunk, MMoE, PLE, soft sharing), or train groups of them apart (TaskAffinity)."
+            )
+        ]
+    return [f"Learning together helps: {name} is ahead of each task trained alone ({_numbers(one)})."]

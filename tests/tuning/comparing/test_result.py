@@ -1,0 +1,140 @@
+"""The statistics of a comparison against scipy, its words, and its page."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lightning_mtl.tuning.comparing.page import write_page
+from lightning_mtl.tuning.comparing.result import Comparison, RowOutcome
+from lightning_mtl.tuning.comparing.words import advice, verdict
+
+DIRECTIONS = {"a": {"loss": False}, "b": {"accuracy": True}}
+SEEDS = (1, 2, 3, 4, 5)
+generator = np.random.default_rng(0)
+LOSSES, ACCURACIES = generator.uniform(1, 2, (4, 5)), generator.uniform(0.5, 0.9, (4, 5))
+LOSSES[2] = 0.5 * LOSSES[1] * (1 + 0.01 * LOSSES[0])
+ACCURACIES[2] = ACCURACIES[1]
+NAMES = ("single task", "equal weights", "ahead", "noise")
+
+
+def comparison(**more: object) -> Comparison:
+    rows = tuple(
+        RowOutcome(
+            name,
+            {s: {"a": {"loss": float(losses[i])}, "b": {"accuracy": float(own[i])}} for i, s in enumerate(SEEDS)},
+            (0.01,),
+            step_seconds=dict.fromkeys(SEEDS, 0.1 * (1 + place)),
+        )
+        for place, (name, losses, own) in enumerate(zip(NAMES, LOSSES, ACCURACIES, strict=True))
+    )
+    return Comparison(rows, DIRECTIONS, ("a", "b"), SEEDS, "test", **more)  # type: ignore[arg-type]
+
+
+def changes(row: int, base: int = 1) -> np.ndarray:
+    loss = (LOSSES[row] - LOSSES[base]) / LOSSES[base]
+    return np.asarray(100 * (loss - (ACCURACIES[row] - ACCURACIES[base]) / ACCURACIES[base]) / 2)
+
+
+def test_differences_are_those_of_scipys_paired_t_test() -> None:
+    result = comparison()
+    tests = {NAMES[row]: stats.ttest_1samp(changes(row), 0) for row in (0, 2, 3)}
+    for row, name in ((0, "single task"), (2, "ahead"), (3, "noise")):
+        found = result.against_equal[name]
+        low, high = tests[name].confidence_interval(0.95)
+        assert found.interval == pytest.approx((changes(row).mean(), low, high))
+        assert found.p == pytest.approx(tests[name].pvalue)
+        assert result.against_single.get(name) is None or found.p_corrected >= found.p
+    smallest = min(tests.values(), key=lambda test: test.pvalue)
+    assert result.against_equal["ahead"].p_corrected == pytest.approx(3 * smallest.pvalue)
+    assert result.against_single["noise"].interval.mean == pytest.approx(changes(3, 0).mean())
+
+
+def test_ranks_are_scipys_and_times_are_ratios() -> None:
+    result = comparison()
+    ranks = (stats.rankdata(LOSSES, axis=0) + stats.rankdata(-ACCURACIES, axis=0)).mean(axis=1) / 2
+    assert list(result.ranks.values()) == pytest.approx(list(ranks))
+    assert result.time_ratio("ahead") == pytest.approx(1.5)
+
+
+def test_a_seed_that_diverged_leaves_the_pairs_ranks_last_and_is_told() -> None:
+    rows = list(comparison().rows)
+    lost = {**rows[3].scores, 2: {"a": {"loss": math.nan}, "b": {"accuracy": 0.99}}}
+    rows[3] = RowOutcome("noise", lost, (0.01,))
+    result = Comparison(tuple(rows), DIRECTIONS, ("a", "b"), SEEDS, "test")
+    kept = np.delete(changes(3), 1)
+    assert result.against_equal["noise"].interval.mean == pytest.approx(kept.mean())
+    assert result.against_equal["noise"].p == pytest.approx(stats.ttest_1samp(kept, 0).pvalue)
+    assert "noise (4 of 5 seeds)" in result.markdown()
+    assert any("noise diverged with 1 of 5 seeds" in line for line in verdict(result))
+    best_there = np.array([LOSSES[0, 1], LOSSES[1, 1], LOSSES[2, 1]]).argmin()
+    assert best_there == 2  # so the lost accuracy of 0.99 gains no rank
+    assert result.ranks["noise"] > comparison().ranks["noise"] - 1e-9
+
+
+def test_only_main_tasks_count_where_roles_are_given() -> None:
+    result = Comparison(comparison().rows, DIRECTIONS, ("a",), SEEDS, "test")
+    expected = 100 * ((LOSSES[3] - LOSSES[1]) / LOSSES[1]).mean()
+    assert result.against_equal["noise"].interval.mean == pytest.approx(expected)
+    assert "Only the main tasks count: a." in result.markdown()
+
+
+def test_a_metric_that_is_0_for_equal_weights_is_left_out() -> None:
+    zero = {s: {"a": {"loss": 2.0}, "b": {"accuracy": 0.0}} for s in SEEDS}
+    half = {s: {"a": {"loss": 1.0}, "b": {"accuracy": 0.5}} for s in SEEDS}
+    rows = (RowOutcome("equal weights", zero), RowOutcome("other", half))
+    result = Comparison(rows, DIRECTIONS, ("a", "b"), SEEDS, "test")
+    assert result.against_equal["other"].interval.mean == pytest.approx(-50)
+    assert math.isnan(result.task_change("other", "b").mean)
+
+
+def test_words_name_what_differs_and_the_figures_that_advice_rests_on() -> None:
+    result = comparison(figures={"norms": {"a": 30.0, "b": 0.1}, "conflict": 0.45, "measured": 40})
+    said = verdict(result)
+    assert said[0].endswith("1 better, 0 worse, 2 not told apart.")
+    assert said[1].startswith("Better than equal weights: ahead (Δm -24")
+    assert any(line == "Not told apart from equal weights: single task, noise." for line in said)
+    tips = advice(result)
+    assert tips[0].startswith("Take ahead")
+    assert any("gradient of a is 300 times as long as that of b" in line and "standardize" in line for line in tips)
+    assert any("conflict in 45 %" in line and "PCGrad" in line for line in tips)
+
+
+class Numbers(HTMLParser):
+    """Collects the values of <data> elements, the links, and the texts of cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[float] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        held = dict(attrs)
+        self.values += [float(held["value"] or "")] if tag == "data" else []
+        self.links += [held[name] or "" for name in ("src", "srcset", "href") if name in held]
+
+
+def test_the_page_holds_everything_and_its_numbers_are_the_files(tmp_path: Path) -> None:
+    result = comparison()
+    page, parsed = write_page(result, about="a <b> & c"), Numbers()
+    parsed.feed(page)
+    assert len(parsed.links) == 2
+    assert all(link.startswith("data:image/png;base64,") for link in parsed.links)
+    assert not re.search(r"https?://|@import|<script|<link", page)
+    assert "a &lt;b&gt; &amp; c" in page
+    result.to_csv(tmp_path / "all.csv")
+    with (tmp_path / "all.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["quantity"] != "seed_score"]
+    written = {float(row[key]) for row in rows for key in ("mean", "low", "high", "p", "p_corrected") if row[key]}
+    assert set(parsed.values) <= written
+    wanted = {"delta_m_to_equal", "delta_m_to_single", "task_change", "mean_rank", "time_ratio"}
+    means = {float(row["mean"]) for row in rows if row["quantity"] in wanted}
+    assert means <= set(parsed.values)
+    assert all(line.partition("(")[0].strip() in page for line in verdict(result)[1:2])
