@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -142,13 +142,13 @@ class Potential(BalancedModule):
 
     def descriptors(self, positions: Tensor) -> Tensor:
         """All inverse distances, ``[n, N (N - 1) / 2]``."""
-        return 1 / (positions[:, self.first] - positions[:, self.second]).norm(dim=-1)
+        return 1 / (positions[:, self.first] - positions[:, self.second]).norm(dim=-1)  # type: ignore[no-any-return]
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Energies, ``[n]``, and forces, ``[n, N, 3]``."""
         with torch.enable_grad():
             positions = positions.clone().requires_grad_()
-            inputs = (self.descriptors(positions) - self.mean) / self.std
+            inputs = (self.descriptors(positions) - self.mean) / self.std  # type: ignore[operator]
             energies = self.net(inputs)[:, 0] * self.unit + self.center
             (slope,) = torch.autograd.grad(energies.sum(), positions, create_graph=self.training)
         return energies, -slope
@@ -159,7 +159,7 @@ class Potential(BalancedModule):
         residuals = {"energy": found[0] - energies, "forces": found[1] - forces}
         return {task: TaskOutput(r.square().mean(), residuals=r) for task, r in residuals.items()}
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's dictionary
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -19,7 +19,9 @@ import lightning_mtl
 from lightning_mtl import MultiTaskModule, weighting
 from lightning_mtl.cli import main
 from lightning_mtl.cli.method_table import methods
-from lightning_mtl.configured import MultiTaskCLI, condense, load_short_names
+from lightning_mtl.configured import MultiTaskCLI
+from lightning_mtl.configured.messages import condense
+from lightning_mtl.configured.names import load_short_names
 from tests.test_readme import commands_of
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

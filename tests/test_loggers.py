@@ -47,6 +47,7 @@ def test_tensorboard_has_the_method_in_hparams_beside_what_the_user_saved(tmp_pa
     session = hparams(found, "session_start_info").session_start_info.hparams
     values = {name: value.string_value or value.number_value for name, value in session.items()}
     assert {"method": "GradNorm", "method_arguments/alpha": 0.5, "width": 4}.items() <= values.items()
+    assert values["method_call"] == "GradNorm(alpha=0.5, importance={'a': 2.0})"
     assert values["method_arguments/importance/a"] == 2.0
     columns = {info.name.tag for info in hparams(found, "experiment").experiment.metric_infos}
     assert columns == {

@@ -34,7 +34,8 @@ class Command:
 def _lightning(arguments: Sequence[str]) -> None:
     """Run one of Lightning's commands, which reads the process's arguments itself."""
     del arguments
-    from lightning_mtl.configured import MultiTaskCLI, debugging, in_a_line, is_a_users_mistake, leave
+    from lightning_mtl.configured import MultiTaskCLI
+    from lightning_mtl.configured.messages import debugging, in_a_line, is_a_users_mistake, leave
 
     try:
         MultiTaskCLI()

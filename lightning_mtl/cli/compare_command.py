@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lightning_mtl.cli.tune_command import OneLineArguments
-from lightning_mtl.configured import PROGRAM, ConfigurationError, debugging, leave
+from lightning_mtl.configured.messages import PROGRAM, ConfigurationError, debugging, leave
 from lightning_mtl.tuning import compare
 from lightning_mtl.tuning.addresses import without_passwords
 from lightning_mtl.tuning.comparing.rows import DEFAULT_METHODS, SHORT

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lightning_mtl.configured import PROGRAM, ConfigurationError, debugging, leave
+from lightning_mtl.configured.messages import PROGRAM, ConfigurationError, debugging, leave
 from lightning_mtl.tuning import tune
 from lightning_mtl.tuning.addresses import without_passwords
 from lightning_mtl.tuning.patience import StorageAwayError

@@ -10,33 +10,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_mtl.balanced import BalancedModule
-from lightning_mtl.configured.messages import (
-    PROGRAM,
-    ConfigurationError,
-    OneLineParser,
-    condense,
-    debugging,
-    in_a_line,
-    in_one_line,
-    is_a_users_mistake,
-    leave,
-)
-from lightning_mtl.configured.names import choices, load_short_names, nearest
+from lightning_mtl.configured.messages import PROGRAM, ConfigurationError, OneLineParser, debugging, in_one_line
+from lightning_mtl.configured.names import load_short_names
 
-__all__ = [
-    "PROGRAM",
-    "ConfigurationError",
-    "MultiTaskCLI",
-    "choices",
-    "condense",
-    "debugging",
-    "in_a_line",
-    "in_one_line",
-    "is_a_users_mistake",
-    "leave",
-    "load_short_names",
-    "nearest",
-]
+__all__ = ["ConfigurationError", "MultiTaskCLI"]
 
 PROGRAM_DESCRIPTION = "Multi-task learning with PyTorch Lightning, from YAML."
 # Names that Lightning looks for itself, beside addresses and those of its registry of models.

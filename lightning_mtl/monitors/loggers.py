@@ -86,20 +86,23 @@ def hyperparameters_of(method: GivenArguments | None) -> dict[str, Any]:
     """Describe a method for a run's hyperparameters, in names and values that all loggers take.
 
     Returns:
-        ``method``, its name, and ``method_arguments``, what it was made with, defaults included; what is None is left
-        out. Loggers that know no nested values write ``method_arguments/alpha``.
+        ``method``, its name; ``method_call``, how it prints, ``GradNorm(alpha=0.5)``; and ``method_arguments``, all
+        that it was made with, defaults included, what is None left out. Loggers that know no nested values write
+        ``method_arguments/alpha``. TensorBoard has columns for what its first run has, so that runs of several methods
+        differ in the call there.
 
     Example:
         >>> from lightning_mtl.weighting import DWA
         >>> hyperparameters_of(DWA(temperature=1.0))["method_arguments"]["temperature"]
         1.0
         >>> hyperparameters_of(None)
-        {'method': 'equal'}
+        {'method': 'equal', 'method_call': 'equal'}
     """
     if method is None:
-        return {"method": EQUAL}
+        return {"method": EQUAL, "method_call": EQUAL}
     arguments = {name: _plain(value) for name, value in method.arguments.items() if value is not None}
-    return {"method": type(method).__name__} | ({"method_arguments": arguments} if arguments else {})
+    named = {"method": type(method).__name__, "method_call": repr(method)}
+    return named | ({"method_arguments": arguments} if arguments else {})
 
 
 def _plain(value: object) -> Any:  # noqa: ANN401 - numbers, texts, and dicts of them

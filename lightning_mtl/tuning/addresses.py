@@ -9,7 +9,7 @@ from urllib.parse import quote, quote_plus, unquote, unquote_plus
 import sqlalchemy
 from sqlalchemy.engine import URL
 
-from lightning_mtl.configured import ConfigurationError
+from lightning_mtl.configured.messages import ConfigurationError
 
 HIDDEN = "***"
 # A password reaches to the last @ of a word: an @ that was not encoded is one of its letters.

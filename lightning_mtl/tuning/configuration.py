@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
-from lightning_mtl.configured import ConfigurationError, MultiTaskCLI, choices, in_one_line
+from lightning_mtl.configured import MultiTaskCLI
+from lightning_mtl.configured.messages import ConfigurationError, in_one_line
+from lightning_mtl.configured.names import choices
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.task import Task
 from lightning_mtl.tuning.space import Space, value_of_label

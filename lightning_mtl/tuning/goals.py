@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-from lightning_mtl.configured import ConfigurationError, choices
+from lightning_mtl.configured.messages import ConfigurationError
+from lightning_mtl.configured.names import choices
 from lightning_mtl.task import Task
 
 Direction = Literal["minimize", "maximize"]

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
-from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
+from lightning_mtl.configured import MultiTaskCLI
+from lightning_mtl.configured.messages import ConfigurationError
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.transfer import single_task_baselines
 from lightning_mtl.transfer.cache import digest

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lightning_mtl.configured import ConfigurationError, choices, load_short_names
+from lightning_mtl.configured.messages import ConfigurationError
+from lightning_mtl.configured.names import choices, load_short_names
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Choice, Range
 from lightning_mtl.tuning.goals import Goal, read_goals

@@ -17,7 +17,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_mtl.configured import ConfigurationError
+from lightning_mtl.configured.messages import ConfigurationError
 from lightning_mtl.tuning.addresses import complete_address, has_password, missing_driver, shown, without_passwords
 from lightning_mtl.tuning.patience import PatientStorage, line
 

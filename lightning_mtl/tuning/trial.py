@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
+from lightning_mtl.configured import MultiTaskCLI
+from lightning_mtl.configured.messages import ConfigurationError
 from lightning_mtl.distributed import of_each, of_first
 from lightning_mtl.transfer.progress import quiet
 from lightning_mtl.tuning.goals import Goal

@@ -13,7 +13,7 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
-from lightning_mtl.configured import ConfigurationError
+from lightning_mtl.configured.messages import ConfigurationError
 from lightning_mtl.transfer.progress import Progress
 from lightning_mtl.tuning.configuration import BaseConfig, trial_configuration
 from lightning_mtl.tuning.goals import NotLoggedError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_mtl.configured import ConfigurationError
+from lightning_mtl.configured.messages import ConfigurationError
 from lightning_mtl.tuning.addresses import complete_address, shown, without_passwords
 from lightning_mtl.tuning.storage import open_storage
 

@@ -12,7 +12,8 @@ import yaml
 from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
+from lightning_mtl.configured import MultiTaskCLI
+from lightning_mtl.configured.messages import ConfigurationError
 from lightning_mtl.tuning import search, tune
 from lightning_mtl.tuning.configuration import BaseConfig
 from lightning_mtl.tuning.goals import NotLoggedError

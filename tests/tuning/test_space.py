@@ -10,7 +10,7 @@ import optuna
 import pytest
 
 from lightning_mtl import weighting
-from lightning_mtl.configured import ConfigurationError
+from lightning_mtl.configured.messages import ConfigurationError
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.search_space import Choice, Range
 from lightning_mtl.task import Task

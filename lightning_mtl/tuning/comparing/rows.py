@@ -11,8 +11,8 @@ import numpy as np
 from torch import nn
 from torch.nn import functional
 
-from lightning_mtl.configured import ConfigurationError, choices, in_one_line, load_short_names
-from lightning_mtl.configured.messages import OneLineParser
+from lightning_mtl.configured.messages import ConfigurationError, OneLineParser, in_one_line
+from lightning_mtl.configured.names import choices, load_short_names
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.task import Task
 from lightning_mtl.transfer.values import digest_of
