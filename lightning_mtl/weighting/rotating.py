@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lightning_mtl.devices import send, widest
+from lightning_mtl.devices import numbers, send, widest
 from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Decision, Signals
@@ -96,7 +96,7 @@ class Rotating(Wrapper):
         given = in_one(rows)
         chosen = self.to_renew(signals.tasks, given.shape[1])
         if signals.norms is not None:  # of all tasks' gradients, under accumulation
-            given = without_scale(given, signals.norms)[0][chosen]
+            given = without_scale(given, signals.norms)[0][numbers(chosen, given.device, torch.long)]
         places = [present[position] for position in chosen]
         products = self._products_with(places, given)
         if not bool(torch.isfinite(products).all()):  # on the host; the step will be skipped
@@ -116,7 +116,8 @@ class Rotating(Wrapper):
             if self.memory.shape != (len(self.tasks), given.shape[1]):
                 self.memory = given.new_zeros(len(self.tasks), given.shape[1])
                 self.renewed = torch.full((len(self.tasks),), -1)
-            self.memory[places] = given.to(self.memory)
+            for place, row in zip(places, given, strict=True):
+                self.memory[place] = row
             self.renewed[places] = signals.step
             self.products = products
             signals = self._seen(signals, present, products)
