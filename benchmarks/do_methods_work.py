@@ -4,52 +4,33 @@
     python -m benchmarks.do_methods_work --data tox21 --data-dir FOLDER   # or multimnist, adult
     python -m benchmarks.do_methods_work --only MGDA PCGrad --seeds 3     # a part; --full: all methods
 
-Each row gets the same number of steps and the same three learning rates to choose from, on validation data, by the
-first two seeds; fixed weights are chosen from five sets in the same way. A seed decides how the data are divided, the
-first weights and the order of the batches, and does so alike for all rows: so rows are compared seed by seed. Tested is
-the model after the last step, on data that nothing was chosen by.
+It is ``lightning_mtl.tuning.compare`` on these data: see docs/compare.md for how rows are chosen and compared. A seed
+decides how the data are divided, the first weights and the order of the batches, and does so alike for all rows.
+Started again it goes on where it was; started several times, it shares the work.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
-from benchmarks.methods_report import Row, compared, rows_of, table, verdict, write
-from benchmarks.real_problems import PROBLEMS, Problem, digits
-from benchmarks.trials import NAMED, REST, SINGLE, STATIC, Method, Tuned, complete, shared_methods, tune
+from benchmarks.method_rows import LEFT_OUT, NAMED, REST, made_for, setup_of
+from benchmarks.real_problems import PROBLEMS, TRAIN_BATCH, Problem, digits
+from benchmarks.step_time import environment
+from lightning_mtl.tuning import Comparison, compare
+from lightning_mtl.tuning.comparing.words import verdict
 from program import quieten
 
-TUNING_SEEDS = 2
+DRAWS = 5  # sets of fixed weights
 FILE_WIDTH = 160  # columns of a table that goes to a file, where no terminal says how many there are
-
-
-def run(problem: Problem, methods: Sequence[Method], options: argparse.Namespace, console: Console) -> dict[str, Tuned]:
-    """Tune all rows, then train them seed by seed, so that what a row is compared with ran beside it."""
-    seeds = range(options.seeds)
-    searches = sum(len(method.makes) for method in methods) * len(problem.learning_rates)
-    found: dict[str, Tuned] = {}
-    with Progress(console=console, transient=True) as progress:
-        tuning = seeds[:TUNING_SEEDS]
-        bar = progress.add_task("tuning", total=searches * len(tuning))
-        for method in methods:
-            progress.update(bar, description=f"tuning {method.name}")
-            told = lambda: progress.advance(bar)  # noqa: E731
-            found[method.name] = tune(problem, method, tuning_seeds=tuning, told=told)
-        bar = progress.add_task("other seeds", total=len(methods) * len(seeds))
-        for seed in seeds:
-            for method in methods:
-                complete(problem, method, found[method.name], seed)
-                progress.advance(bar)
-    return found
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,18 +48,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.data = options.data or "multidigits"
     if options.data != "multidigits" and options.data_dir is None:
         parser.error(f"--data {options.data} needs --data-dir, the folder with its files")
-    if unknown := [name for name in options.only if name not in {**NAMED, **REST, STATIC: None}]:
-        parser.error(f"--only {' '.join(unknown)}: choose from {', '.join([STATIC, *NAMED, *REST])}")
+    for name in options.only:
+        if name in LEFT_OUT:
+            parser.error(f"--only {name}: {LEFT_OUT[name]}")
+        if name not in {**NAMED, **REST}:
+            parser.error(f"--only {name}: choose from {', '.join([*NAMED, *REST])}")
     if options.seeds < 1 or (options.steps is not None and options.steps < 2):
         parser.error("--seeds must be at least 1 and --steps at least 2")
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> list[Row]:
+def main(argv: Sequence[str] | None = None) -> Comparison:
     options = parse(argv)
     quieten()
     torch.set_num_threads(1)
-    console, began = Console(highlight=False), time.process_time()
+    console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = FILE_WIDTH
     try:
@@ -86,33 +70,70 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     except (OSError, ValueError) as error:
         raise SystemExit(f"do_methods_work.py: {error}") from error
     problem = replace(
-        problem,
-        steps=options.steps or problem.steps,
-        learning_rates=tuple(options.lrs or problem.learning_rates),
+        problem, steps=options.steps or problem.steps, learning_rates=tuple(options.lrs or problem.learning_rates)
     )
-    methods = shared_methods(problem, {**NAMED, **(REST if options.full or options.only else {})})
+    wanted = {**NAMED, **(REST if options.full or options.only else {})}
     if options.only:
-        methods = [methods[0], *(method for method in methods if method.name in options.only)]
-    singles = [Method(f"{SINGLE} {task}", {"": lambda _: None}, task) for task in problem.tasks]
-    trained = run(problem, [*singles, *methods], options, console)
-    rows = rows_of(problem, trained, methods, TUNING_SEEDS)
-    comparison = compared(rows)
-    seconds = time.process_time() - began
-    console.print(table(problem, rows, comparison), soft_wrap=True)
-    for line in verdict(rows, comparison):
-        console.print(line, soft_wrap=True)
-    trainings = sum(len(row.searched) for row in rows) * min(TUNING_SEEDS, options.seeds)
-    console.print(f"{trainings} trainings to choose, {seconds:.0f} s of processor time in all")
-    paths = write(
-        problem,
-        rows,
-        comparison,
-        options.results,
-        seconds=seconds,
-        suffix="_full" if options.full else "",
+        wanted = {name: make for name, make in wanted.items() if name in options.only}
+    name = f"do_methods_work_{problem.name.lower()}{'_full' if options.full else ''}"
+    result = compare(
+        setup_of(problem),
+        methods=made_for(problem, wanted),
+        rows=["single", "fixed"],
+        seeds=options.seeds,
+        lrs=problem.learning_rates,
+        draws=DRAWS,
+        metrics=[problem.metric],
+        name=f"{problem.name}, {problem.steps} steps",
+        folder=options.results / name,
     )
-    console.print("written: " + ", ".join(str(path) for path in paths), soft_wrap=True)
-    return rows
+    result.print_table(console)
+    for line in against_the_literature(result):
+        console.print(line, soft_wrap=True, markup=False)
+    result.figure().savefig(options.results / f"{name}.png", dpi=120)
+    write_json(problem, result, options.results / f"{name}.json")
+    return result
+
+
+def against_the_literature(result: Comparison) -> list[str]:
+    """How this goes with what others have found."""
+    learned = [row.name for row in result.rows if row.name in {**NAMED, **REST}]
+    ahead = [
+        name
+        for name in learned
+        if (one := result.against_equal.get(name)) is not None and one.significant and one.interval.mean < 0
+    ]
+    return [
+        "Their papers report each of these methods ahead of equal weights, most on larger data and models than these.",
+        (
+            "Kurin et al. (2022, arXiv:2201.04122) and Xin et al. (2022, arXiv:2209.11379) find that none beats the "
+            f"plain sum, or fixed weights, once these are tuned as carefully. Here {len(ahead)} of {len(learned)} are "
+            f"significantly better than equal weights{': ' + ', '.join(ahead) if ahead else ''}."
+        ),
+    ]
+
+
+def write_json(problem: Problem, result: Comparison, path: Path) -> None:
+    """Write where and how it ran, what it says, and all numbers; None is what is not a number."""
+    columns, records = result.records()
+    about = {
+        **environment(),
+        "data": problem.name,
+        "tasks": problem.tasks,
+        "metric": problem.metric,
+        "steps": problem.steps,
+        "batch": TRAIN_BATCH,
+        "seeds": result.seeds,
+        "learning_rates": problem.learning_rates,
+        "left_out": LEFT_OUT,
+        "verdict": [*verdict(result), *against_the_literature(result)],
+    }
+    found = [dict(zip(columns, map(_finite, record), strict=True)) for record in records]
+    path.write_text(json.dumps({**about, "results": found}, indent=1) + "\n")
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

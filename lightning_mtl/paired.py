@@ -31,6 +31,16 @@ class Difference:
         """Return whether it holds among all comparisons that were made with it."""
         return self.p_corrected < LEVEL
 
+    @property
+    def p_text(self) -> str:
+        """Return the corrected p to three digits.
+
+        Example:
+            >>> Difference(Interval(1.0, 0.5, 1.5), 1e-5, 4e-5).p_text
+            '< 0.001'
+        """
+        return "< 0.001" if self.p_corrected < 0.001 else f"{self.p_corrected:.3f}"
+
 
 def t_interval(values: Sequence[float]) -> Interval:
     r"""Estimate the mean and its 95 % interval of Student's t; without ends for one value, all nan for none.

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from lightning_mtl.metrics import Interval
+from lightning_mtl.paired import Difference
 from lightning_mtl.transfer.finished import of_seeds
 from lightning_mtl.tuning.comparing.picture import draw
-from lightning_mtl.tuning.comparing.result import Comparison
+from lightning_mtl.tuning.comparing.result import Comparison, nothing
 from lightning_mtl.tuning.comparing.rows import EQUAL, SINGLE
 from lightning_mtl.tuning.comparing.words import advice, verdict
 
@@ -103,7 +104,7 @@ def _main_table(result: Comparison) -> str:
         name = html.escape(row.name + of_seeds(len(result.finished(row.name)), len(result.seeds)))
         name += f"<br><small>{html.escape(row.variant)}</small>" if row.variant else ""
         if row.failed:
-            lines.append([name, "–", "failed", *["–"] * (len(heads) - 3)])
+            lines.append([html.escape(row.name), "–", "failed", *["–"] * (len(heads) - 3)])
             continue
         rates = " ".join(dict.fromkeys(f"{rate:g}" for rate in row.rates)) + ("*" if row.edges else "")
         difference, single = result.against_equal.get(row.name), result.against_single.get(row.name)
@@ -112,9 +113,13 @@ def _main_table(result: Comparison) -> str:
             [
                 name,
                 rates,
-                "0" if difference is None else _interval(difference.interval, difference.significant),
-                "–" if difference is None else _number(difference.p_corrected, ".3f"),
-                *(["0" if single is None else _interval(single.interval, single.significant)] if alone else []),
+                _interval(difference.interval, difference.significant) if difference else nothing(row.name == EQUAL),
+                "–" if difference is None else _p(difference),
+                *(
+                    [_interval(single.interval, single.significant) if single else nothing(row.name == SINGLE)]
+                    if alone
+                    else []
+                ),
                 _number(result.ranks.get(row.name, math.nan), ".1f"),
                 "–" if row.name == SINGLE else _number(ratio, ".2f"),
             ]
@@ -139,6 +144,10 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _number(value: float, form: str) -> str:
     return "–" if math.isnan(value) else f'<data value="{float(value)!r}">{value:{form}}</data>'
+
+
+def _p(difference: Difference) -> str:
+    return f'<data value="{float(difference.p_corrected)!r}">{html.escape(difference.p_text)}</data>'
 
 
 def _interval(interval: Interval, significant: bool = False) -> str:

@@ -172,8 +172,9 @@ class Worker:
         return f"{row.name}{with_}{alone}, lr {training.candidate.rate:g}, seed {training.seed}, {what}"
 
     def _check(self, known: Known) -> None:
-        for key, said in known.errors.items():
-            if key.split(" ", 1)[1].startswith(f"{EQUAL} ") and not key.startswith("monitor"):
+        for training in self.plan.trainings(known.scores):
+            said = known.errors.get(training.key)
+            if said is not None and training.row == EQUAL and training.purpose != "monitor":
                 raise ConfigurationError(
                     f"equal weights, which all rows are compared with, cannot be trained: {said} Mend the cause, and "
                     "start again with retry_failed (--retry-failed)."

@@ -148,7 +148,8 @@ class Comparison(Report):
         """Return each row's mean rank over metrics and seeds, 1 is best; a seed that diverged ranks last."""
         cells = [(task, metric) for task in self.counted for metric in self.directions[task]]
         higher = [self.directions[task][metric] for task, metric in cells]
-        seeds = [seed for seed in self.seeds if all(seed in own for own in self.chosen.values())]
+        rows = list(self.chosen.values())  # of a comparison that is under way, the seeds that all of them have
+        seeds = [seed for seed in self.seeds if rows and all(seed in own for own in rows)]
         found: dict[str, list[float]] = {name: [] for name in self.chosen}
         for seed in seeds:
             table = []
@@ -176,16 +177,16 @@ class Comparison(Report):
         for row in self.rows:
             name = row.name + of_seeds(len(self.finished(row.name)), len(self.seeds))
             if row.failed:
-                grid.add(name, "–", "failed", *["–"] * (len(heading) - 3))
+                grid.add(row.name, "–", "failed", *["–"] * (len(heading) - 3))
                 continue
             difference, single = self.against_equal.get(row.name), self.against_single.get(row.name)
             rate = self.time_ratio(row.name)
             cells: list[Cell | str] = [
                 " ".join(dict.fromkeys(f"{rate:g}" for rate in row.rates)) + ("*" if row.edges else ""),
-                Cell("0") if difference is None else corrected(difference),
-                "–" if difference is None else f"{difference.p_corrected:.3f}",
-                *([Cell("0") if single is None else corrected(single)] if alone else []),
-                f"{self.ranks.get(row.name, math.nan):.1f}",
+                corrected(difference) if difference else nothing(row.name == EQUAL),
+                "–" if difference is None else difference.p_text,
+                *([corrected(single) if single else nothing(row.name == SINGLE)] if alone else []),
+                "–" if math.isnan(rank := self.ranks.get(row.name, math.nan)) else f"{rank:.1f}",
                 "–" if row.name == SINGLE or math.isnan(rate) else f"{rate:.2f}",
             ]
             grid.add(name, *cells)
@@ -281,6 +282,11 @@ class Comparison(Report):
                 console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
         for path in self.files:
             console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+
+def nothing(itself: bool) -> str:
+    """Return what stands for no difference: 0 of a row from itself, a dash for one that is not known yet."""
+    return "0" if itself else "–"
 
 
 def corrected(difference: Difference) -> Cell:

@@ -195,7 +195,9 @@ def make_weighting(entry: Mapping[str, Any]) -> Weighting:
     with in_one_line():
         parsed = parser.parse_object({"method": dict(entry)})
     try:
-        made: Weighting = parser.instantiate_classes(parsed).method
+        # From jsonargparse 4.49 on, the older name warns that it is deprecated.
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        made: Weighting = instantiate(parsed).method
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"methods: {entry['class_path']}: {error}") from error
     return made

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_mtl.balanced import BalancedModule
 from lightning_mtl.configured import ConfigurationError, MultiTaskCLI
 from lightning_mtl.data import MultiTaskDataModule
 from lightning_mtl.method.base import Weighting
@@ -31,7 +32,7 @@ Loaders = tuple[Any, ...]
 class Parts(NamedTuple):
     """Holds what one training needs, all of it fresh."""
 
-    module: MultiTaskModule
+    module: BalancedModule
     data: pl.LightningDataModule | Loaders
     trainer: pl.Trainer
 
@@ -78,7 +79,7 @@ class Setup:
         ... )
     """
 
-    model: Callable[[float], MultiTaskModule]
+    model: Callable[[float], BalancedModule]
     data: Callable[[int], pl.LightningDataModule | Loaders]
     trainer: Callable[[], pl.Trainer]
     lr: float = 1e-3
@@ -102,8 +103,8 @@ class SetupSource(Source):
         with seeded(seed):
             data: object = self.setup.data(seed)
         trainer = fresh(self.setup.trainer())
-        if not isinstance(module, MultiTaskModule):
-            raise ConfigurationError(f"Setup(model=...) must return a MultiTaskModule, found {type(module).__name__}.")
+        if not isinstance(module, BalancedModule):
+            raise ConfigurationError(f"Setup(model=...) must return a BalancedModule, found {type(module).__name__}.")
         if not isinstance(data, pl.LightningDataModule) and not (isinstance(data, tuple) and len(data) in (2, 3)):
             raise ConfigurationError(
                 "Setup(data=...) must return a LightningDataModule, or a tuple (train, val) or (train, val, test); "
@@ -190,7 +191,7 @@ def has_test_data(data: pl.LightningDataModule | Loaders) -> bool:
     return len(data) == 3
 
 
-def declare_anew(module: MultiTaskModule, changes: Mapping[str, Mapping[str, Any]]) -> None:
+def declare_anew(module: BalancedModule, changes: Mapping[str, Mapping[str, Any]]) -> None:
     """Change fields of a module's tasks, with everything that was made of them when it was constructed.
 
     Args:
@@ -198,11 +199,16 @@ def declare_anew(module: MultiTaskModule, changes: Mapping[str, Mapping[str, Any
         changes: ``{task: {field: value}}``; ``standardize`` and ``loss_scale`` are what makes sense.
 
     Raises:
-        ValueError: If a head cannot predict in raw units, as it is another task's, too.
+        ValueError: If there are no heads, or one cannot predict in raw units, as it is another task's, too.
     """
     for name, fields in changes.items():
         module.tasks[name] = task = replace(module.tasks[name], **fields)
         if "standardize" in fields:
+            if not isinstance(module, MultiTaskModule):
+                raise ValueError(
+                    f"Task(standardize=...) is for heads of a MultiTaskModule, and {type(module).__name__} has none; "
+                    "leave the row out."
+                )
             module.target_units.drop(name, module.heads[name])
             module.target_units.add(name, task.standardize, module.heads)
     module.recorder = Recorder(module.tasks)

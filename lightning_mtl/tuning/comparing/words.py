@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
-from lightning_mtl.paired import Difference
+from lightning_mtl.paired import LEVEL, Difference
 from lightning_mtl.tuning.comparing.result import Comparison
 from lightning_mtl.tuning.comparing.rows import EQUAL, FIXED, INITIAL, SINGLE, STANDARDIZED
 
@@ -14,6 +14,7 @@ FAR_APART = 10.0
 # Pairs of gradients of random directions conflict in half of all steps; tasks that learn together rarely reach a third.
 MUCH_CONFLICT, LITTLE_CONFLICT = 1 / 3, 0.1
 WIDE = 1.0  # points of Δm
+MOST_SEEDS = 100
 DIRECTIONAL = ("PCGrad", "CAGrad", "UPGrad", "NashMTL", "AlignedMTL")
 
 
@@ -21,12 +22,13 @@ def verdict(result: Comparison) -> list[str]:
     """Say what differs from equal weights, what does not, and how learning together compares with single tasks."""
     found = {name: one for name, one in result.against_equal.items() if not math.isnan(one.interval.mean)}
     if not found:
-        return ["There is no row to compare with equal weights yet."]
+        said = ["There is no row to compare with equal weights yet."]
+        return [*said, *_left_out(result)]
     if not result.finished(EQUAL):
         return ["Equal weights diverged with every seed, so that nothing can be compared with them."]
     better = {name: one for name, one in found.items() if one.significant and one.interval.mean < 0}
     worse = {name: one for name, one in found.items() if one.significant and one.interval.mean > 0}
-    alone = [name for name, one in found.items() if one.p < 0.05 and not one.significant]
+    alone = [name for name, one in found.items() if one.p < LEVEL and not one.significant]
     same = [name for name in found if name not in {*better, *worse, *alone}]
     where = "test" if result.stage == "test" else "validation"
     said = [
@@ -56,7 +58,11 @@ def verdict(result: Comparison) -> list[str]:
         if not row.failed and finished < len(row.scores):
             said.append(f"{row.name} diverged with {len(row.scores) - finished} of {len(row.scores)} seeds.")
     said += [f"{row.name} failed: {row.failed}" for row in result.rows if row.failed]
-    said += [f"{name} is left out: {why}." for name, why in (result.left_out or {}).items()]
+    return said + _left_out(result)
+
+
+def _left_out(result: Comparison) -> list[str]:
+    said = [f"{name} is left out: {why}." for name, why in (result.left_out or {}).items()]
     if result.unfinished:
         said.append(f"{result.unfinished} trainings are missing: the same command goes on.")
     return said
@@ -70,7 +76,8 @@ def _listed(found: dict[str, Difference]) -> str:
 def _numbers(one: Difference) -> str:
     mean, low, high = one.interval
     ends = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
-    p = "p < 0.001" if one.p_corrected < 0.001 else f"p = {one.p_corrected:.3f}"
+    p = one.p_text
+    p = f"p {p}" if p.startswith("<") else f"p = {p}"
     return f"Δm {mean:+.1f} %{ends}, {p}"
 
 
@@ -93,6 +100,11 @@ def advice(result: Comparison) -> list[str]:
         said.append(
             f"Take {best}: it is the furthest ahead of equal weights ({_numbers(found[best])}).{_how(result, best)}"
         )
+    elif alone := [name for name, one in found.items() if one.p < LEVEL and one.interval.mean < 0]:
+        said.append(
+            f"Take more seeds (--seeds) before you choose: {', '.join(alone)} would be ahead of equal weights if "
+            "nothing else had been compared."
+        )
     elif result.finished(EQUAL):
         said.append("Keep equal weights: no row is ahead of them beyond noise, and none is cheaper or simpler.")
     said += _of_scales(result, better) + _of_conflict(result, better) + _of_single_tasks(result, better)
@@ -105,13 +117,31 @@ def advice(result: Comparison) -> list[str]:
             )
     halves = [(one.interval.high - one.interval.low) / 2 for one in found.values()]
     widths = [half for half in halves if not math.isnan(half)]
-    if widths and (wide := statistics.median(widths)) > WIDE:
-        needed = math.ceil(len(result.seeds) * (wide / WIDE) ** 2)
+    apart = all(one.significant for one in found.values())
+    if widths and not apart and (wide := statistics.median(widths)) > WIDE:
+        needed = seeds_for(WIDE, wide, len(result.seeds))
+        number = f"roughly {needed}" if needed <= MOST_SEEDS else f"more than {MOST_SEEDS}"
         said.append(
-            f"Intervals are ±{wide:.2g} points wide: to see a difference of {WIDE:g} point takes roughly {needed} "
-            "seeds (--seeds)."
+            f"Intervals are ±{wide:.2g} points wide: to see a difference of {WIDE:g} point takes {number} seeds "
+            "(--seeds)."
         )
     return said
+
+
+def seeds_for(margin: float, found: float, seeds: int) -> int:
+    """Estimate how many seeds make an interval's half as wide as a margin, from the half found with so many seeds.
+
+    Example:
+        >>> seeds_for(1.0, 1.0, 5), seeds_for(0.5, 1.0, 5)
+        (5, 13)
+    """
+    from scipy.stats import t as student  # here, since scipy.stats takes a second to import
+
+    deviation = found * math.sqrt(seeds) / float(student.ppf(1 - LEVEL / 2, seeds - 1))
+    for number in range(2, MOST_SEEDS + 1):
+        if float(student.ppf(1 - LEVEL / 2, number - 1)) * deviation / math.sqrt(number) <= margin * (1 + 1e-9):
+            return number
+    return MOST_SEEDS + 1
 
 
 def _how(result: Comparison, row: str) -> str:
@@ -129,9 +159,14 @@ def _of_scales(result: Comparison, better: list[str]) -> list[str]:
         return []
     large, small = max(norms, key=norms.__getitem__), min(norms, key=norms.__getitem__)
     ratio = norms[large] / norms[small]
-    figure = f"With equal weights the median gradient of {large} is {ratio:.3g} times as long as that of {small}"
     if ratio < FAR_APART:
-        return [f"{figure}, at most: scales are much alike, and there is little to gain from evening them out."]
+        return [
+            (
+                f"With equal weights the tasks' gradients are of much the same length (median of {large} over that of "
+                f"{small}: {ratio:.2f}): there is little to gain from evening scales out."
+            )
+        ]
+    figure = f"With equal weights the median gradient of {large} is {ratio:.3g} times as long as that of {small}"
     helped = [name for name in better if name in (STANDARDIZED, INITIAL, FIXED)]
     if helped:
         return [f"{figure}: that is what {', '.join(helped)} mend."]

@@ -87,6 +87,13 @@ def test_a_training_is_that_of_plain_calls_with_the_same_seed() -> None:
         assert outcome.test != outcome.val
 
 
+def test_a_comparison_without_time_says_that_it_is_not_done(tmp_path: Path) -> None:
+    result = compare(setup(), methods=[], rows=[], seeds=2, lrs=[1e-2], folder=tmp_path, timeout=0.0, progress=False)
+    assert result.unfinished == 3
+    assert "equal weights (0 of 2 seeds)" in result.markdown()
+    assert "3 trainings are missing: the same command goes on." in (tmp_path / "comparison.html").read_text()
+
+
 def test_rows_say_what_they_change_and_why_they_are_left_out() -> None:
     rows, left_out = read_rows(
         REGRESSIONS, list(SHORT), ["MGDA", {"class_path": "MGDA", "init_args": {"at": "features"}}], 3

@@ -107,6 +107,19 @@ def test_words_name_what_differs_and_the_figures_that_advice_rests_on() -> None:
     assert any("conflict in 45 %" in line and "PCGrad" in line for line in tips)
 
 
+def test_more_seeds_are_advised_where_only_the_correction_stands_between() -> None:
+    def row(name: str, *losses: float) -> RowOutcome:
+        return RowOutcome(name, {seed: {"a": {"loss": loss}} for seed, loss in enumerate(losses, 1)})
+
+    rows = (row("equal weights", 1.0, 1.0, 1.0), row("nearly", 0.92, 0.94, 0.96), row("far", 0.9, 1.0, 1.1))
+    result = Comparison(rows, {"a": {"loss": False}}, ("a",), (1, 2, 3), "val")
+    assert result.against_equal["nearly"].p < 0.05 < result.against_equal["nearly"].p_corrected
+    assert advice(result)[0].startswith("Take more seeds (--seeds) before you choose: nearly would be ahead")
+    settled = Comparison((rows[0], rows[2]), {"a": {"loss": False}}, ("a",), (1, 2, 3), "val")
+    assert advice(settled)[0].startswith("Keep equal weights")
+    assert "takes more than 100 seeds" in advice(settled)[-1]  # ±25 points with 3
+
+
 class Numbers(HTMLParser):
     """Collects the values of <data> elements, the links, and the texts of cells."""
 
