@@ -29,11 +29,15 @@ class Rotating(Wrapper):
     The first step measures all tasks; a task that comes later is measured in its first step. A method's guarantees,
     as not to conflict with any task, hold for the gradients in G.
 
-    A step costs a plain step and one task's gradient, whatever K. The gradients kept are K P numbers for P shared
-    parameters, in checkpoints, too; ``grad_norm/<task>`` is not logged. With accumulated gradients all tasks' are kept
-    until the step's end anyway, and nothing is saved. Sharded parameters (FSDP2) are refused.
+    A step costs a plain step and one task's gradient, whatever K. That saves most where the tasks share a forward pass,
+    of which a method in each step takes K gradients. Where each loss has points of its own, as in physics-informed
+    networks, K gradients cost together what one backward pass does, and there is nothing to save.
 
-    When: a method of Gramians helps, and a gradient for each task in each step costs too much.
+    The gradients kept are K P numbers for P shared parameters, in checkpoints, too; ``grad_norm/<task>`` is not logged.
+    With accumulated gradients all tasks' are kept until the step's end anyway, and nothing is saved. Sharded parameters
+    (FSDP2) are refused.
+
+    When: a method of Gramians helps, and a gradient of a deep trunk for each task in each step costs too much.
 
     Args:
         weighting: The method to ask, at ``"trunk"``, constructed without ``importance``, ``start_step`` and ``total``.
