@@ -139,7 +139,7 @@ def draw(equation: Equation, runs: Mapping[str, Run], path: Path) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--equation", choices=list(EQUATIONS), default="helmholtz")
-    parser.add_argument("--weighting", default="GradientNormBalance", metavar="NAME", help="a method of the package")
+    parser.add_argument("--weighting", default="ConFIG", metavar="NAME", help="a method of the package")
     parser.add_argument("--scale", type=float, default=1.0, help="factor before the conditions' losses")
     parser.add_argument("--steps", type=positive, default=3000, help="of each training")
     parser.add_argument("--seed", type=int, default=0)
