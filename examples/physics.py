@@ -127,7 +127,8 @@ def draw(equation: Equation, runs: Mapping[str, Run], path: Path) -> None:
         show(cells[row, 1], run.solution - reference, f"its error: {run.error:.3f} relative", wrong, "RdBu")
         for task, weights in run.weights.items():
             cells[row, 2].plot(run.steps, weights, label=task)
-        cells[row, 2].set(title="weights", xlabel="step", yscale="log")
+        cells[row, 2].set(title="weights", xlabel="step")
+        cells[row, 2].set_yscale("symlog", linthresh=0.01)  # some methods' weights have both signs
         cells[row, 2].legend(fontsize=8)
         cells[0, 1].plot(run.steps, run.errors, label=name)
     cells[0, 1].set(title="relative L2 error", xlabel="step", yscale="log")
