@@ -33,7 +33,7 @@ install = $(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[$(1)]
 .NOTPARALLEL:
 .PHONY: help demo test test-slow check lint doctest docs notebooks fmt env hooks clean distclean
 .PHONY: bench bench-step bench-floor bench-torchjd bench-methods bench-solvers bench-toy bench-gpu
-.PHONY: bench-methods-work bench-gradnorm-toy mutants
+.PHONY: bench-methods-work bench-gradnorm-toy bench-physics mutants
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -101,6 +101,9 @@ bench-gpu: $(VENV)/.bench ## The contract, NCCL, waits and step times on a GPU.
 
 bench-methods-work: $(VENV)/.dev ## Train with every named method on real data: which differ from equal weights?
 	$(BIN)/python -m benchmarks.do_methods_work $(BENCH_ARGS)
+
+bench-physics: $(VENV)/.dev ## Physics-informed networks as the boundary's loss is scaled: an hour; goes on where it was stopped.
+	$(BIN)/python -m benchmarks.physics --json $(RESULTS)/physics.json --png $(RESULTS)/physics.png $(BENCH_ARGS)
 
 bench-gradnorm-toy: $(VENV)/.dev ## Train GradNorm's toy; the paper's claims beside the outcome.
 	$(BIN)/python -m benchmarks.gradnorm_toy $(BENCH_ARGS)

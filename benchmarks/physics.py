@@ -223,9 +223,11 @@ def draw(table: Table, scales: Sequence[float], path: Path) -> None:
     for axes, (equation, rows) in zip(figure.subplots(1, len(table), squeeze=False)[0], table.items(), strict=True):
         for index, (row, errors) in enumerate(rows.items()):
             medians = [statistics.median(seeds) for seeds in errors]
-            style = {EQUAL: "k-", TUNED: "k--"}.get(row, f"C{index % 10}{'-' if index < 10 else ':'}")
-            axes.plot(scales, medians, style, marker=".", label=row)
-            axes.fill_between(scales, [min(e) for e in errors], [max(e) for e in errors], color=style[:-1], alpha=0.08)
+            color, line = {EQUAL: ("black", "-"), TUNED: ("black", "--")}.get(
+                row, (f"C{index % 10}", "-" if index < 10 else ":")
+            )
+            axes.plot(scales, medians, color=color, linestyle=line, marker=".", label=row)
+            axes.fill_between(scales, [min(e) for e in errors], [max(e) for e in errors], color=color, alpha=0.08)
         axes.set(xscale="log", yscale="log", title=equation, xlabel="factor before the conditions' losses")
         axes.set_ylabel("relative L2 error")
         axes.grid(alpha=0.3)

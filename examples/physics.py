@@ -127,7 +127,8 @@ def draw(equation: Equation, runs: Mapping[str, Run], path: Path) -> None:
         show(cells[row, 1], run.solution - reference, f"its error: {run.error:.3f} relative", wrong, "RdBu")
         for task, weights in run.weights.items():
             cells[row, 2].plot(run.steps, weights, label=task)
-        cells[row, 2].set(title="weights", xlabel="step", yscale="log")
+        cells[row, 2].set(title="weights", xlabel="step")
+        cells[row, 2].set_yscale("symlog", linthresh=0.01)  # some methods' weights have both signs
         cells[row, 2].legend(fontsize=8)
         cells[0, 1].plot(run.steps, run.errors, label=name)
     cells[0, 1].set(title="relative L2 error", xlabel="step", yscale="log")
@@ -139,7 +140,7 @@ def draw(equation: Equation, runs: Mapping[str, Run], path: Path) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--equation", choices=list(EQUATIONS), default="helmholtz")
-    parser.add_argument("--weighting", default="GradientNormBalance", metavar="NAME", help="a method of the package")
+    parser.add_argument("--weighting", default="ConFIG", metavar="NAME", help="a method of the package")
     parser.add_argument("--scale", type=float, default=1.0, help="factor before the conditions' losses")
     parser.add_argument("--steps", type=positive, default=3000, help="of each training")
     parser.add_argument("--seed", type=int, default=0)

@@ -25,8 +25,8 @@ DOCS = ROOT / "docs"
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 
 
-# FromTorchJD is not installed where methods are timed, NTKWeighting needs residuals, the others are not timed yet.
-UNTIMED = ("FromTorchJD", "NTKWeighting", "SoftAdapt", "ReLoBRaLo", "LRAnnealing", "Rotating")
+# FromTorchJD is not installed where methods are timed, NTKWeighting needs residuals.
+UNTIMED = ("FromTorchJD", "NTKWeighting")
 
 
 @pytest.fixture

@@ -47,12 +47,13 @@ class LRAnnealing(Weighting):
 
     with λ = 1 at the start and :math:`w_1 = 1` for the main loss, the residual of a differential equation. Where the
     main task is absent, or a gradient is zero, :math:`\lambda_k` stays. The weights scale the heads, too. Since a
-    largest entry is compared with means, the others weigh more than the main loss even where all gradients are alike.
+    largest entry is compared with means, the others weigh more than the main loss even where all gradients are alike. A
+    condition that is met has a gradient near 0, and its weight grows without end: look at ``weight/<task>``.
 
     Each task's whole gradient is needed in the steps that measure: ``every_n_steps=10``, as in the official code, makes
     most of them plain. Sharded parameters (FSDP2) have no such rows, and are refused.
 
-    When: the boundary or initial conditions of a differential equation are not learned beside its residual.
+    When: the conditions of a differential equation are not learned beside its residual, and are no zero values.
 
     Args:
         alpha: α, above 0 and at most 1: the share of the newest ratio.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from lightning_mtl.devices import send, widest
+from lightning_mtl.devices import numbers, send, widest
 from lightning_mtl.method.arguments import CommonArguments
 from lightning_mtl.method.base import Weighting
 from lightning_mtl.method.signals import Decision, Signals
@@ -29,11 +29,15 @@ class Rotating(Wrapper):
     The first step measures all tasks; a task that comes later is measured in its first step. A method's guarantees,
     as not to conflict with any task, hold for the gradients in G.
 
-    A step costs a plain step and one task's gradient, whatever K. The gradients kept are K P numbers for P shared
-    parameters, in checkpoints, too; ``grad_norm/<task>`` is not logged. With accumulated gradients all tasks' are kept
-    until the step's end anyway, and nothing is saved. Sharded parameters (FSDP2) are refused.
+    A step costs a plain step and one task's gradient, whatever K. That saves most where the tasks share a forward pass,
+    of which a method in each step takes K gradients. Where each loss has points of its own, as in physics-informed
+    networks, K gradients cost together what one backward pass does, and there is nothing to save.
 
-    When: a method of Gramians helps, and a gradient for each task in each step costs too much.
+    The gradients kept are K P numbers for P shared parameters, in checkpoints, too; ``grad_norm/<task>`` is not logged.
+    With accumulated gradients all tasks' are kept until the step's end anyway, and nothing is saved. Sharded parameters
+    (FSDP2) are refused.
+
+    When: a method of Gramians helps, and a gradient of a deep trunk for each task in each step costs too much.
 
     Args:
         weighting: The method to ask, at ``"trunk"``, constructed without ``importance``, ``start_step`` and ``total``.
@@ -96,12 +100,12 @@ class Rotating(Wrapper):
         given = in_one(rows)
         chosen = self.to_renew(signals.tasks, given.shape[1])
         if signals.norms is not None:  # of all tasks' gradients, under accumulation
-            given = without_scale(given, signals.norms)[0][chosen]
-        if not bool(torch.isfinite(given).all()):  # the step will be skipped
-            ones = torch.ones_like(signals.losses)
-            return Decision(ones, None if self.weighs_heads else ones)
+            given = without_scale(given, signals.norms)[0][numbers(chosen, given.device, torch.long)]
         places = [present[position] for position in chosen]
         products = self._products_with(places, given)
+        if not bool(torch.isfinite(products).all()):  # on the host; the step will be skipped
+            ones = torch.ones_like(signals.losses)
+            return Decision(ones, None if self.weighs_heads else ones)
         self._coming = signals.step, places, given, products
         return super().decide(self._seen(signals, present, products), present, measured=measured)
 
@@ -116,7 +120,8 @@ class Rotating(Wrapper):
             if self.memory.shape != (len(self.tasks), given.shape[1]):
                 self.memory = given.new_zeros(len(self.tasks), given.shape[1])
                 self.renewed = torch.full((len(self.tasks),), -1)
-            self.memory[places] = given.to(self.memory)
+            for place, row in zip(places, given, strict=True):
+                self.memory[place] = row
             self.renewed[places] = signals.step
             self.products = products
             signals = self._seen(signals, present, products)
@@ -133,9 +138,10 @@ class Rotating(Wrapper):
             memory[place] = row
         known = [place for place, one in enumerate(memory) if one is not None]
         wide = widest(given.device)  # solvers see small differences between large products
-        for place, row in zip(places, given, strict=True):
-            own = [(row * one.to(row)).sum(dtype=wide) for one in memory if one is not None]
-            products[place, known] = products[known, place] = torch.stack(own).cpu().double()
+        rows = [one for one in memory if one is not None]
+        found = torch.stack([torch.stack([(row * one.to(row)).sum() for one in rows]) for row in given.to(wide)])
+        for place, own in zip(places, found.cpu().double(), strict=True):  # one wait for a device
+            products[place, known] = products[known, place] = own
         return products
 
     def _seen(self, signals: Signals, present: Sequence[int], products: Tensor) -> Signals:
