@@ -25,6 +25,7 @@ from torchmetrics.classification import BinaryAccuracy
 import lightning_mtl
 from lightning_mtl import MultiTaskModule, Task
 from lightning_mtl.architectures import LTB, Branching, MMoE
+from lightning_mtl.control import TaskCheckpoint, TaskEarlyStopping
 from lightning_mtl.data import MultiTaskDataModule
 from lightning_mtl.finetuning import GradualUnfreezing
 from lightning_mtl.learning_rates import Importance, Relatedness, TaskLearningRate
@@ -33,8 +34,9 @@ from lightning_mtl.monitors import Convergence, GateUsage, GradientConflict, Tas
 from lightning_mtl.monitors.pairs import PairMonitor
 from lightning_mtl.training.hooks import AutomaticStepHooks, StepHooks
 from lightning_mtl.training.logging import Recorder
+from lightning_mtl.tuning.comparing.trainings import GradientFigures
 from lightning_mtl.tuning.pruning import Pruning
-from lightning_mtl.weighting import CRMOGM, DTP, DWA, LBTW, PIVRG, STCH, Frozen, GradNorm
+from lightning_mtl.weighting import CRMOGM, DTP, DWA, LBTW, PIVRG, STCH, Frozen, GradNorm, PCGrad, Rotating
 from lightning_mtl.weighting.validated import Validated
 from lightning_mtl.weighting.wrapper import Wrapper
 from tests.small import Batch, batch
@@ -179,6 +181,16 @@ MIXTURES = {
     "warmed up": Mixture(lambda: [STCH(warmup_epochs=2)]),
     "frozen": Mixture(lambda: [Frozen(GradNorm(lr=0.1), steps=6)]),
     "bargains": Mixture(lambda: [PIVRG()]),
+    "rotating": Mixture(lambda: [Rotating(PCGrad())]),
+    "stopping": Mixture(
+        lambda: [
+            PCGrad(),
+            # Task a rests soon, the others never: the fit goes on to its end.
+            TaskEarlyStopping(
+                "accuracy", patience={task: 1 if task == "a" else 99 for task in TASKS}, then="head_only"
+            ),
+        ]
+    ),
 }
 
 
@@ -349,6 +361,7 @@ def test_every_callback_with_a_hook_of_an_epoch_takes_part() -> None:
         Validated,
         Wrapper,
     }  # in what others hold, and bases
-    tried |= {StepHooks, AutomaticStepHooks, Pruning}  # brought by the module in every run; a search's own
+    # Brought by the module in every run; a search's own; tried beside Lightning's checkpoints in tests/control.
+    tried |= {StepHooks, AutomaticStepHooks, Pruning, GradientFigures, TaskCheckpoint}
     tried |= {type(callback) for mixture in MIXTURES.values() for callback in mixture.callbacks()}
     assert found - tried == set()
