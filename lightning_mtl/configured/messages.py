@@ -47,7 +47,7 @@ class ConfigurationError(ValueError):
     Example:
         >>> raise ConfigurationError("objective is missing; name a metric to improve.")
         Traceback (most recent call last):
-        lightning_mtl.configured.ConfigurationError: objective is missing; name a metric to improve.
+        lightning_mtl.configured.messages.ConfigurationError: objective is missing; name a metric to improve.
     """
 
 

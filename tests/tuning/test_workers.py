@@ -100,7 +100,7 @@ def test_workers_share_a_study_and_outlive_one_of_them(tmp_path: Path) -> None:
     assert len(repeated) == 1  # by another worker, with the same values
     took_part = {trial.user_attrs[WORKER] for trial in counting(trials)}
     assert len(took_part) == 3  # the killed one's first trial among them
-    assert (tmp_path / "search" / "best.yaml").exists()
+    assert (tmp_path / "studies" / "search" / "best.yaml").exists()
 
 
 @pytest.mark.slow
