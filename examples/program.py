@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import shutil
 import statistics
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lightning_mtl.monitors.fit_table import CHARTS, tensorboard_command
 from lightning_mtl.paired import t_interval
 
 
@@ -77,14 +76,9 @@ def margin_of(differences: Sequence[float]) -> float:
 
 
 def show_tensorboard(console: Console, folder: Path) -> None:
-    """Print the command that opens a folder's curves, which works where the environment is not activated."""
-    beside = Path(sys.executable).with_name("tensorboard")
-    if shutil.which("tensorboard") or not beside.exists():
-        command = "tensorboard"
-    else:
-        command = str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
+    """Print the command that opens a folder's curves."""
     console.print(
-        f"\nTo see the losses and the weights move:\n\n  {command} --logdir {folder}\n\n"
-        "then open http://localhost:6006/#custom_scalars in a browser.",
+        f"\nTo see the losses and the weights move:\n\n  {tensorboard_command(str(folder))}\n\n"
+        f"then open {CHARTS} in a browser.",
         soft_wrap=True,
     )

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_mtl.cli.tune_command import OneLineArguments
-from lightning_mtl.configured.messages import PROGRAM, ConfigurationError, debugging, leave
+from lightning_mtl.cli.worker_command import OneLineArguments, ending_in_one_line
 from lightning_mtl.tuning import compare
-from lightning_mtl.tuning.addresses import without_passwords
 from lightning_mtl.tuning.comparing.rows import DEFAULT_METHODS, SHORT
-from lightning_mtl.tuning.patience import StorageAwayError
 
 COMPARE_DESCRIPTION = """Compare weighting methods on your own model and data, with the same care for all.
 
@@ -28,12 +24,7 @@ listed below changes the configuration, as with "fit": --trainer.max_epochs 3.
 
 def parser() -> OneLineArguments:
     """Make the parser of the command's arguments."""
-    made = OneLineArguments(
-        prog=f"{PROGRAM} compare",
-        description=COMPARE_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = OneLineArguments("compare", COMPARE_DESCRIPTION)
     made.add_argument("--config", required=True, type=Path, help="what every row begins with; a file as fit takes it")
     made.add_argument(
         "--methods",
@@ -60,24 +51,11 @@ def parser() -> OneLineArguments:
     made.add_argument(
         "--metrics", nargs="+", metavar="METRIC", help="to compare (default: each task's own, or its loss)"
     )
-    made.add_argument(
-        "--storage",
-        help="where workers meet: sqlite:///study.db or journal:///study.journal on one machine, postgresql://... or "
-        "mysql://... across machines (default: an SQLite file in the folder)",
-    )
-    made.add_argument("--name", default="comparison", help="the study's name in the storage (default: comparison)")
-    made.add_argument("--dir", type=Path, help="where table, picture and page go (default: the study's name)")
-    made.add_argument("--timeout", type=float, help="begin no training after so many seconds")
-    made.add_argument(
-        "--silence",
-        type=int,
-        default=60,
-        help="seconds without a sign of life after which a worker is taken for dead (default: 60)",
-    )
-    made.add_argument(
-        "--retry-running",
-        action="store_true",
-        help="repeat the trainings that are running, of a journal file whose workers were killed",
+    made.add_study(
+        name="comparison",
+        unit="training",
+        storage="an SQLite file in the folder",
+        folder="where table, picture and page go (default: the study's name)",
     )
     made.add_argument("--retry-failed", action="store_true", help="repeat the trainings that ended with an error")
     return made
@@ -93,7 +71,7 @@ def _method(text: str) -> Any:  # noqa: ANN401 - a name or a mapping
 def run(arguments: Sequence[str]) -> None:
     """Compare, and print what was found; leave with exit code 2 for a mistake."""
     given, overrides = parser().parse_known_args(arguments)
-    try:
+    with ending_in_one_line("comparison"):
         result = compare(
             given.config,
             methods=given.methods,
@@ -113,11 +91,4 @@ def run(arguments: Sequence[str]) -> None:
             retry_failed=given.retry_failed,
             overrides=overrides,
         )
-    except (ConfigurationError, ImportError, StorageAwayError) as error:
-        if debugging():
-            raise
-        leave(without_passwords(str(error)))
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{PROGRAM}: interrupted; the same command goes on where the comparison is\n")
-        sys.exit(130)  # as shells have it for Ctrl-C
     result.print_table()

@@ -42,7 +42,7 @@ def set_aside(
     shares = reduced.shares()
     if shares is not None:
         shares = shares[numbers([names.index(task) for task in beside], shares.device, torch.long)]
-    loss = _heads_alone(window, cast, list(beside.values()), shares, reduced.losses.device, list(others))
+    loss = _heads_alone(window, cast, list(beside.values()), shares, reduced.losses.device, others)
     outputs = {task: output for task, output in outputs.items() if task not in alone}
     # It is there on every rank and in every micro-batch, so that no rank looks for what another lacks.
     return outputs, _cut(reduced, kept, own), {"heads that train alone": loss}
@@ -73,7 +73,7 @@ def _heads_alone(
     losses: list[Tensor],
     shares: Tensor | None,
     device: torch.device,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
 ) -> Tensor:
     """The sum of these losses, as a scalar with the gradients of parameters that are not shared, and no others.
 

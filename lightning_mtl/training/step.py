@@ -53,11 +53,7 @@ def trainable_parameters(module: TaskModule) -> tuple[list[Tensor], list[Tensor]
 
 
 class Optimization:
-    """Runs the training step of a :class:`~lightning_mtl.BalancedModule`.
-
-    Args:
-        recorder: What is told of each step, to log it.
-    """
+    """Runs the training step of a :class:`~lightning_mtl.BalancedModule`; tells a recorder of each, to log it."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
@@ -114,7 +110,10 @@ class Optimization:
         kind = module.device.type
         # Gradients are taken as automatic optimization takes them: outside autocast.
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _SILENT:
-            with self.phases.during("measuring"), self._looking(module, window):
+            # Once a fit: a graph that writes gradients while it is measured does so in every step.
+            looks = not self._looked and (window.collects or window.way == "features" or window.at_shared)
+            self._looked |= looks
+            with self.phases.during("measuring"), writing_no_gradients(module.parameters()) if looks else _SILENT:
                 loss = self._loss(module, window, reduced, micro_batch, last)
             if loss is None and window.collects and not learns_graph(module):
                 # Something is passed backward in every micro-batch, for the hooks; what its gradients are is kept.
@@ -204,7 +203,8 @@ class Optimization:
             reduced = reduce_losses(outputs, window.tasks, window.ranks, module.device, scores)
             all_outputs, own, beside = outputs, reduced.own, dict[str, Tensor]()
             if window.scales is not None or window.resting.head_only:
-                outputs, reduced, beside = to_weigh(window, cast, outputs, reduced, trainable_parameters(module)[1])
+                others = trainable_parameters(module)[1] if window.resting.head_only else []
+                outputs, reduced, beside = to_weigh(window, cast, outputs, reduced, others)
         if cast.steering is not None and not window.repeats:
             cast.steering.collect(module, window, batch, outputs)
         with self.phases.during("forward"):
@@ -214,8 +214,8 @@ class Optimization:
             if all_outputs:
                 window.local.append((list(all_outputs), own, sample_counts(list(all_outputs.values()))))
                 self.recorder.labels.add_whole(all_outputs)
-            penalties = {**penalties, **beside}
-            found = micro_batch_of(module, window, cast, reduced, outputs, penalties, split, unseen=not self._looked)
+            unseen, penalties = not self._looked, {**penalties, **beside}
+            found = micro_batch_of(module, window, cast, reduced, outputs, penalties, split, unseen=unseen)
             if observation is not None and window.micro_batches == 1:
                 with self.phases.during("monitors"):
                     observation.measure(module, reduced, found, batch)
@@ -227,9 +227,8 @@ class Optimization:
         """The loss to pass backward for this micro-batch; None where the step's gradients are still collected."""
         names, losses, wanted = found.names, found.losses, "nothing" if window.idle else window.wanted
         engine: MicroBatch | FeatureGradients | Collection = batch
-        measured = Measured()
-        if names and window.renews and not (window.collects or window.idle):
-            measured = renewed_rows(window, batch, trainable_parameters(module)[0])
+        renews = names and window.renews and not (window.collects or window.idle)
+        measured = renewed_rows(window, batch, trainable_parameters(module)[0]) if renews else Measured()
         if window.collects:
             engine = window.gradients = window.gradients or self._collection(module, window)
             if names and wanted != "nothing" and window.measures_at != "trunk":
@@ -259,13 +258,6 @@ class Optimization:
         if window.size > 1 and window.collects == module.automatic_optimization:
             loss = loss * window.size if window.collects else loss / window.size
         return loss
-
-    def _looking(self, module: TaskModule, window: Window) -> AbstractContextManager[None]:
-        """Look once a fit: a graph that writes gradients while it is measured does so in every step."""
-        if self._looked or not (window.collects or window.way == "features" or window.at_shared):
-            return _SILENT
-        self._looked = True
-        return writing_no_gradients(module.parameters())
 
     def _close(self, module: TaskModule, window: Window, batch_idx: int) -> None:
         """Step the optimizer, unless something is not finite, and tell weighting, monitors and loggers."""

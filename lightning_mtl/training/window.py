@@ -73,15 +73,14 @@ class Window:
         # What follows from the arguments alone is decided once, so that a step asks attributes instead of the method.
         self.measures = weighting is not None and weighting.measures_in(step)
         self.wanted: Wanted = "nothing"
-        self.measures_at: str | tuple[str, ...] = "features"
+        self.measures_at: str | tuple[str, ...] = "features" if weighting is None else weighting.at
         self.passes_again = shares is not None or bool(self.resting.head_only)
         # The cheapest way that does what the weighting says. Shares are the trunk's alone: heads keep their weights.
         self.way: Way = "losses" if shares is None else "features"
-        self.probes, self.renews = 0, False  # at the shared parameters, beside the step's own way
+        # At the shared parameters, beside the step's own way.
+        self.probes = weighting.kernel_probes if weighting is not None and self.measures else 0
+        self.renews = weighting is not None and weighting.renews_rows and self.measures
         if weighting is not None:
-            self.measures_at = weighting.at
-            self.probes = weighting.kernel_probes if self.measures else 0
-            self.renews = weighting.renews_rows and self.measures
             self.passes_again = weighting.measures != "losses" or not weighting.weighs_heads or size > 1
             self.passes_again |= weighting.kernel_probes > 0 or bool(self.resting.head_only)
             if self.renews and size > 1:  # all gradients are kept until the step's end, and seen there

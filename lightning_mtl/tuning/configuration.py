@@ -40,6 +40,19 @@ class BaseConfig:
         found = self.values.get("seed_everything")
         return 0 if found is None or isinstance(found, bool) else int(found)
 
+    def for_scores(self, seed: int, *left_out: type) -> dict[str, Any]:
+        """Return a copy of the values with which a model trains for its scores alone, without these callbacks."""
+        values = deepcopy(dict(self.values))
+        values["seed_everything"] = seed
+        values["trainer"].update(
+            callbacks=other_callbacks(values, *left_out),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        return values
+
     def with_baselines(self, means: Mapping[str, Mapping[str, float]]) -> BaseConfig:
         """Add the scores of single-task models, from which ``val/delta_m`` follows."""
         values = deepcopy(dict(self.values))

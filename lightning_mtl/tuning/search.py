@@ -21,7 +21,7 @@ from lightning_mtl.transfer import single_task_baselines
 from lightning_mtl.transfer.cache import digest
 from lightning_mtl.transfer.progress import Progress, quiet
 from lightning_mtl.tuning.addresses import without_passwords
-from lightning_mtl.tuning.configuration import BaseConfig, check_space, other_callbacks, read_base
+from lightning_mtl.tuning.configuration import BaseConfig, check_space, read_base
 from lightning_mtl.tuning.goals import Direction
 from lightning_mtl.tuning.identity import identity_of, open_study
 from lightning_mtl.tuning.result import Result, write_report
@@ -199,16 +199,8 @@ def with_baselines(
 
 
 def _trained(base: BaseConfig, folder: Path, *, progress: bool) -> dict[str, dict[str, float]]:
-    values = deepcopy(dict(base.values))
-    values["seed_everything"] = base.seed
-    # A weighting has nothing to weigh in a task alone, and scores are what is kept of it.
-    values["trainer"].update(
-        callbacks=other_callbacks(values, Weighting, ModelCheckpoint),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    # A weighting has nothing to weigh in a task alone.
+    values = base.for_scores(base.seed, Weighting, ModelCheckpoint)
     parts = _Parts(values)
     found = single_task_baselines(
         lambda seed: parts.take("model"),

@@ -215,14 +215,6 @@ class Comparison(Report):
             said.append("*: the chosen learning rate is at the edge of those tried.")
         return said
 
-    def task_grid(self) -> Grid:
-        """Return the table of single tasks: each one's change against equal weights, in percent."""
-        grid = Grid(["row", *self.directions])
-        for name in self.chosen:
-            if name != EQUAL:
-                grid.add(name, *(marked(self.task_change(name, task), beyond=False) for task in self.directions))
-        return grid
-
     def records(self) -> tuple[Sequence[str], list[tuple[Any, ...]]]:
         """Return everything, a row each: row, quantity, task, metric, seed, mean, ends of the interval, both p.
 

@@ -160,20 +160,12 @@ class ConfigSource(Source):
 
     def parts(self, rate: float, seed: int) -> Parts:
         """Make the objects of the configuration with this learning rate and seed."""
-        values = deepcopy(dict(self.base.values))
-        values["seed_everything"] = seed
+        values = self.base.for_scores(seed, Weighting, Checkpoint)
         holder, key = locate(values, self.path)
         holder[key] = rate
         if self.seed_path is not None:
             holder, key = locate(values, self.seed_path)
             holder[key] = seed
-        values["trainer"].update(
-            callbacks=other_callbacks(values, Weighting, Checkpoint),
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
         with seeded(seed):
             cli = MultiTaskCLI(values, run=False, exit_on_error=False)
         return Parts(cli.model, cli.datamodule, cli.trainer)
