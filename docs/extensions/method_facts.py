@@ -17,6 +17,7 @@ from lightning_mtl.cli.method_table import Method, methods
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+FAR_APART = 100.0  # from the median weight to the largest
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 WRAPPERS = ("CRMOGM", "Frozen", "Rotating")
 COSTS_AS_MUCH = {"PIVRG": "FairGrad"}  # whose solver it has
@@ -80,8 +81,8 @@ def table() -> str:
     """The table of all methods, in Markdown."""
     costs = read_costs()
     lines = [
-        "| method | measures | a step costs | at the features | heads | paper | when |",
-        "|---|---|---|---|---|---|---|",
+        "| method | when | measures | a step costs | at the features | paper |",
+        "|---|---|---|---|---|---|",
     ]
     for method in methods():
         links = ", ".join(
@@ -89,12 +90,11 @@ def table() -> str:
         )
         cells = (
             f"`{method.name}`",
+            when(method.name).replace("``", "`"),
             measured(method),
             cost(method.name, costs),
             cost(f"{method.name} features", costs),
-            scales_heads(method),
             links,
-            when(method.name).replace("``", "`"),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -107,15 +107,18 @@ def with_table(page: str) -> str:
 
 
 def draw_weights(shown: str, weights: Mapping[str, list[float | None]], every_n_steps: int, path: Path) -> None:
-    """The weights of all tasks over the steps, as SVG; the axis ends a little above most of them."""
+    """The weights of all tasks over the steps, as SVG; the axis is logarithmic where they differ by orders of magnitude."""
     figure = Figure(figsize=(7.5, 3), layout="constrained")
     axes = figure.subplots()
     for task, values in weights.items():
         numbers = [math.nan if value is None else value for value in values]
         axes.plot([every_n_steps * n for n in range(len(values))], numbers, label=task, linewidth=1.2)
     known = sorted(value for values in weights.values() for value in values if value is not None)
-    low, high = known[len(known) // 50], known[-len(known) // 20]
-    axes.set_ylim(min(0.0, 1.3 * low), 1.3 * high)
+    middle = known[len(known) // 2]
+    if middle > 0.0 and known[-1] > FAR_APART * middle:
+        axes.set_yscale("symlog", linthresh=middle)  # linear below, for weights may be 0 or negative
+    else:
+        axes.set_ylim(bottom=min(0.0, 1.1 * known[0]))
     axes.set_xlabel("step")
     axes.set_ylabel("weight")
     axes.set_title(shown, fontsize=10, family="monospace")

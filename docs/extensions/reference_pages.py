@@ -98,7 +98,7 @@ def method_page(method: Method, picture: str | None, shown: str | None) -> str:
     return text + (
         f"``{shown}`` on the `quickstart's <../examples.html#quickstart-py>`__ six tasks with ``ink`` standardized, "
         "the first 200 steps of seed 0. ``digit`` has 30 labels, which are soon learned by heart; methods that divide "
-        "by losses or gradients then give it large weights, and what exceeds the axis is cut off.\n\n"
+        "by losses or gradients then give it large weights.\n\n"
         f".. image:: {picture}\n   :alt: The weights of six tasks over the steps\n"
     )
 

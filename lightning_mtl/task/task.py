@@ -64,11 +64,9 @@ class Task:
     Raises:
         TypeError: If ``loss`` cannot be called, a metric does not come from torchmetrics, or ``missing`` is no
             number, or ``class_dim`` no int.
-        ValueError: If ``role`` is neither of the two, or ``missing`` is not what the loss ignores, ``missing_per`` is
-        neither of the two, or ``class_dim``
-            is the samples' 0; or if
-            ``baseline`` names a metric that the task does not have, or holds a zero, which no relative
-            difference can be taken from; or if a metric is called ``loss`` or ``delta_m``.
+        ValueError: If ``role`` or ``missing_per`` is neither of its two, ``missing`` is not what the loss ignores, or
+            ``class_dim`` is the samples' 0; if ``baseline`` names a metric that the task does not have, or holds a
+            zero, which no relative difference can be taken from; or if a metric is called ``loss`` or ``delta_m``.
 
     Example:
         >>> from torch.nn.functional import cross_entropy

@@ -51,9 +51,8 @@ class DBMTL(RowMemory):
             :class:`~lightning_mtl.Weighting`.
 
     Raises:
-        ValueError: If an argument is out of its range, or β > 0 meets another place than the trunk, ``every_n_steps``
-        or
-            ``total``.
+        ValueError: If an argument is out of its range, or β > 0 meets another place than the trunk,
+            ``every_n_steps`` or ``total``.
 
     Source: Lin et al., Dual-Balancing for Multi-Task Learning, 2023, arXiv:2308.12029, algorithm 1.
 
