@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_mtl import MultiTaskModule
 from lightning_mtl.control import TaskEarlyStopping
-from tests.small import Batch, small
+from tests.small import Batch, batches, small
 
 TASKS = ("a", "b", "c")
 NEVER = 10_000
+TRAIN, VAL = batches(4, 5, 6, 4, tasks=TASKS), batches(6, seed=30, tasks=TASKS)
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.03, weight_decay=0.3)
 
 
 def after_two(task: str = "b", **arguments: Any) -> TaskEarlyStopping:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.distributed.pairs import ROOT
+from tests.interruption.kinds import assert_same
 from tests.interruption.mixtures import MIXTURES, train
-from tests.interruption.test_kinds_of_checkpoints import assert_same
 from tests.training import flat_parameters
 
 pytestmark = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutation import Mutation
 
-STOPPED = "tests/control/test_early_stopping.py"
+STOPPED = "tests/control/test_stopped_tasks.py"
 CONTROL_RANKS = "tests/control/test_ranks.py"
 BALANCED = "tests/balanced"
 COMPARING = "tests/tuning/comparing"
@@ -50,7 +50,7 @@ MANY_LOSSES = (
         "control/early_stopping.py",
         "improved = gain > of_task",
         "improved = -gain > of_task",
-        STOPPED,
+        "tests/control/test_early_stopping.py",
     ),
     Mutation(
         "the scaler's factor stays in a kernel's trace",
