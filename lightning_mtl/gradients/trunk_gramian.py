@@ -228,12 +228,16 @@ def layers_of(
     return layers, list(rest)
 
 
-# What one number costs, in multiply-adds of a product of matrices: in a QR factorization, measured on one core and
-# guessed for GPUs, whose factorizations are slow; and to move it into a row and back into a direction.
-_FACTORIZING = {"cpu": 2.5, "cuda": 200.0}
+# What one number costs, in multiply-adds of a product of matrices: in a QR factorization of N samples, measured on one
+# core, and guessed for GPUs, whose factorizations are slow; and to move it into a row and back into a direction.
+_FACTORIZING: dict[str, Callable[[int], float]] = {
+    "cpu": lambda samples: 1 + 36 / samples**0.5,
+    "cuda": lambda _: 200.0,
+}
 _MOVING = 25.0
-_SPARSELY = 4.0  # a table's rows for each that is read, of which on the read ones are moved faster than all
-_MARGIN = 1.2  # of what is not counted: small kernels, and numbers that are no longer in the cache
+_LAYER = 3e6  # what a layer's short form takes in calls, at any size
+_MARGIN = 1.05  # of what is not counted
+_SPARSELY = 4.0  # rows of a table for each that is read, from which on these alone are moved faster than all
 
 
 def is_worth_it(weight: Tensor, dimension: int, samples: int, num_tasks: int, *, factorizes: bool = True) -> bool:
@@ -246,8 +250,8 @@ def is_worth_it(weight: Tensor, dimension: int, samples: int, num_tasks: int, *,
         return False
     if not factorizes:
         return _SPARSELY * samples < d_in
-    factor = _FACTORIZING[weight.device.type] * d_in * samples**2
-    compressed = factor + samples * d_in * d_out + num_tasks * samples * d_out * (samples + num_tasks)
+    factor = _FACTORIZING[weight.device.type](samples) * d_in * samples**2
+    compressed = _LAYER + factor + samples * d_in * d_out + num_tasks * samples * d_out * (samples + num_tasks)
     rows = num_tasks * d_in * d_out * (samples + _MOVING + num_tasks)
     return bool(_MARGIN * compressed < rows)
 
