@@ -81,7 +81,7 @@ bench: bench-toy bench-gradnorm-toy bench-methods-work
 bench-step: $(VENV)/.dev ## The cost of a step against plain Lightning.
 	$(BIN)/python -m benchmarks.step_time --json $(RESULTS)/step_time.json $(BENCH_ARGS)
 
-bench-floor: $(VENV)/.dev ## A step over its floor as tasks, model and batch grow.
+bench-floor: $(VENV)/.dev ## A step over plain training or the cost of rows as tasks, model and batch grow.
 	$(BIN)/python -m benchmarks.floor --json $(RESULTS)/floor.json --png $(RESULTS)/floor.png $(BENCH_ARGS)
 
 bench-torchjd: $(VENV)/.bench ## A step and its memory against TorchJD's.

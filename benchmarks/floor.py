@@ -6,8 +6,10 @@
 
 What each is compared with is that of ``step_time.py``: plain training where losses alone are weighed or gradients are
 taken at the features; K gradients of the last layer more; or K - 1 backward passes of the trunk more, the cost of rows.
-An MLP throughout; what is not varied is 8 tasks, one million parameters and a batch of 128. The plot's upper row shows
-a step and what it is compared with, the lower one their ratio; all axes are logarithmic.
+No step has to stay above these: at the trunk, a ratio below 1 means that the step took less than K passes that compute
+every task's gradient in full, which layers without rows do; anywhere else, that the rounds differ by more than the step
+adds. An MLP throughout; what is not varied is 8 tasks, one million parameters and a batch of 128. The plot's upper row
+shows a step and what it is compared with, the lower one their ratio; all axes are logarithmic.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def point(sweep: str, value: int, rounds: int, log_dir: str) -> list[dict[str, A
     for result in results:
         low, high = result["quartiles"]
         print(
-            f"{sweep:18} {value:4} {result['variant']:22} {result['step_ms']:9.2f} ms, floor {result['over_ms']:9.2f}"
+            f"{sweep:18} {value:4} {result['variant']:22} {result['step_ms']:9.2f} ms over {result['over_ms']:9.2f}"
             f" {result['ratio']:6.2f}  [{low:.2f}, {high:.2f}]",
             flush=True,
         )
@@ -105,8 +107,8 @@ def plot(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         below.yaxis.set(major_locator=FixedLocator([0.8, 0.9, 1, 1.2, 1.5, 2, 3]), minor_locator=NullLocator())
         below.yaxis.set_major_formatter(ScalarFormatter())
         below.set_xlabel(sweep)
-    grid[0][0].set_ylabel("ms a step (dotted: its floor)")
-    grid[1][0].set_ylabel("step / floor, half of the rounds shaded")
+    grid[0][0].set_ylabel("ms a step (dotted: what it is compared with)")
+    grid[1][0].set_ylabel("ratio, half of the rounds shaded")
     grid[0][0].legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=110)
@@ -139,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.png:
         title = f"{about['machine']['processor']}, torch {about['versions']['torch']}, one thread, {about['date'][:10]}"
         plot(results, title, options.png)
-    print(f"median of all ratios to the floor: {statistics.median(result['ratio'] for result in results):.2f}")
+    print(f"median of all ratios: {statistics.median(result['ratio'] for result in results):.2f}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python -m benchmarks.methods                   # eight tasks on both trunks of step_time.py, five minutes
     python -m benchmarks.methods --only MGDA CAGrad --rounds 9 --json PATH
 
-The same fits, clock and ratios as ``step_time.py``, which explains them and compares the ways of measuring with their
-floors; here stand the methods beside each other. DTP runs with a metric on each task, and pays for it; the methods for
-auxiliary tasks have one main task, and Frozen is timed once its weights are. PIVRG, which needs validation, costs what
-FairGrad does.
+The same fits, clock and ratios as ``step_time.py``, which explains them and says what the ways of measuring are
+compared with; here stand the methods beside each other. DTP runs with a metric on each task, and pays for it; the
+methods for auxiliary tasks have one main task, and Frozen is timed once its weights are. PIVRG, which needs validation,
+costs what FairGrad does.
 """
 
 from __future__ import annotations

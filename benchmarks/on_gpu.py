@@ -5,7 +5,7 @@
 
 1. Every row of the contract's table, six steps of three small tasks: float64 and float32 on the device against float64
    on the CPU, and float16 with a gradient scaler.
-2. A step with each way of weighting over plain Lightning and over its floor, in bfloat16, as ``step_time.py`` does.
+2. A step with each way of weighting over plain Lightning or the cost of rows, in bfloat16, as ``step_time.py`` does.
 3. K gradients of a trunk by ``is_grads_batched`` over K passes one by one.
 4. A step beside TorchJD's, where that is installed, as ``against_torchjd.py`` does.
 5. DDP over NCCL with one process, whose collectives take nothing from the host, and its validation without a label.

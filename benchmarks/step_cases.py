@@ -45,7 +45,7 @@ class Trunk:
     make: Callable[[], nn.Sequential]
     inputs: tuple[int, ...]  # batch first
     last_layer: int  # its index in the Sequential
-    floor_factor: float  # the figure to reach with gradients at the trunk, as a multiple of the floor
+    to_reach: float  # with gradients at the trunk, as a multiple of the cost of rows
 
 
 TRUNKS = {"mlp": Trunk(mlp, (128, 784), 4, 1.40), "conv": Trunk(conv, (64, 3, 32, 32), 6, 1.10)}
@@ -190,7 +190,7 @@ class Case:
         times = Times(ordinary, steps[-1] if variant.logger else ordinary)
         self.times.setdefault(variant.name, []).append(times)
 
-    def time_floors(self) -> None:
+    def time_passes(self) -> None:
         """Time one task's backward pass of the trunk, and one that ends at the weights of its last layer."""
         trunk = self.parts()[0].to(self.device)
         features = trunk(self.batch[0])

@@ -65,7 +65,7 @@ def rows(trunk: str, num_tasks: int) -> list[Row]:
         Row("DWA", target=1.05),
         Row("MGDA features", target=1.15 if num_tasks <= 8 else 1.6),
         Row("GradNorm last_layer", target=1.10, extra="layer gradient", count=num_tasks),
-        Row("MGDA trunk", target=TRUNKS[trunk].floor_factor, extra="trunk backward", count=num_tasks - 1),
+        Row("MGDA trunk", target=TRUNKS[trunk].to_reach, extra="trunk backward", count=num_tasks - 1),
         Row("UncertaintyWeighting", over="no logger", target=1.05 if num_tasks == 40 else None),
         Row("task metrics", over="UncertaintyWeighting"),
     ]
@@ -149,15 +149,15 @@ def memory_row(case: Case, words: Sequence[str]) -> dict[str, Any] | None:
 
 def run(case: Case, wanted: Sequence[Row], rounds: int) -> None:
     """Let everything that the rows need take turns, in another order each round."""
-    floors = {row.extra for row in wanted if row.extra}
+    passes = any(row.extra for row in wanted)
     variants = [VARIANTS[name] for name in VARIANTS if any(name in (row.variant, row.over) for row in wanted)]
     order = random.Random(0)
     for _ in range(rounds):
         order.shuffle(variants)
         for variant in variants:
             case.time_round(variant)
-        if floors:
-            case.time_floors()
+        if passes:
+            case.time_passes()
 
 
 def keep_freed_memory() -> None:

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from lightning_mtl.gradients.torch_internals import saved_input, saved_plainly
 
 _Node = Any  # of the graph: each type of node has other attributes
+_SUM, _MEAN = 0, 1  # an EmbeddingBag's modes
 Cotangents = Sequence[Sequence[Tensor | None]]
 """For each task, its gradient at the output of each use of a layer; None where the task does not reach it."""
 
@@ -37,6 +38,8 @@ class Layer(ABC):
         nodes: The nodes of the graph that use them.
         dimension: Which of the weight's dimensions is that of the outputs.
     """
+
+    factorizes = True  # whether its short form takes a factorization of the inputs
 
     def __init__(self, weight: Tensor, bias: Tensor | None, nodes: Sequence[_Node], dimension: int = 0) -> None:
         self.weight, self.bias, self.nodes, self.dimension = weight, bias, list(nodes), dimension
@@ -72,8 +75,9 @@ class Layer(ABC):
     def _inputs(self, node: _Node, kept: Tensor) -> Tensor:
         """The inputs of one use, ``[N, d_in]``."""
 
-    def _outputs(self, gradient: Tensor) -> Tensor:
+    def _outputs(self, node: _Node, gradient: Tensor) -> Tensor:
         """A gradient at the outputs of one use, ``[N, d_out]``."""
+        del node
         return gradient
 
     @abstractmethod
@@ -92,7 +96,7 @@ class Layer(ABC):
         pieces = []
         for node, gradient in zip(self.nodes, gradients, strict=True):
             shape = node._input_metadata[0].shape
-            pieces.append(_wide(self._outputs(self.weight.new_zeros(shape) if gradient is None else gradient)))
+            pieces.append(_wide(self._outputs(node, self.weight.new_zeros(shape) if gradient is None else gradient)))
         return _joined(pieces)
 
     def rows(self, cotangents: Cotangents) -> Tensor:
@@ -143,7 +147,7 @@ class Convolution(Layer):
         )
         return seen.reshape(len(x) * math.prod(positions), -1)
 
-    def _outputs(self, gradient: Tensor) -> Tensor:
+    def _outputs(self, node: _Node, gradient: Tensor) -> Tensor:
         return gradient.movedim(1, -1).reshape(-1, self.d_out)
 
     def _gradients(self, node: _Node, kept: Tensor, gradient: Tensor) -> list[Tensor]:
@@ -166,13 +170,15 @@ class Convolution(Layer):
 class Embedding(Layer):
     """A table of which a step reads few rows: their gradients alone are kept, and no factorization is needed."""
 
+    factorizes = False
+
     def _knows(self, node: _Node) -> bool:
         return not node._saved_scale_grad_by_freq
 
     def _inputs(self, node: _Node, kept: Tensor) -> Tensor:
         return kept.flatten()
 
-    def _outputs(self, gradient: Tensor) -> Tensor:
+    def _outputs(self, node: _Node, gradient: Tensor) -> Tensor:
         return gradient.reshape(-1, self.d_out)
 
     def rows(self, cotangents: Cotangents) -> Tensor:
@@ -185,7 +191,7 @@ class Embedding(Layer):
             for node, index, piece, gradient in zip(self.nodes, indices, pieces, uses, strict=True):
                 if gradient is not None:
                     counts = (index != self._padding(node))[:, None]
-                    rows[task].index_add_(0, piece, _wide(self._outputs(gradient)).where(counts, 0.0))
+                    rows[task].index_add_(0, piece, _wide(self._outputs(node, gradient)).where(counts, 0.0))
         return rows.flatten(1)
 
     def _padding(self, node: _Node) -> int:
@@ -196,6 +202,40 @@ class Embedding(Layer):
     def _gradients(self, node: _Node, kept: Tensor, gradient: Tensor) -> list[Tensor]:
         table = len(self.weight), self._padding(node)
         return [torch.ops.aten.embedding_backward(gradient, kept, *table, False, node._saved_sparse)]
+
+
+class EmbeddingBag(Embedding):
+    """Sums or means of a table's rows: a table whose reads get their bag's gradient, each times its weight."""
+
+    @staticmethod
+    def reads(node: _Node) -> int:
+        """How many rows one use has read, without a call of the hooks that keep them; 0 where there are some."""
+        return int(node._raw_saved_indices.data.numel()) if saved_plainly(node) else 0
+
+    def _knows(self, node: _Node) -> bool:
+        return node._saved_mode in (_SUM, _MEAN) and super()._knows(node)
+
+    def keep(self) -> None:
+        """Take the inputs out of the graph, and each read's bag and weight."""
+        super().keep()
+        self._reads = {node: self._read(node, kept) for node, kept in zip(self.nodes, self._kept, strict=True)}
+
+    def _read(self, node: _Node, indices: Tensor) -> tuple[Tensor, Tensor]:
+        num_bags = node._input_metadata[0].shape[0]
+        places = torch.arange(len(indices), device=indices.device)
+        bags = torch.searchsorted(node._saved_offsets[:num_bags].to(places), places, right=True) - 1
+        if node._saved_mode == _SUM:
+            given = node._saved_per_sample_weights
+            return bags, torch.ones_like(indices) if given is None else given.detach()
+        counts = (indices != self._padding(node)).to(torch.promote_types(self.weight.dtype, torch.float32))
+        return bags, counts.new_zeros(num_bags).index_add_(0, bags, counts).clamp(min=1).reciprocal()[bags]
+
+    def _outputs(self, node: _Node, gradient: Tensor) -> Tensor:
+        bags, factors = self._reads[node]
+        return _wide(gradient)[bags] * factors[:, None]
+
+    def _gradients(self, node: _Node, kept: Tensor, gradient: Tensor) -> list[Tensor]:
+        return super()._gradients(node, kept, self._outputs(node, gradient))
 
 
 def compressed(inputs: Tensor, outputs: Sequence[Tensor | None]) -> Tensor:

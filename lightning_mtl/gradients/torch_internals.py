@@ -47,6 +47,7 @@ _INPUTS = {
     "MmBackward0": "self",
     "ConvolutionBackward0": "input",
     "EmbeddingBackward0": "indices",
+    "EmbeddingBagBackward0": "indices",
 }
 
 

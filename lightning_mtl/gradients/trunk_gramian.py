@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.batched import all_at_once
-from lightning_mtl.gradients.compressed import Convolution, Cotangents, Embedding, Layer, Linear
+from lightning_mtl.gradients.compressed import Convolution, Cotangents, Embedding, EmbeddingBag, Layer, Linear
 from lightning_mtl.gradients.graph import check_nothing_hidden, check_repeatable
 from lightning_mtl.gradients.inner_products import MadeBlocks, Measured, Wanted, gramian
 from lightning_mtl.gradients.micro_batch import MicroBatch, surrogate
@@ -182,6 +182,7 @@ _WEIGHTS: dict[Key, tuple[type[Layer], int]] = {
     ("MmBackward0", 1, False): (Linear, 1),
     ("ConvolutionBackward0", 1, False): (Convolution, 0),
     ("EmbeddingBackward0", 0, False): (Embedding, 1),
+    ("EmbeddingBagBackward0", 0, False): (EmbeddingBag, 1),
 }
 _BIASES = {("AddmmBackward0", 0, False), ("ConvolutionBackward0", 2, False)}
 
@@ -216,7 +217,8 @@ def layers_of(
     layers = []
     for nodes, (weight, layer_type, dimension) in weights.items():
         operations = [node for node in nodes if node is not None]
-        if every or is_worth_it(weight, dimension, samples_of(operations, weight.shape[dimension]), num_tasks):
+        samples = samples_of(operations, weight.shape[dimension])
+        if every or is_worth_it(weight, dimension, samples, num_tasks, factorizes=layer_type.factorizes):
             layer = layer_type(weight, biases.get(nodes), operations, dimension)
             if layer.is_known():
                 layer.keep()
@@ -226,14 +228,19 @@ def layers_of(
     return layers, list(rest)
 
 
-# What one number costs, in multiply-adds of a product of matrices: in a QR factorization, measured on one core and
-# guessed for GPUs, whose factorizations are slow; and to move it into a row and back into a direction.
-_FACTORIZING = {"cpu": 2.5, "cuda": 200.0}
+# What one number costs, in multiply-adds of a product of matrices: in a QR factorization of N samples, measured on one
+# core, and guessed for GPUs, whose factorizations are slow; and to move it into a row and back into a direction.
+_FACTORIZING: dict[str, Callable[[int], float]] = {
+    "cpu": lambda samples: 1 + 36 / samples**0.5,
+    "cuda": lambda _: 200.0,
+}
 _MOVING = 25.0
-_MARGIN = 1.2  # of what is not counted: small kernels, and numbers that are no longer in the cache
+_LAYER = 3e6  # what a layer's short form takes in calls, at any size
+_MARGIN = 1.05  # of what is not counted
+_SPARSELY = 4.0  # rows of a table for each that is read, from which on these alone are moved faster than all
 
 
-def is_worth_it(weight: Tensor, dimension: int, samples: int, num_tasks: int) -> bool:
+def is_worth_it(weight: Tensor, dimension: int, samples: int, num_tasks: int, *, factorizes: bool = True) -> bool:
     """Whether compressed rows take less memory and fewer operations than rows."""
     if not weight.numel() or weight.device.type not in _FACTORIZING:
         return False
@@ -241,16 +248,19 @@ def is_worth_it(weight: Tensor, dimension: int, samples: int, num_tasks: int) ->
     d_in = weight.numel() // d_out
     if not 0 < samples < d_in:
         return False
-    factor = _FACTORIZING[weight.device.type] * d_in * samples**2
-    compressed = factor + samples * d_in * d_out + num_tasks * samples * d_out * (samples + num_tasks)
+    if not factorizes:
+        return _SPARSELY * samples < d_in
+    factor = _FACTORIZING[weight.device.type](samples) * d_in * samples**2
+    compressed = _LAYER + factor + samples * d_in * d_out + num_tasks * samples * d_out * (samples + num_tasks)
     rows = num_tasks * d_in * d_out * (samples + _MOVING + num_tasks)
     return bool(_MARGIN * compressed < rows)
 
 
 def samples_of(nodes: Sequence[Node], d_out: int) -> int:
-    """How many rows of ``d_out`` numbers the nodes' outputs have."""
-    numbers = sum(math.prod(node._input_metadata[0].shape) for node in nodes)
-    return int(numbers) // max(1, d_out)
+    """How many rows of ``d_out`` numbers the nodes' outputs are made of: for bags, those that they read."""
+    if type(nodes[0]).__name__ == "EmbeddingBagBackward0":
+        return sum(map(EmbeddingBag.reads, nodes))
+    return int(sum(math.prod(node._input_metadata[0].shape) for node in nodes)) // max(1, d_out)
 
 
 def _readers(losses: Sequence[Tensor]) -> Readers:

@@ -18,5 +18,5 @@ def compiled_for_several_passes() -> Iterator[None]:
 @pytest.fixture
 def every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers get their short form, and tasks one pass, at any size: for the tests' small ones rows would do."""
-    monkeypatch.setattr(trunk_gramian, "is_worth_it", lambda *_: True)
+    monkeypatch.setattr(trunk_gramian, "is_worth_it", lambda *_, **__: True)
     monkeypatch.setattr(batched, "_fits", lambda *_: True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_mtl.distributed import Ranks
+from lightning_mtl.gradients.graph import reached_leaves
 from lightning_mtl.gradients.micro_batch import MicroBatch
 from lightning_mtl.gradients.split import Split
 from lightning_mtl.gradients.trunk_gramian import TrunkGramian, layers_of
@@ -107,6 +109,23 @@ class Tables(nn.Module):
         return found @ self.table.weight.T if self.decoder else found
 
 
+class Bags(nn.Module):
+    """Bags of several sizes, one of them empty, read a second time as a matrix."""
+
+    def __init__(self, mode: str, *, weighted: bool = False, **arguments: Any) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(9, 6, mode=mode, **arguments)
+        self.factors = nn.Parameter(tensors(6)) if weighted else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        starts = [0, 3, 3, 6] if self.table.include_last_offset else [0, 3, 3]
+        indices = torch.tensor([1, 2, 1, 8, 2, 3])
+        first = self.table(indices, torch.tensor(starts), per_sample_weights=self.factors)
+        second = self.table(indices.view(3, 2).int(), per_sample_weights=None if self.factors is None else x[:3, :2])
+        found: Tensor = x * first.sin() + second.cos()
+        return found
+
+
 class ChannelsLast(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -143,6 +162,16 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "sparse table": (lambda: Tables(sparse=True), (3, 6), 1),
     "tied table": (lambda: Tables(decoder=True), (3, 6), 0),
     "scaled table": (lambda: nn.Sequential(Index(), nn.Embedding(4, 2, scale_grad_by_freq=True)), (3,), 0),
+    "bags, sums": (lambda: Bags("sum"), (3, 6), 1),
+    "bags, sparse sums with a last offset": (lambda: Bags("sum", sparse=True, include_last_offset=True), (3, 6), 1),
+    "bags, sums but of one row": (lambda: Bags("sum", padding_idx=2), (3, 6), 1),
+    "bags, weighted sums": (lambda: Bags("sum", weighted=True), (3, 6), 1),
+    "bags, weighted sums but of one row": (lambda: Bags("sum", weighted=True, padding_idx=1), (3, 6), 1),
+    "bags, means": (lambda: Bags("mean"), (3, 6), 1),
+    "bags, means but of one row": (lambda: Bags("mean", padding_idx=2, include_last_offset=True), (3, 6), 1),
+    "bags, sparse means": (lambda: Bags("mean", sparse=True), (3, 6), 1),
+    "bags, largest": (lambda: Bags("max"), (3, 6), 0),
+    "bags, scaled": (lambda: Bags("sum", scale_grad_by_freq=True), (3, 6), 0),
     "attention": (lambda: nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), (2, 3, 8), 4),
     "gates": (lambda: nn.GRUCell(6, 4), (3, 6), 2),
     "conv1d": (lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1), (2, 2, 6), 1),
@@ -171,6 +200,25 @@ def test_layers_of_every_kind(name: str) -> None:
 
 
 @pytest.mark.usefixtures("every_layer")
+@pytest.mark.parametrize("seed", range(20))
+def test_random_bags(seed: int) -> None:
+    random = Random(seed)
+    torch.manual_seed(seed)
+    mode, last, rows = random.choice(["sum", "mean"]), random.random() < 0.4, random.randint(1, 12)
+    padding = random.randrange(-rows, rows) if random.random() < 0.5 else None
+    table = nn.EmbeddingBag(rows, random.randint(1, 5), mode=mode, include_last_offset=last, padding_idx=padding)
+    table.double()
+    read = []
+    for _ in range(random.randint(1, 3)):
+        number = random.randint(1, 9)
+        starts = sorted([0, *(random.randint(0, number) for _ in range(3))]) + [number] * last
+        factors = tensors(number) if mode == "sum" and random.random() < 0.5 else None
+        read.append(table(torch.randint(rows, (number,)), torch.tensor(starts), per_sample_weights=factors).sin())
+    losses = [torch.stack([(z * torch.randn_like(z)).sum() for z in read[k % 2 :] or read]).sum() for k in range(3)]
+    check(losses, [table.weight], 1e-12, layers=1)
+
+
+@pytest.mark.usefixtures("every_layer")
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_autocast(precision: torch.dtype) -> None:
     torch.manual_seed(1)
@@ -193,6 +241,13 @@ def test_nearly_stationary_points_are_as_exact_as_rows(by: float) -> None:
         gradient = torch.randn(64, 512)
         losses.append((z * torch.cat([gradient, -gradient + by * torch.randn(64, 512)])).sum())
     check(losses, list(layer.parameters()), 3e-5, layers=1, cancels_to=by)
+
+
+def test_a_table_needs_no_rows_where_few_of_its_own_are_read() -> None:
+    losses = [nn.Embedding(100, 8)(torch.arange(n)).sum() for n in (24, 26)]
+    bags = [nn.EmbeddingBag(100, 8)(torch.arange(n).view(2, -1)).sum() for n in (24, 26)]
+    for few, many in (losses, bags):
+        assert [len(layers_of([loss], list(reached_leaves([loss])), 2)[0]) for loss in (few, many)] == [1, 0]
 
 
 def test_what_goes_without_rows_is_told_once_a_fit(caplog: pytest.LogCaptureFixture, every_layer: None) -> None:

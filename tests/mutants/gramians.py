@@ -46,6 +46,20 @@ GRAMIANS = (
         WITHOUT_ROWS,
     ),
     Mutation(
+        "a read belongs to the bag that begins after it",
+        "gradients/compressed.py",
+        "places, right=True) - 1",
+        "places)",
+        WITHOUT_ROWS,
+    ),
+    Mutation(
+        "a table is judged as if its reads were factorized",
+        "gradients/trunk_gramian.py",
+        "if not factorizes:",
+        "if False:",
+        WITHOUT_ROWS,
+    ),
+    Mutation(
         "a weight transposed twice counts as transposed once",
         "gradients/trunk_gramian.py",
         "transposed=transposed ^ (type(node) is TRANSPOSE)",
