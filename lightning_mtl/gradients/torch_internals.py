@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config
 from torch.autograd.graph import Node
+from torch.distributed.fsdp import FSDPModule
 
 # Missing in some future torch, they only cost speed: the engine then takes its general form.
 _will_execute = getattr(torch._C, "_will_engine_execute_node", None)
@@ -132,3 +133,9 @@ def donates_buffers(node: Node) -> bool:
     # An operation written in Python has such a class; a user's own donates nothing.
     compiled = getattr(node, "_forward_cls", None)
     return bool(getattr(getattr(compiled, "metadata", None), "bw_donated_idxs", None))
+
+
+def reduces_in_another_dtype(part: FSDPModule) -> bool:
+    """Whether FSDP2 sums this part's gradients in a dtype that they do not have."""
+    policy = part._get_fsdp_state()._mp_policy
+    return policy.reduce_dtype not in (None, policy.param_dtype)

@@ -94,7 +94,7 @@ class TaskAffinity(PairMonitor):
 
     Raises:
         ValueError: If an argument is out of its range; at the start of training if the shared parameters have several
-            learning rates and no ``lr`` is given; at setup with sharded parameters (FSDP2).
+            learning rates and no ``lr`` is given; at setup with a sharded trunk (FSDP2).
         ModuleNotFoundError: If matplotlib is missing with ``figure=True``.
 
     Source: Fifty et al., Efficiently Identifying Task Groupings for Multi-Task Learning, 2021, arXiv:2109.04617.

@@ -34,7 +34,7 @@ class Monitor(GivenArguments, Callback):
 
     Raises:
         TypeError: At setup, if the module is no :class:`~lightning_mtl.BalancedModule`.
-        ValueError: At setup, if it measures gradients at a module that there is not, or of sharded parameters (FSDP2).
+        ValueError: At setup, if it measures gradients at a module that there is not, or of a sharded trunk (FSDP2).
 
     Example:
         >>> class Largest(Monitor):
@@ -111,7 +111,8 @@ class Monitor(GivenArguments, Callback):
             return
         if isinstance(pl_module, TaskModule):
             pl_module.check_place(name, self.at)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        # A module without a trunk is whole in its steps.
+        if isinstance(trainer.strategy, ModelParallelStrategy) and getattr(pl_module, "the_trunk", None) is not None:
             raise ValueError(
                 f"{name} measures gradients beside the update, and sharded parameters (FSDP2) have none outside of the "
                 "one synchronized backward pass; leave the monitor out, or train with strategy='ddp'."

@@ -90,7 +90,7 @@ class GradientConflict(PairMonitor):
         name: What the logged names begin with; give it where two of these watch different places.
 
     Raises:
-        ValueError: If an argument is out of its range, or at setup with sharded parameters (FSDP2), whose gradients
+        ValueError: If an argument is out of its range, or at setup with a sharded trunk (FSDP2), whose gradients
             cannot be had beside the update.
         ModuleNotFoundError: If matplotlib is missing with ``figure=True``.
 

@@ -51,6 +51,11 @@ class Sharing:
         """Whether nothing more can be learned about these parameters: all that train are shared."""
         return all(parameter in self.shared for parameter in parameters if parameter.requires_grad)
 
+    def rename(self, names: Mapping[Tensor, Tensor]) -> None:
+        """Take other tensors for the same parameters, as where sharded ones become whole."""
+        self.owners = {names.get(parameter, parameter): owner for parameter, owner in self.owners.items()}
+        self.shared = {names.get(parameter, parameter) for parameter in self.shared}
+
     # What several ranks have learned is put together in one sum.
 
     def table(self, parameters: Sequence[Tensor], num_tasks: int) -> Tensor:

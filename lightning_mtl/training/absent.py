@@ -98,12 +98,17 @@ def _ghost_of_outputs(outputs: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.stack([(output * 0).sum().to(like.dtype) for output in outputs]).sum()
 
 
-def forget_absent(module: TaskModule, window: Window, *, sharded: bool) -> None:
+def forget_absent(module: TaskModule, window: Window, cast: Cast) -> None:
     """Leave parameters that no rank's loss depended on without gradients, so that no optimizer moves them."""
     if window.ranks.size > 1:
-        _forget_unreached(module, window, sharded=sharded)
-    if not module.trunk_parts.owning:
-        return
+        _forget_unreached(module, window, sharded=cast.sharded)
+    if module.trunk_parts.owning:
+        _forget_owned(module, window, sharded=cast.sharded)
+    if cast.whole is not None:
+        cast.whole.scatter(module)
+
+
+def _forget_owned(module: TaskModule, window: Window, *, sharded: bool) -> None:
     # An operation on all tasks, and anything compiled, gives an absent task's parameters a gradient of zeros. Other
     # numbers are somebody's who reaches them all the same, such as a penalty of the user's.
     absent = set(module.tasks).difference(window.present)

@@ -19,6 +19,7 @@ from lightning_mtl.monitors.base import Monitor
 from lightning_mtl.monitors.throughput import Phases
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.task_rates import Steering
+from lightning_mtl.training.whole import Whole
 
 
 @dataclass
@@ -31,11 +32,12 @@ class Cast:
         steering: The learning rates of the tasks' own, where a callback gives them.
         stopping: What says which tasks rest; None where all train.
         ranks: The processes with different data.
-        sharded: Whether parameters are sharded over the ranks (FSDP2).
+        sharded: Whether parameters are sharded over the ranks (FSDP2) in a step, too.
+        whole: What makes a sharded module without a trunk whole while it takes a step.
         scaler: The gradient scaler of half precision.
         thaws: Whether a callback may unfreeze parameters.
         asks_again: Whether the optimizer may call its closure more than once, as SAM and LBFGS do.
-        leaves_out: Whether DDP leaves alone what no rank's backward pass reaches.
+        leaves_out: Whether what no rank's backward pass reaches is left alone, as DDP may be asked to.
         penalizes: Whether the module may have penalties.
     """
 
@@ -45,6 +47,7 @@ class Cast:
     stopping: TaskEarlyStopping | None
     ranks: Ranks
     sharded: bool
+    whole: Whole | None
     scaler: Any
     thaws: bool
     asks_again: bool
@@ -57,6 +60,7 @@ class Cast:
         trainer, strategy = module.trainer, module.trainer.strategy
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         rates = task_rates_of(trainer)
+        shards = isinstance(strategy, ModelParallelStrategy)
         # A process by itself talks to nobody, even where another library has opened a process group.
         ranks = Ranks.alone()
         if trainer.world_size > 1:
@@ -68,12 +72,16 @@ class Cast:
             steering=None if rates is None else Steering(rates, module),
             stopping=next((c for c in callbacks if isinstance(c, TaskEarlyStopping)), None),
             ranks=ranks,
-            sharded=isinstance(strategy, ModelParallelStrategy),
+            sharded=shards and module.the_trunk is not None,
+            whole=Whole(ranks) if shards and module.the_trunk is None else None,
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             thaws=any(isinstance(callback, BaseFinetuning) for callback in callbacks),
             asks_again=is_overridden("optimizer_step", module) or any(_asks_again(o) for o in trainer.optimizers),
-            leaves_out=isinstance(strategy, DDPStrategy)
-            and any(strategy._ddp_kwargs.get(name) for name in ("find_unused_parameters", "static_graph")),
+            leaves_out=(shards and module.the_trunk is None)
+            or (
+                isinstance(strategy, DDPStrategy)
+                and any(strategy._ddp_kwargs.get(name) for name in ("find_unused_parameters", "static_graph"))
+            ),
             penalizes=_penalizes(module),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +17,7 @@ from lightning_mtl.method.base import Weighting, weighting_of
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.names import check_task_names
 from lightning_mtl.task.task import Task
+from lightning_mtl.training.whole import check_can_be_whole
 from lightning_mtl.training.window import Window
 
 REFUSED_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy)
@@ -105,11 +106,6 @@ def check_trainer(module: TaskModule, trainer: pl.Trainer) -> None:
             "or FSDP2: ModelParallelStrategy() with fully_shard(...) in configure_model."
         )
     if isinstance(trainer.strategy, ModelParallelStrategy):
-        if module.the_trunk is None:
-            raise ValueError(
-                f"{type(module).__name__} has no trunk and heads, by whose outputs a rank that lacks a task takes part "
-                "in the collectives of a sharded model (FSDP2); use strategy='ddp', or a MultiTaskModule."
-            )
         _check_sharded(module, trainer)
 
 
@@ -185,16 +181,23 @@ def check_model(module: TaskModule, trainer: pl.Trainer) -> None:
         return
     unsharded = [name for name, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     if unsharded:
+        parts = "the parts that hold them" if module.the_trunk is None else "the trunk and on each head"
         raise ValueError(
             f"ModelParallelStrategy averages the gradients of sharded parameters only, which {unsharded[0]!r} and "
-            f"{len(unsharded) - 1} more are not; call fully_shard on the trunk and on each head in configure_model."
+            f"{len(unsharded) - 1} more are not; call fully_shard on {parts} in configure_model."
         )
+    check_can_be_whole(module)
     weighting = weighting_of(module.trainer)
-    if weighting is None or weighting.measures == "losses" or weighting.at != "features" or weighting.weighs_heads:
+    if (
+        module.the_trunk is None
+        or weighting is None
+        or weighting.measures == "losses"
+        or weighting.at != "features"
+        or weighting.weighs_heads
+    ):
         return
     shared = set(module.shared_parameters())
-    trunk = cast("nn.Module", module.the_trunk)
-    if own := [name for name, p in trunk.named_parameters() if p.requires_grad and p not in shared]:
+    if own := [name for name, p in module.the_trunk.named_parameters() if p.requires_grad and p not in shared]:
         raise ValueError(
             f"{type(weighting).__name__}(at='features') gives the trunk one set of weights, in which {own[0]!r} and "
             f"{len(own) - 1} more that no tasks share would have to be weighed as heads are; sharded parameters cannot "
@@ -217,7 +220,7 @@ def _check_sharded(module: TaskModule, trainer: pl.Trainer) -> None:
             f"data_parallel_size={trainer.world_size}, tensor_parallel_size=1)."
         )
     weighting = weighting_of(module.trainer)
-    if weighting is None:
+    if weighting is None or module.the_trunk is None:  # a module without a trunk is whole in its steps
         return
     name, at, size = type(weighting).__name__, weighting.at, module.micro_batches_a_step
     if size > 1 and (weighting.measures != "losses" or weighting.reads_losses):

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_mtl.gradients.torch_internals import KEEPING_BUFFERS
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_absent
+from lightning_mtl.training.cast import Cast
 from lightning_mtl.training.evaluation import second_look
 from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.update import Update, optimizer_of
@@ -23,6 +24,7 @@ class Passing(Protocol):
 
     recorder: Recorder
     update: Update
+    cast: Cast
 
     def pass_batch(self, module: TaskModule, window: Window, batch: object, *, last: bool) -> Tensor | None:
         """Pass one micro-batch forward and backward."""
@@ -73,7 +75,7 @@ def pass_again(passing: Passing, module: TaskModule, window: Window, batch_idx: 
         losses = [loss for loss in passed if loss is not None]
         return torch.stack(losses).sum() if losses else None
     if again.ranks.size > 1 or len(again.present) < len(module.tasks):
-        forget_absent(module, again, sharded=False)
+        forget_absent(module, again, passing.cast)
     return again.mean_loss()
 
 

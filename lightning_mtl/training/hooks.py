@@ -16,6 +16,7 @@ from lightning_mtl.training.absent import forget_absent
 from lightning_mtl.training.checks import check_evaluation_loaders
 from lightning_mtl.training.step import Optimization
 from lightning_mtl.training.targets import measure_targets
+from lightning_mtl.training.whole import gather_whole, shard_again
 
 
 class StepHooks(Callback):
@@ -99,12 +100,30 @@ class StepHooks(Callback):
             raise _replaced(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
-        """Refuse loaders whose figures would be mixed up."""
+        """Refuse loaders whose figures would be mixed up; make a sharded module without a trunk whole."""
+        gather_whole(pl_module)
         check_evaluation_loaders(pl_module, "validation_step", trainer.val_dataloaders)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
-        """Refuse loaders whose figures would be mixed up."""
+        """Refuse loaders whose figures would be mixed up; make a sharded module without a trunk whole."""
+        gather_whole(pl_module)
         check_evaluation_loaders(pl_module, "test_step", trainer.test_dataloaders)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
+        """Make a sharded module without a trunk whole."""
+        gather_whole(pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
+        """Shard again what was whole."""
+        shard_again(pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
+        """Shard again what was whole."""
+        shard_again(pl_module)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
+        """Shard again what was whole."""
+        shard_again(pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Say what does not come back from processes that Lightning has started by ``multiprocessing``."""
@@ -125,7 +144,7 @@ class AutomaticStepHooks(StepHooks):
         update, cast = self.optimization.update, self.optimization.cast
         if update.awaited is None:
             return
-        forget_absent(pl_module, update.awaited, sharded=cast.sharded)
+        forget_absent(pl_module, update.awaited, cast)
         update.awaited.gradients = None
         update.awaited = None
 

@@ -137,6 +137,8 @@ class Optimization:
 
     def _open(self, module: TaskModule, batch_idx: int) -> Window:
         trainer, cast, weighting = module.trainer, self.cast, self.cast.weighting
+        if cast.whole is not None:
+            cast.whole.gather(module)
         step, epoch = trainer.global_step, trainer.current_epoch
         size = trainer.accumulate_grad_batches if module.automatic_optimization else module.accumulate_grad_batches
         shares = None if cast.steering is None else cast.steering.shares(module, step)
@@ -269,8 +271,8 @@ class Optimization:
             if cast.asks_again:
                 self._closed = module.trainer.fit_loop.epoch_loop.total_batch_idx, window
         else:
-            if window.ranks.size > 1 or len(window.present) < len(module.tasks):
-                forget_absent(module, window, sharded=cast.sharded)
+            if window.ranks.size > 1 or len(window.present) < len(module.tasks) or cast.whole:
+                forget_absent(module, window, cast)
             window.gradients = None  # K gradients of each head need not outlive the step
         multipliers = None if steering is None else steering.rates.current(window.step)
         finite, signals, known = update.look(module, signals, multipliers)

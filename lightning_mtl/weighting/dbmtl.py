@@ -38,8 +38,8 @@ class DBMTL(RowMemory):
 
     With β > 0 running means of the logarithms' gradients take the place of :math:`g_k / L_k`. They are a direction that
     no weights describe, so that none are logged, and need K P numbers of memory for P shared parameters beside the
-    gradients, in checkpoints, too; and gradients of all shared parameters: neither ``at="features"`` nor sharded
-    parameters (FSDP2) have these.
+    gradients, in checkpoints, too; and gradients of all shared parameters: neither ``at="features"`` nor
+    a sharded trunk (FSDP2) has these.
 
     When: losses and gradients of unlike scale; noisy gradients with ``beta``, which keeps K P numbers more.
 

@@ -43,7 +43,7 @@ class ExcessMTL(RowMemory):
     heads, too.
 
     The sums of squares are K P numbers for P shared parameters, beside the gradients and in checkpoints. They are of
-    parameters: ``at="features"`` and sharded parameters (FSDP2) have no such rows, and are refused.
+    parameters: ``at="features"`` and a sharded trunk (FSDP2) have no such rows, and are refused.
 
     When: some tasks have noisy labels. It keeps K P numbers more.
 

@@ -51,7 +51,7 @@ class LRAnnealing(Weighting):
     condition that is met has a gradient near 0, and its weight grows without end: look at ``weight/<task>``.
 
     Each task's whole gradient is needed in the steps that measure: ``every_n_steps=10``, as in the official code, makes
-    most of them plain. Sharded parameters (FSDP2) have no such rows, and are refused.
+    most of them plain. A sharded trunk (FSDP2) has no such rows, and is refused.
 
     When: the conditions of a differential equation are not learned beside its residual, and are no zero values.
 

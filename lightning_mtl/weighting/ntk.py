@@ -46,7 +46,7 @@ class NTKWeighting(Weighting):
     The traces come from random signs, :math:`\operatorname{tr} K = \mathbb{E} \lVert \nabla_\theta \sum_n v_n r_n
     \rVert^2`: one backward pass a task and probe in a step that measures, and no Jacobian in memory. On several ranks
     each draws for its own residuals; the traces are averaged over the ranks, and are another sample of the same mean
-    than one process would draw. Sharded parameters (FSDP2) are refused.
+    than one process would draw. A sharded trunk (FSDP2) is refused.
 
     When: the residuals of a differential equation and of its conditions have to fall at one rate.
 

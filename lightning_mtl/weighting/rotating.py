@@ -34,8 +34,8 @@ class Rotating(Wrapper):
     networks, K gradients cost together what one backward pass does, and there is nothing to save.
 
     The gradients kept are K P numbers for P shared parameters, in checkpoints, too; ``grad_norm/<task>`` is not logged.
-    With accumulated gradients all tasks' are kept until the step's end anyway, and nothing is saved. Sharded parameters
-    (FSDP2) are refused.
+    With accumulated gradients all tasks' are kept until the step's end anyway, and nothing is saved. A sharded
+    trunk (FSDP2) is refused.
 
     When: a method of Gramians helps, and a gradient of a deep trunk for each task in each step costs too much.
 
