@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mtl import BalancedModule, TaskOutput, Weighting
-from lightning_mtl.weighting import MGDA, UncertaintyWeighting
 from tests.balanced.models import mlp
+from tests.contract_rows import METHODS as EVERY_METHOD
 from tests.training import flat_parameters, loader, quiet_trainer
 
 STEPS, SAMPLES = 6, 8
-WEIGHTINGS: dict[str, type[Weighting]] = {"MGDA": MGDA, "UncertaintyWeighting": UncertaintyWeighting}
+WEIGHTINGS = ("MGDA", "UncertaintyWeighting")
+
+
+def _for_any_module(make: Callable[..., Weighting]) -> Callable[[], Weighting]:
+    """The same method, measuring where a module without a trunk can be measured."""
+    return functools.partial(make, at="trunk") if make().at in ("features", "last_layer") else make
+
+
+# DTP reads a metric, which these modules have not.
+METHODS = {name: _for_any_module(make) for name, make in EVERY_METHOD.items() if name != "DTP"}
 
 
 class Flow(BalancedModule):
@@ -56,7 +65,7 @@ def train(name: str, accumulate: int, rank: int = 0, ranks: int = 1) -> tuple[Te
     torch.manual_seed(5)
     module = Flow(accumulate).double()
     trainer = quiet_trainer(
-        callbacks=[WEIGHTINGS[name]()],
+        callbacks=[METHODS[name]()],
         precision=64,
         use_distributed_sampler=False,
         **({"devices": ranks, "strategy": "ddp_find_unused_parameters_true"} if ranks > 1 else {}),
