@@ -107,7 +107,7 @@ def with_table(page: str) -> str:
 
 
 def draw_weights(shown: str, weights: Mapping[str, list[float | None]], every_n_steps: int, path: Path) -> None:
-    """The weights of all tasks over the steps, as SVG; the axis is logarithmic where they differ by orders of magnitude."""
+    """The weights of all tasks over the steps, as SVG, on a logarithmic axis where they are far apart."""
     figure = Figure(figsize=(7.5, 3), layout="constrained")
     axes = figure.subplots()
     for task, values in weights.items():
