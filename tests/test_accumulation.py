@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from lightning_mtl import MultiTaskModule, Task, TaskOutput
+from lightning_mtl.weighting import StaticWeights
 from tests.automatic import WAYS, Run, assert_same_history
 from tests.training import Steps, fit, flat_parameters, loader
 from tests.weightings import WeightedSum, fixed
@@ -160,3 +161,25 @@ def test_tasks_that_take_turns_within_a_window_are_all_observed(measures: str) -
     assert weighting.observed[0].tasks == ("a", "b")
     assert steps.signals[0].tasks == ("a", "b")
     assert {"loss/a", "loss/b", "weight/a", "weight/b"} <= trainer.callback_metrics.keys()
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+@pytest.mark.parametrize("order", [("ab", "a"), ("a", "ab"), ("a", "b"), ("b", "ab", "")], ids="-".join)
+def test_weights_that_are_known_accumulate_as_plain_training_whichever_tasks_come_first(
+    order: tuple[str, ...], automatic: bool
+) -> None:
+    """Σ_k w_k L_k / N, summed over the N micro-batches: as without a weighting."""
+    window = split(samples(3 * len(order) + 1, [1], "a"), [*[3] * (len(order) - 1), 4])
+    for (_, targets), tasks in zip(window, order, strict=True):
+        for task in set(targets) - set(tasks):
+            targets[task] = torch.full_like(targets[task], torch.nan)
+    weights, size = {"a": 1.5, "b": 0.5}, len(order)
+    model = module(1 if automatic else size)
+    model.automatic_optimization = automatic
+    plain = copy.deepcopy(model)
+    for batch in window:
+        for task, output in plain.task_losses(batch).items():
+            (weights[task] * output.loss / size).backward(retain_graph=True)
+    expected = torch.cat([(p - p.grad).flatten() for p in plain.parameters() if p.grad is not None])
+    fit(model, loader(*window), callbacks=[StaticWeights(weights)], accumulate_grad_batches=size if automatic else 1)
+    torch.testing.assert_close(flat_parameters(model), expected.detach(), rtol=1e-9, atol=1e-12)

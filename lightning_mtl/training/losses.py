@@ -158,7 +158,7 @@ def micro_batch_of(
     # One process and one batch: a loss is its own mean, and nothing has to be multiplied.
     shares = None
     if ranks.size > 1 or window.size > 1:
-        shares = reduced.own_counts if window.collects and window.size > 1 else reduced.shares()
+        shares = reduced.own_counts if window.pools else reduced.shares()
         if shares is not None and (not window.collects or cast.sharded):
             shares = shares * ranks.size  # what the average over the ranks divides by
     # A task that only others have counts here, too, with a loss of 0 that has no graph.

@@ -34,10 +34,8 @@ class Window:
     Args:
         tasks: All tasks of the module, in order.
         weighting: The Trainer's weighting; None weighs all tasks equally.
-        step: Optimizer steps taken before.
-        epoch: The present epoch.
-        size: Micro-batches in a full window.
-        ranks: The processes that train together.
+        step, epoch: Optimizer steps taken before; the present epoch.
+        size, ranks: Micro-batches in a full window; the processes that train together.
         shares: ``[K]``, what multiplies each task's weight in the shared gradient, and there alone; None for 1.
         scales: What losses are divided by before anyone but the loggers sees them; None for 1.
         resting: The tasks that a callback has taken out of the training of what is shared; None for no task.
@@ -50,6 +48,7 @@ class Window:
         passes_again: Whether some step of the training may pass a part of the graph more than once.
         loss: The step's loss, detached; None before the first backward pass.
         keeps_batches: Whether the step's batches are kept until it is over.
+        pools: Whether a task's loss is the mean over all samples of the window, or of the micro-batches' means.
         repeats: Whether an optimizer's closure asks for this step again, see :meth:`again`.
         reached: The parameters that this rank's losses and penalties reach, where ``forgets`` is asked for.
         idle: Whether no parameter is shared that the weighting could be asked about.
@@ -107,7 +106,7 @@ class Window:
         self.samples: dict[Collected, list[Tensor]] = {}
         self.local: list[tuple[list[str], Tensor, Tensor | float]] = []
         self.reached: set[Tensor] = set()
-        self.collects = self.forgets = self.idle = False
+        self.collects = self.pools = self.forgets = self.idle = False
         self._asked: Signals | None = None
         self.tasks, self._position = tuple(tasks), {task: position for position, task in enumerate(tasks)}
         self._noted: list[tuple[list[int], Reduced]] = []
@@ -146,18 +145,18 @@ class Window:
             self.collects = self._has_to_collect(complete=len(reduced.names) == len(left))
 
     def _has_to_collect(self, *, complete: bool) -> bool:
-        """Whether the weights are not known before the step's last micro-batch.
+        """Whether the weights are not known before the step's last micro-batch; an only one needs them no earlier.
 
-        A weighting is asked once a step about all tasks of it. Its weights are known at the first micro-batch where
-        that one has all tasks and the method reads nothing but its state; and they are needed no earlier than at the
-        only one.
+        A weighting is asked once a step about all tasks of it: at the first micro-batch, where that one has all tasks
+        and the method reads nothing but its state.
         """
         if self.size == 1 or self.weighting is None:
             return self.way == "rows"
-        return not (complete and self.weighting.known_beforehand(self.step))
+        self.pools = not self.weighting.known_beforehand(self.step)
+        return self.pools or not complete
 
     def mean_losses(self, names: Sequence[str]) -> Tensor:
-        """The mean loss over the window of tasks that were present in it."""
+        """The mean loss over the window of these tasks."""
         if len(self._noted) == 1 and self._noted[0][1].names == list(names):
             return self._noted[0][1].losses
         total, count = self._sums([reduced.losses for _, reduced in self._noted])
@@ -168,6 +167,7 @@ class Window:
         if self.size == 1 or not names:
             return None
         _, count = self._sums([reduced.losses for _, reduced in self._noted])
+        count = count if self.pools else torch.full_like(count, self.micro_batches)
         return self.of(self.micro_batches / self.size / count, self.positions(names))
 
     def _mean_scores(self, names: Sequence[str]) -> Tensor | None:
@@ -248,7 +248,7 @@ class Window:
         again = Window(self.tasks, None, self.step, self.epoch, self.size, self.ranks, None, self.scales, self.resting)
         again.way, again.collects = ("losses", False) if alike else (self.way, self.collects)
         again.needs_split = self.needs_split and (again.way != "losses" or self.size > 1)
-        again.passes_again, again.repeats, again._decisions = self.passes_again, True, list(known)
+        again.pools, again.passes_again, again.repeats, again._decisions = self.pools, self.passes_again, True, [*known]
         return again
 
     def _ask(self, names: Sequence[str], positions: list[int], losses: Tensor, measured: Measured) -> Decision:

@@ -51,6 +51,8 @@ class ByHand(pl.Callback):
         with plugin.train_step_context() if isinstance(plugin, MixedPrecision) else nullcontext():
             losses = {task: output.loss for task, output in module.present_outputs(batch).items()}
         if not self.parts:
+            # Weights that are known are not waited for: micro-batches add up as without a weighting.
+            self.waits = self.weighting is not None and not self.weighting.known_beforehand(trainer.global_step)
             self.before = {n: p.detach().clone() for n, p in module.named_parameters()}
             if isinstance(self.weighting, IMTL):  # whose heads have scales of their own, as they were before the step
                 self.scales = self.weighting.log_scales.exp().tolist()
@@ -71,7 +73,7 @@ class ByHand(pl.Callback):
             own = [part[task] for part in self.parts if task in part]
             for part in own:
                 for name, gradient in part.items():
-                    mean = gradient / len(own) * (len(self.parts) / self.size)
+                    mean = gradient / (len(own) if self.waits else len(self.parts)) * (len(self.parts) / self.size)
                     mine = found.setdefault(task, {})
                     mine[name] = mine[name] + mean if name in mine else mean
         self.parts = []

@@ -33,7 +33,7 @@ DIRECTIONS = (Aggregator, DBMTL)
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "plain": ({}, "abc abc abc abc"),
     "absent": ({}, "abc ab abc c bc abc"),
-    "accumulated": ({"accumulate_grad_batches": 2}, "abc abc a bc b abc abc"),
+    "accumulated": ({"accumulate_grad_batches": 2}, "abc abc a bc abc c abc"),
     "clipped": ({"gradient_clip_val": 0.2}, "abc ab abc"),
 }
 

@@ -220,6 +220,13 @@ ENGINE = (
         ACCUMULATION,
     ),
     Mutation(
+        "known weights pool the samples of a window that does not begin with all tasks",
+        "training/window.py",
+        "self.pools = not self.weighting.known_beforehand(self.step)",
+        "known = self.weighting.known_beforehand(self.step)\n        self.pools = not known or not complete",
+        "tests/test_accumulation.py",
+    ),
+    Mutation(
         "accumulated rows are not divided by the window",
         "training/window.py",
         "return self.of(self.micro_batches / self.size / count, self.positions(names))",
@@ -246,8 +253,8 @@ ENGINE = (
     Mutation(
         "a window whose first micro-batch lacks tasks counts as complete",
         "training/window.py",
-        "return not (complete and self.weighting.known_beforehand(self.step))",
-        "return not self.weighting.known_beforehand(self.step)",
+        "return self.pools or not complete",
+        "return self.pools",
         TURNS,
     ),
     Mutation(
