@@ -97,7 +97,8 @@ class Update:
             culprits = f"the loss of {', '.join(named)}" if named else culprits
         step = module.trainer.global_step
         if self.skipped == 1:
-            rank_zero_warn(f"Step {step} is skipped: {culprits} is not finite. Later skips are counted, not reported.")
+            hint = "" if culprits == "a gradient" else " Where a missing label is NaN, say Task(missing=torch.nan)."
+            rank_zero_warn(f"Step {step} is skipped: {culprits} is not finite.{hint} The fit's end says how many were.")
         if self.skipped_in_a_row > module.max_skipped_steps:
             raise NotFiniteError(
                 f"{self.skipped_in_a_row} steps in a row were skipped, the last at step {step}: {culprits} is not "
