@@ -231,10 +231,10 @@ class OptimizerHooks(TaskModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init_subclass__(**kwargs)
-        if "optimizer_step" in cls.__dict__:
-            cls.optimizer_step = putting_rates_back(cls.optimizer_step)
-        if "on_before_optimizer_step" in cls.__dict__:
-            cls.on_before_optimizer_step = judged_and_clipped(cls.on_before_optimizer_step)
+        for name, wrap in (("optimizer_step", putting_rates_back), ("on_before_optimizer_step", judged_and_clipped)):
+            hook = getattr(cls, name)  # of the class itself, or of a mixin, which knows nothing of this one
+            if getattr(hook, "__code__", None) is not vars(OptimizerHooks)[name].__code__:
+                setattr(cls, name, wrap(hook))
 
     optimizer_step = putting_rates_back(pl.LightningModule.optimizer_step)
     on_before_optimizer_step = judged_and_clipped(pl.LightningModule.on_before_optimizer_step)
