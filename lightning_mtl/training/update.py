@@ -98,7 +98,7 @@ class Update:
         step = module.trainer.global_step
         if self.skipped == 1:
             hint = "" if culprits == "a gradient" else " Where a missing label is NaN, say Task(missing=torch.nan)."
-            rank_zero_warn(f"Step {step} is skipped: {culprits} is not finite.{hint} The fit's end says how many were.")
+            rank_zero_warn(f"Step {step} is skipped: {culprits} is not finite.{hint} Later ones: see the fit's end.")
         if self.skipped_in_a_row > module.max_skipped_steps:
             raise NotFiniteError(
                 f"{self.skipped_in_a_row} steps in a row were skipped, the last at step {step}: {culprits} is not "
