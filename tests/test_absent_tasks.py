@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_mtl import MultiTaskModule
+from lightning_mtl.transfer import only_tasks
 from lightning_mtl.weighting import DTP, DWA, LBTW, MGDA, GradientNormBalance, GradNorm, UncertaintyWeighting
 from tests.gradients.oracle import assert_same, expected_update, rows_at, task_gradients
 from tests.small import Batch, batch, binary, small
@@ -202,3 +204,16 @@ def test_weights_held_between_measurements_know_nothing_of_a_task_that_was_absen
     assert fourth is not None
     assert second.tolist() == [0.5, 1.0, -1.0]
     assert fourth[1] == 3.0
+
+
+def test_a_task_that_the_whole_first_epoch_lacks_is_told_of_once() -> None:
+    given = (labeled("a", seed=1), labeled("a", "b", seed=2))
+    with pytest.warns(UserWarning, match="No step of the first epoch") as caught:
+        fit(module(), loader(*given), max_epochs=2)
+    said = [str(warning.message) for warning in caught if "first epoch" in str(warning.message)]
+    assert len(said) == 1
+    assert "trained the tasks ['c']: they were absent" in said[0]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "No step of the first epoch")
+        fit(module(), loader(*given, labeled("c")))  # seen once is enough
+        fit(only_tasks(module(), ["a", "b"]), loader(*given))  # asked for

@@ -145,6 +145,13 @@ def test_the_scheduler_that_lightnings_own_cli_puts_on_the_instance_steps() -> N
         ("--trainer.callbacks+=MGDAA", "trainer.callbacks: 'MGDAA' is no class path, .*Did you mean MGDA.*NashMTL"),
         ("--trainer.callbacks+=lightning_mtl.weighting.Nash", "has no attribute 'Nash'.* NashMTL"),
         ("--model.optimizer=Adamm", "'Adamm' .* torch.optim. Did you mean Adam"),
+        (
+            "--model.optimizer=torch.optim.Adamm",
+            r"error: model.optimizer: module 'torch.optim' has no attribute 'Adamm'. Did you mean Adam[^<]*$",
+        ),
+        ("--model.optimizer.lrr=1", r"error: model.optimizer: Option 'lrr' is not accepted[^<]*$"),
+        ("--model.optimzer.lr=1", "unrecognized arguments: --optimzer.lr=1; did you mean optimizer?"),
+        ("--model=MultitaskModule", "'MultitaskModule' .*Did you mean MultiTaskModule"),
         ("--model.accumulate_grad_batches=x", "accumulate_grad_batches: Expected a <class 'int'>. Got value: x"),
         ("--model.gradient_clip_val=-1", "gradient_clip_val=-1.0 must be above 0; leave it None for no clipping."),
         ("--data=multi_digits.MultiDigit", "module 'multi_digits' has no attribute 'MultiDigit'. .*MultiDigits"),
@@ -221,6 +228,8 @@ def test_a_bad_key_in_a_file_gets_the_nearest_one(
     assert "'trainer.max_epoch'; did you mean trainer.max_epochs?" in refused(
         monkeypatch, capsys, "fit", "--config", "bad.yaml"
     )
+    Path("bad.yaml").write_text(text.replace("\ndata:", "\ndta:"))
+    assert "'dta.class_path'; did you mean data?" in refused(monkeypatch, capsys, "fit", "--config", "bad.yaml")
     Path("bad.yaml").write_text(text.replace("optimizer:", "optimiser:").replace("widths", "width"))
     found = refused(monkeypatch, capsys, "fit", "--config", "bad.yaml")
     assert "did you mean optimizer?" in found or "did you mean widths?" in found

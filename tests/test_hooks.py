@@ -150,6 +150,19 @@ class ScaledBeforeTheStep(MultiTaskModule):
                 parameter.grad.mul_(0.1)
 
 
+class Shrinks:
+    """A mixin that knows nothing of this package."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.mul_(0.5)
+
+
+class MixedIn(Shrinks, OwnClipping):
+    pass
+
+
 class ZeroInPlace(MultiTaskModule):
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         optimizer.zero_grad(set_to_none=False)
@@ -165,7 +178,7 @@ class Decay(MultiTaskModule):
 
 
 @pytest.mark.parametrize("clip", [None, 0.3])
-@pytest.mark.parametrize("cls", [Warmup, EverySecondStep, OwnClipping, ScaledBeforeTheStep, ZeroInPlace])
+@pytest.mark.parametrize("cls", [Warmup, EverySecondStep, OwnClipping, ScaledBeforeTheStep, MixedIn, ZeroInPlace])
 def test_overridden_hooks_have_their_effect(cls: type, clip: float | None) -> None:
     found, plain = {}, small(optimizer=sgd, gradient_clip_val=clip)
     fit(plain, loader(*batches(4, 4, 2, 3, 4)), callbacks=[StaticWeights({"a": 2.0})])

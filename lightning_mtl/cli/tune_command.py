@@ -10,9 +10,10 @@ from lightning_mtl.tuning import tune
 
 TUNE_DESCRIPTION = """Search over weightings and hyperparameters with Optuna.
 
-Start the same command as often as you like, on one machine or several: the workers share the study in the storage, and
-stop when it has the trials asked for. A study that was interrupted goes on with the same command. What is not listed
-below changes the configuration, as with "fit": --trainer.max_epochs 3.
+With --storage, start the same command as often as you like, on one machine or several: the workers share the study in
+the storage, and stop when it has the trials asked for. A study that was interrupted goes on with the same command.
+Without it, each call begins a new study, and writes over the results of the last one. What is not listed below changes
+the configuration, as with "fit": --trainer.max_epochs 3.
 """
 
 

@@ -26,10 +26,12 @@ CLASS_PATH = re.compile(r"Problem with given class_path '([^']+)'")
 # Lines of jsonargparse's messages that do not name the mistake: they announce it, or repeat what was given.
 NOISE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Expected a path but|"
-    r"Type .* expects a function or a callable class:|"
+    r"Type .* expects a function or a callable class:$|"
     r"Not a valid subclass of|Subclass types expect|a class path \(str\)|a dict with|"
     r"Problem with given class_path '[^']+':$|Parser key \"[^\"]+\":$"
 )
+# What stands around a function's mistake on one line: the type that was expected, and the value once more.
+CALLABLE = re.compile(r"Type .* expects a function or a callable class: (?P<mistake>.*?)(?:\. Got value: .*)?")
 UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --(?P<option>[\w.]+)")
 TWICE = re.compile(r"more than one stateful callback of type `(?P<name>\w+)`")
 NOT_ACCEPTED = re.compile(r"(?:does not accept option|Option) '(?P<option>[\w.]+)'")
@@ -103,6 +105,7 @@ def condense(message: str) -> str:
     if (twice := TWICE.search(message)) is not None:
         return f"trainer.callbacks: The Trainer holds two {twice['name']}; keep one of them."
     lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
+    lines = [found["mistake"] if (found := CALLABLE.fullmatch(line)) else line for line in lines]
     reasons = list(dict.fromkeys(line for line in lines if line and not NOISE.match(line)))
     if (untyped := UNTYPED.search(message)) is not None:  # the other types that were tried tell nothing
         name, returned = untyped["path"].rpartition(".")[2], untyped["returned"]
@@ -120,20 +123,18 @@ def condense(message: str) -> str:
 
 
 def _nearest_argument(message: str, inside: list[str]) -> str:
-    """The nearest argument of the class that refuses one, or of the Trainer."""
-    found = NOT_ACCEPTED.search(message)
+    """The nearest argument of the class that refuses one, or of the Trainer; else the nearest part of a file."""
+    found = NOT_ACCEPTED.search(message) or (UNKNOWN_OPTION.search(message) if inside else None)
     if found is None:
         return ""
     first, _, rest = found["option"].partition(".")
-    if first == "trainer":
-        prefix, wrong, path = "trainer.", rest.partition(".")[0], "lightning.pytorch.Trainer"
-    elif inside:
-        prefix, wrong, path = "", first, inside[-1]
+    prefix, wrong = ("trainer.", rest.partition(".")[0]) if first == "trainer" else ("", first)
+    if first == "trainer" or inside:
+        module, _, name = ("lightning.pytorch.Trainer" if first == "trainer" else inside[-1]).rpartition(".")
+        known = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
     else:
-        return ""
-    module, _, name = path.rpartition(".")
-    arguments = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-    close = nearest(wrong, arguments)
+        known = ["seed_everything", "trainer", "model", "data", "ckpt_path"]
+    close = nearest(wrong, known)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 

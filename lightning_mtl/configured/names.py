@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
@@ -59,7 +60,7 @@ def unknown_name(name: str, key: str | None) -> str:
         return f"{name!r} is no class path. {meant}"
     if (module := MODULES.get(part)) is not None:
         return f"{name!r} is no class path, and no name of {module}. {choices(name, public_names(module))}"
-    names = load_short_names()
+    names = load_short_names() | {"MultiTaskModule": "lightning_mtl.MultiTaskModule"}
     known = [own for own, path in names.items() if _fits(path, part)] or list(names)
     if (close := nearest(name, known)) and ".weighting." in names[close[0]]:
         known = [own for own in known if ".weighting." in names[own]]
@@ -76,6 +77,8 @@ def _fits(path: str, part: str) -> bool:
         return issubclass(found, Callback)
     if part == "weighting":
         return issubclass(found, Weighting)
+    if part in ("model", "data"):
+        return issubclass(found, pl.LightningModule if part == "model" else pl.LightningDataModule)
     return issubclass(found, nn.Module) if part in ("trunk", "heads") else True
 
 

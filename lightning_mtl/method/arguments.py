@@ -158,13 +158,19 @@ class NamedArguments(GivenArguments):
         """Refuse arguments that the class does not have, which only a base class would notice, or take.
 
         Raises:
-            TypeError: Naming the class and its arguments.
+            TypeError: Naming the class and its arguments, or one that maps tasks to numbers and is a sequence.
         """
         accepted = inspect.signature(cls).parameters
         unknown = [name for name in arguments if name not in accepted]
         if unknown and not any(one.kind is one.VAR_KEYWORD for one in accepted.values()):
             raise TypeError(f"{cls.__name__} has no argument {unknown[0]!r}; it takes {', '.join(accepted) or 'none'}.")
-        return super().__new__(cls, *values, **arguments)
+        made = super().__new__(cls, *values, **arguments)
+        for name in ("importance", *getattr(cls, "by_task", ())):
+            if isinstance(value := made.arguments.get(name), (str, list, tuple)):
+                raise TypeError(
+                    f"{cls.__name__}({name}={value!r}) must be {{task: ...}}; found {type(value).__name__}."
+                )
+        return made
 
 
 def _in_full(constructor: Any, inherited: Any) -> inspect.Signature | None:  # noqa: ANN401 - functions' attributes

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -150,3 +151,13 @@ def _forget_unreached(module: TaskModule, window: Window, *, sharded: bool) -> N
         unreached = [p for p, flag in zip(parameters, flags.tolist(), strict=True) if not flag]
     for parameter in unreached:
         parameter.grad = None
+
+
+def warn_of_untrained(module: TaskModule, trained: Collection[str]) -> None:
+    """Warn, after a fit's first epoch, of tasks that no step on any rank has trained: a wrong name looks like this."""
+    learned = module.tasks if module.learned_tasks is None else module.learned_tasks
+    if untrained := [task for task in module.tasks if task in learned and task not in trained]:
+        rank_zero_warn(
+            f"No step of the first epoch has trained the tasks {untrained}: they were absent from every batch, or "
+            "their losses were not finite. Look at the names of the batches' targets, or of what task_losses returns."
+        )

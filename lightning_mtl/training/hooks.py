@@ -126,7 +126,9 @@ class StepHooks(Callback):
         shard_again(pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
-        """Say what does not come back from processes that Lightning has started by ``multiprocessing``."""
+        """Say how many steps were skipped, and what does not come back from processes that Lightning has started."""
+        if (skipped := self.optimization.update.skipped) > 1:  # a single one was told of when it came
+            rank_zero_warn(f"{skipped} steps of this fit were skipped, for a loss or a gradient was not finite.")
         weighting = weighting_of(trainer)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and weighting and weighting.state_dict():
             rank_zero_warn(

@@ -19,6 +19,7 @@ from lightning_mtl.method.signals import Signals
 from lightning_mtl.task import Task
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.task.shapes import SeenShapes
+from lightning_mtl.training.absent import warn_of_untrained
 from lightning_mtl.training.checks import check_model, check_trainer
 from lightning_mtl.training.dashboard import prepare_loggers
 from lightning_mtl.training.losses import LabelCounts
@@ -208,6 +209,7 @@ class Recorder(Callback):
             log_reduced(pl_module, {f"share/{task}": share for task, share in shares.items()})
         if trainer.current_epoch == 0:
             self.labels.log(pl_module)
+            warn_of_untrained(pl_module, [task for task, found in self.scores["train"].items() if "loss" in found])
         if pl_module.automatic_optimization:
             return
         self._step_plateau(pl_module)

@@ -97,7 +97,8 @@ class Update:
             culprits = f"the loss of {', '.join(named)}" if named else culprits
         step = module.trainer.global_step
         if self.skipped == 1:
-            rank_zero_warn(f"Step {step} is skipped: {culprits} is not finite. Later skips are counted, not reported.")
+            hint = "" if culprits == "a gradient" else " Where a missing label is NaN, say Task(missing=torch.nan)."
+            rank_zero_warn(f"Step {step} is skipped: {culprits} is not finite.{hint} Later ones: see the fit's end.")
         if self.skipped_in_a_row > module.max_skipped_steps:
             raise NotFiniteError(
                 f"{self.skipped_in_a_row} steps in a row were skipped, the last at step {step}: {culprits} is not "
@@ -230,10 +231,10 @@ class OptimizerHooks(TaskModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init_subclass__(**kwargs)
-        if "optimizer_step" in cls.__dict__:
-            cls.optimizer_step = putting_rates_back(cls.optimizer_step)
-        if "on_before_optimizer_step" in cls.__dict__:
-            cls.on_before_optimizer_step = judged_and_clipped(cls.on_before_optimizer_step)
+        for name, wrap in (("optimizer_step", putting_rates_back), ("on_before_optimizer_step", judged_and_clipped)):
+            hook = getattr(cls, name)  # of the class itself, or of a mixin, which knows nothing of this one
+            if getattr(hook, "__code__", None) is not vars(OptimizerHooks)[name].__code__:
+                setattr(cls, name, wrap(hook))
 
     optimizer_step = putting_rates_back(pl.LightningModule.optimizer_step)
     on_before_optimizer_step = judged_and_clipped(pl.LightningModule.on_before_optimizer_step)

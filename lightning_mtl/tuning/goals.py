@@ -78,7 +78,7 @@ def _direction(metric: str, tasks: Mapping[str, Task]) -> Direction | None:
     if len(parts) == 3 and parts[2] in tasks:
         task = tasks[parts[2]]
         if not task.has_metric(parts[1]):
-            known = [str(name) for name in task.metric_collection()]
+            known = ["loss", *(str(name) for name in task.metric_collection())]
             raise ConfigurationError(
                 f"objective: task {parts[2]!r} has no metric {parts[1]!r}. {choices(parts[1], known)}"
             )

@@ -174,6 +174,7 @@ def test_directions_follow_from_names_or_are_asked_for() -> None:
     for objective, message in (
         ("speed", "does not say whether higher is better; write {speed: ...}"),
         ("val/Accuracy/a", "task 'a' has no metric 'Accuracy'. Did you mean MulticlassAccuracy"),
+        ("val/los/b", "task 'b' has no metric 'los'. Did you mean loss\\? There are MeanSquaredError, loss"),
         ("val/Accuracy/c", "names no task"),
         ({"mean": ["val/MulticlassAccuracy/a", "val/MeanSquaredError/b"]}, "does not say"),
     ):

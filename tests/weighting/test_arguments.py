@@ -153,6 +153,16 @@ def test_other_arguments_are_refused(name: str) -> None:
             cls(*required, **{argument: 1})
 
 
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_maps_tasks_to_numbers_is_no_sequence(name: str) -> None:
+    cls: Any = type(METHODS[name]())
+    for argument in {"importance", *cls.by_task} & {*ACCEPTED[name].split()}:
+        with pytest.raises(TypeError, match=rf"^{name}\({argument}=\[1, 2\]\) must be {{task: ...}}; found list"):
+            cls(**{argument: [1, 2]})
+    with pytest.raises(TypeError, match="found list"):
+        StaticWeights([1.0, 2.0])  # type: ignore[arg-type]
+
+
 def test_a_method_of_ones_own_takes_the_common_arguments_too() -> None:
     class Own(Weighting):
         def __init__(self, power: float = 1.0, **common: Unpack[CommonArguments]) -> None:
