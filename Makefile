@@ -33,7 +33,7 @@ install = $(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[$(1)]
 .NOTPARALLEL:
 .PHONY: help demo test test-slow check lint doctest docs notebooks fmt env hooks clean distclean
 .PHONY: bench bench-step bench-floor bench-torchjd bench-methods bench-solvers bench-toy bench-gpu
-.PHONY: bench-methods-work bench-gradnorm-toy bench-physics mutants
+.PHONY: bench-methods-work bench-gradnorm-toy bench-physics bench-units mutants
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,7 +76,7 @@ fmt: $(VENV)/.dev ## Format the code and mend what the linter can.
 
 # Each writes its figures, with the machine, the versions and the date, to $(RESULTS); BENCH_ARGS go to all of them.
 bench: bench-step bench-floor bench-torchjd bench-methods bench-solvers ## All benchmarks but the GPU's: three hours.
-bench: bench-toy bench-gradnorm-toy bench-methods-work
+bench: bench-toy bench-gradnorm-toy bench-methods-work bench-units
 
 bench-step: $(VENV)/.dev ## The cost of a step against plain Lightning.
 	$(BIN)/python -m benchmarks.step_time --json $(RESULTS)/step_time.json $(BENCH_ARGS)
@@ -104,6 +104,11 @@ bench-methods-work: $(VENV)/.dev ## Train with every named method on real data: 
 
 bench-physics: $(VENV)/.dev ## Physics-informed networks as the boundary's loss is scaled: an hour; goes on where it was stopped.
 	$(BIN)/python -m benchmarks.physics --json $(RESULTS)/physics.json --png $(RESULTS)/physics.png $(BENCH_ARGS)
+
+# DATA="rf1 school qm9" BENCH_ARGS="--data-dir FOLDER": the other data; rf1 and school are files, qm9 a package.
+DATA ?= quickstart
+bench-units: $(VENV)/.dev ## Unlike units of the losses, and random weights: half an hour a data set; goes on where it was stopped.
+	$(BIN)/python -m benchmarks.units --data $(DATA) --results $(RESULTS) $(BENCH_ARGS)
 
 bench-gradnorm-toy: $(VENV)/.dev ## Train GradNorm's toy; the paper's claims beside the outcome.
 	$(BIN)/python -m benchmarks.gradnorm_toy $(BENCH_ARGS)

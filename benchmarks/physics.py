@@ -14,7 +14,6 @@ Each cell is written to the JSON file as it ends, and a second start goes on fro
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -31,7 +30,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
-from benchmarks.step_time import environment
+from benchmarks.store import Store
 from equations import EQUATIONS, Batches, PhysicsInformed
 from lightning_mtl import Weighting
 from lightning_mtl import weighting as methods
@@ -113,36 +112,6 @@ class Watch(pl.Callback):
         return 1e3 * statistics.median(
             after - before for before, after in zip(self.began, self.began[1:], strict=False)
         )
-
-
-class Store:
-    """The trainings that are done, in a file that is whole at any moment.
-
-    Args:
-        path: The file; None keeps them in memory.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.about: dict[str, Any] = environment()
-        self.results: list[dict[str, Any]] = []
-        if path is not None and path.exists():
-            held = json.loads(path.read_text())
-            self.results = held.pop("results")
-            self.about = held
-
-    def find(self, cell: Cell) -> dict[str, Any] | None:
-        """What a cell has come to, if it is done."""
-        wanted = asdict(cell)
-        return next((r for r in self.results if all(r[name] == value for name, value in wanted.items())), None)
-
-    def add(self, result: dict[str, Any]) -> None:
-        """Keep a result, and write all."""
-        self.results.append(result)
-        if self.path is not None:
-            beside = self.path.with_suffix(".part")
-            beside.write_text(json.dumps({**self.about, "results": self.results}, indent=1) + "\n")
-            beside.replace(self.path)
 
 
 def run(cells: Sequence[Cell], store: Store, jobs: int) -> None:
