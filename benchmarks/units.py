@@ -32,7 +32,7 @@ import torch
 from benchmarks.store import Store
 from benchmarks.units_data import molecules, rivers, schools
 from benchmarks.units_more_problems import School, Waves
-from benchmarks.units_outcome import Outcome, show
+from benchmarks.units_outcome import Outcome, Result, show
 from benchmarks.units_picture import draw
 from benchmarks.units_problems import Optimizer, Problem, Quickstart, Setting, Tabular
 from benchmarks.units_rows import (
@@ -176,13 +176,16 @@ def chosen_rows(runner: Runner, rows: Sequence[tuple[Row, Optimizer]]) -> list[C
     return found
 
 
-def chosen_draws(runner: Runner) -> dict[tuple[str, int], Cell]:
-    """Choose the best of n random sets of fixed weights, at scale 1; under ``TUNED`` the better of both kinds."""
-    found = {(kind, n): runner.choice(kind, "Adam", 1.0, n) for n in DRAWS for kind in (SIMPLEX, DECADES)}
-    best = min((SIMPLEX, DECADES), key=lambda kind: found[kind, DRAWS[-1]][1])
-    found[TUNED, DRAWS[-1]] = found[best, DRAWS[-1]]
-    kinds = {key: best if key[0] == TUNED else key[0] for key in found}
-    return {key: runner.cell(kinds[key], "Adam", 1.0, choice, TUNING_SEED) for key, (choice, _) in found.items()}
+def search_weights(runner: Runner, seeds: range, outcome: Outcome) -> None:
+    """Train the best of n random sets of fixed weights at scale 1, n by n; the better kind's are the tuned ones."""
+    for n in DRAWS:
+        chosen = {kind: runner.choice(kind, "Adam", 1.0, n) for kind in (SIMPLEX, DECADES)}
+        cells = {kind: runner.cell(kind, "Adam", 1.0, one, TUNING_SEED) for kind, (one, _) in chosen.items()}
+        trained: dict[str, list[Result]] = {
+            kind: [runner.result(replace(cell, seed=seed)) for seed in seeds] for kind, cell in cells.items()
+        }
+        outcome.draws |= {(kind, n): results for kind, results in trained.items()}
+        outcome.tuned = trained[min(chosen, key=lambda kind: chosen[kind][1])]
 
 
 def run(runner: Runner, rows: Sequence[tuple[Row, Optimizer]], seeds: range, *, draws: bool) -> Outcome:
@@ -192,10 +195,8 @@ def run(runner: Runner, rows: Sequence[tuple[Row, Optimizer]], seeds: range, *, 
         chosen = chosen_rows(runner, rows)
         for seed in seeds:
             outcome.curves += [runner.result(replace(cell, seed=seed)) for cell in chosen]
-        best = chosen_draws(runner) if draws else {}
-        for seed in seeds:
-            for key, cell in best.items():
-                outcome.draws.setdefault(key, []).append(runner.result(replace(cell, seed=seed)))
+        if draws:
+            search_weights(runner, seeds, outcome)
     except TimeoutError:
         print("The time is over; the next start goes on from here.")
     return outcome

@@ -40,6 +40,7 @@ class Outcome:
         scales: What the loss was multiplied by.
         curves: The results of all rows' chosen trainings.
         draws: ``{(kind, n): results}`` of the best of n sets of random weights, one a seed.
+        tuned: Those of the best set of all.
         results: All results, those of the choices included.
     """
 
@@ -47,6 +48,7 @@ class Outcome:
     scales: Sequence[float]
     curves: list[Result] = field(default_factory=list)
     draws: dict[tuple[str, int], list[Result]] = field(default_factory=dict)
+    tuned: list[Result] = field(default_factory=list)
     results: Sequence[Result] = ()
 
     def table(self) -> dict[Label, dict[float, dict[int, float]]]:
@@ -56,10 +58,9 @@ class Outcome:
             for scale in self.scales if one["row"] == STANDARDIZED else (one["scale"],):
                 cell = found.setdefault((one["row"], one["optimizer"]), {}).setdefault(scale, {})
                 cell[one["seed"]] = error_of(one)
-        for (kind, _), results in self.draws.items():
-            if kind == TUNED:
-                errors = {one["seed"]: error_of(one) for one in results}
-                found[TUNED, "Adam"] = dict.fromkeys(self.scales, errors)
+        if self.tuned:
+            errors = {one["seed"]: error_of(one) for one in self.tuned}
+            found[TUNED, "Adam"] = dict.fromkeys(self.scales, errors)
         return found
 
     def against(self, base: Label, scale: float) -> dict[Label, Difference]:

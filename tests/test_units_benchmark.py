@@ -232,7 +232,7 @@ def test_where_random_weights_meet_a_method(capsys: pytest.CaptureFixture[str]) 
     outcome.curves += [result(EQUAL, seed, 50.0 + noise[seed]) for seed in range(3)]
     for n, mean in ((1, 40.0), (4, 21.0), (16, 20.0), (64, 15.0)):
         outcome.draws[SIMPLEX, n] = [result(SIMPLEX, seed, mean + noise[seed]) for seed in range(3)]
-    outcome.draws[TUNED, 64] = outcome.draws[SIMPLEX, 64]
+    outcome.tuned = outcome.draws[SIMPLEX, 64]
     assert outcome.meetings(SIMPLEX) == {"MGDA": Meeting(told_apart=4, ahead=16)}
     assert outcome.meetings(DECADES) == {}
     assert outcome.against((EQUAL, "Adam"), 1.0)["MGDA", "Adam"].interval.mean == -30
