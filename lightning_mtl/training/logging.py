@@ -24,7 +24,7 @@ from lightning_mtl.training.checks import check_model, check_trainer
 from lightning_mtl.training.dashboard import prepare_loggers
 from lightning_mtl.training.losses import LabelCounts
 from lightning_mtl.training.scales import LossScales, warn_of_units
-from lightning_mtl.training.schedulers import step_schedulers
+from lightning_mtl.training.schedulers import DueSchedulers
 from lightning_mtl.training.scores import Scores, StageMetrics, change_from_baselines
 from lightning_mtl.training.targets import follow_targets
 from lightning_mtl.training.window import Window
@@ -68,10 +68,9 @@ class LossMeans:
 class Recorder(Callback):
     """Logs what every :class:`~lightning_mtl.MultiTaskModule` reports; the module brings it along, once a Trainer.
 
-    It also keeps what only a callback can: the epoch's running means over an interruption, and the schedulers that wait
-    for a validation. ``scores`` holds, for each stage, what its last epoch gave each task that had samples;
-    ``plateau_due`` the interval and the index for which schedulers that follow a metric are due once it is logged;
-    ``results`` the metrics that TensorBoard's HPARAMS shows, None for those of the validation.
+    It also keeps what only a callback can: the epoch's running means over an interruption, and the schedulers that are
+    ``due``. ``scores`` holds, for each stage, what its last epoch gave each task that had samples; ``results`` the
+    metrics that TensorBoard's HPARAMS shows, None for those of the validation.
     """
 
     def __init__(self, tasks: Mapping[str, Task]) -> None:
@@ -87,7 +86,7 @@ class Recorder(Callback):
         self._callback_metrics: dict[str, Tensor] = {}
         self.unlogged = False
         self.results: Sequence[str] | None = None
-        self.plateau_due: tuple[str, int] | None = None
+        self.due = DueSchedulers()
 
     # Steps
 
@@ -167,6 +166,7 @@ class Recorder(Callback):
         if stage == "fit":
             check_trainer(pl_module, trainer)
             self.scores.update({of: {} for of in ("train", "val")})
+            self.due.after = -1
             self.labels.reset()
             if self.scales is not None:
                 self.scales.reset()
@@ -191,14 +191,14 @@ class Recorder(Callback):
         if isinstance(trainer.strategy.model, DistributedDataParallel) and not pl_module.automatic_optimization:
             trainer.strategy.model.require_forward_param_sync = pl_module.opens_window
         self.labels.counting = trainer.current_epoch == 0
-        self._step_plateau(pl_module)
+        if self.due.waiting is not None:
+            self.due.step_waiting(pl_module)
         if pl_module.target_units and pl_module.opens_window:
             follow_targets(pl_module, trainer, batch)
 
-    def _step_plateau(self, module: TaskModule) -> None:
-        if self.plateau_due is not None:
-            due, self.plateau_due = self.plateau_due, None
-            step_schedulers(module, module.schedules, *due, plateau=True)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: TaskModule, *_: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+        """Step the schedulers after a batch that takes no step, such as None."""
+        self.due.step_outstanding(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Log the epoch's means and the last step's values, and step the schedulers that follow an epoch's metric."""
@@ -212,18 +212,19 @@ class Recorder(Callback):
             warn_of_untrained(pl_module, [task for task, found in self.scores["train"].items() if "loss" in found])
         if pl_module.automatic_optimization:
             return
-        self._step_plateau(pl_module)
-        self.plateau_due = "epoch", trainer.current_epoch
+        self.due.step_waiting(pl_module)
+        self.due.step_outstanding(pl_module)  # where the module's on_train_batch_start has ended the epoch
+        self.due.waiting = "epoch", trainer.current_epoch
         if not is_overridden("on_train_epoch_end", pl_module):  # or what it logs may be what a scheduler follows
-            self._step_plateau(pl_module)
+            self.due.step_waiting(pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Step the schedulers that waited for what the module logged at the last epoch's end."""
-        self._step_plateau(pl_module)
+        self.due.step_waiting(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Step the schedulers that still wait."""
-        self._step_plateau(pl_module)
+        self.due.step_waiting(pl_module)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: TaskModule) -> None:  # type: ignore[override]
         """Log the validation's losses, metrics and delta_m."""
@@ -257,7 +258,8 @@ class Recorder(Callback):
         return {
             "loss_sums": torch.stack([train.totals, train.counts]),
             "labels": self.labels.state_dict(),
-            "plateau_due": self.plateau_due,
+            "plateau_due": self.due.waiting,
+            "scheduled": self.due.after,
             "loss_scales": None if self.scales is None else self.scales.values,
             "scores": {stage: {task: dict(of) for task, of in found.items()} for stage, found in self.scores.items()},
         }
@@ -266,7 +268,7 @@ class Recorder(Callback):
         """Go on with the means of the interrupted epoch."""
         self.losses["train"].totals, self.losses["train"].counts = state_dict["loss_sums"].clone().unbind()
         self.labels.load_state_dict(state_dict["labels"])
-        self.plateau_due = state_dict["plateau_due"]
+        self.due.waiting, self.due.after = state_dict["plateau_due"], state_dict["scheduled"]
         if self.scales is not None and (scales := state_dict.get("loss_scales")) is not None:
             self.scales.load(scales)
         self.scores.update(state_dict.get("scores", {}))

@@ -86,6 +86,42 @@ def step_schedulers(
         module.lr_scheduler_step(config.scheduler, value)
 
 
+class DueSchedulers:
+    """Steps a module's schedulers where automatic optimization does; some wait until a metric is logged.
+
+    Attributes:
+        waiting: The interval and the index for which those that follow a metric are due.
+        after: The newest batch that schedulers were stepped after.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: tuple[str, int] | None = None
+        self.after = -1
+
+    def step(self, module: TaskModule) -> None:
+        """Step what is due after a window's last batch."""
+        loop = module.trainer.fit_loop.epoch_loop
+        step_schedulers(module, module.schedules, "step", loop.batch_idx, plateau=False)
+        if module.trainer.is_last_batch:
+            step_schedulers(module, module.schedules, "epoch", module.trainer.current_epoch, plateau=False)
+        self.waiting, self.after = ("step", loop.batch_idx), loop.total_batch_idx
+
+    def step_outstanding(self, module: TaskModule) -> None:
+        """Step what is due after a batch that should have closed a window, and took no step: None, for instance."""
+        loop = module.trainer.fit_loop.epoch_loop
+        if module.automatic_optimization or not module.trainer.lr_scheduler_configs:
+            return
+        if self.after != loop.total_batch_idx and not loop._should_accumulate():
+            self.step_waiting(module)
+            self.step(module)
+
+    def step_waiting(self, module: TaskModule) -> None:
+        """Step those that follow a metric, which is logged now, if they are due."""
+        if self.waiting is not None:
+            due, self.waiting = self.waiting, None
+            step_schedulers(module, module.schedules, *due, plateau=True)
+
+
 def keeping_schedules(configure: Hook) -> Hook:
     """Let ``configure_optimizers`` also remember what schedulers follow; Lightning drops it in manual optimization."""
 

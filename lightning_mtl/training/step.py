@@ -283,8 +283,8 @@ class Optimization:
                 again = functools.partial(pass_again, self, module, window, batch_idx)
                 loss = window.mean_loss() if cast.asks_again else window.loss
                 update.step(module, batch_idx, loss, again, scaler=cast.scaler, finite=finite)
-            if module.trainer.lr_scheduler_configs:  # those that follow a metric wait until it is logged
-                self.recorder.plateau_due = "step", module.trainer.fit_loop.epoch_loop.batch_idx
+                if module.trainer.lr_scheduler_configs:
+                    self.recorder.due.step(module)
         if not finite or signals is None:
             self.recorder.count(window, finite=finite)
             return

@@ -1,4 +1,4 @@
-"""The gradients reach the optimizer here: checked, synchronized, clipped, and followed by the schedulers."""
+"""The gradients reach the optimizer here: checked, synchronized and clipped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from lightning_mtl.devices import fetch
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task.module import TaskModule
-from lightning_mtl.training.schedulers import step_schedulers
 from lightning_mtl.training.window import Window
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
@@ -131,7 +130,7 @@ class Update:
         scaler: object,
         finite: bool,
     ) -> None:
-        """Step the optimizer, and the schedulers that count steps or epochs, through the module's hooks.
+        """Step the optimizer through the module's hooks.
 
         Args:
             module: What is trained.
@@ -141,7 +140,7 @@ class Update:
             scaler: The gradient scaler of half precision, if there is one.
             finite: Whether gradients and losses are.
         """
-        optimizer, trainer = optimizer_of(module), module.trainer
+        optimizer = optimizer_of(module)
         if finite or scaler is not None:
             # A scaler has to see gradients that are not finite: it skips the step, and lowers its factor.
             known = [loss]
@@ -157,16 +156,12 @@ class Update:
             optimizer._on_before_step = optimizer._on_after_step = do_nothing_closure
             begin()
             try:
-                module.optimizer_step(trainer.current_epoch, batch_idx, optimizer, closure)
+                module.optimizer_step(module.trainer.current_epoch, batch_idx, optimizer, closure)
             finally:
                 optimizer._on_before_step, optimizer._on_after_step = begin, end
             end()
         else:
             optimizer.zero_grad()
-        if trainer.lr_scheduler_configs:
-            step_schedulers(module, module.schedules, "step", trainer.fit_loop.epoch_loop.batch_idx, plateau=False)
-            if trainer.is_last_batch:
-                step_schedulers(module, module.schedules, "epoch", trainer.current_epoch, plateau=False)
 
 
 class Taking(Protocol):

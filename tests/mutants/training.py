@@ -172,6 +172,14 @@ TRAINING = (
         SCHEDULERS,
     ),
     Mutation(
+        "no scheduler follows a batch that takes no step",
+        "training/schedulers.py",
+        "            self.step_waiting(module)\n            self.step(module)",
+        "            pass",
+        SCHEDULERS,
+        "without_a_step",
+    ),
+    Mutation(
         "schedulers count epochs and steps from one off",
         "training/schedulers.py",
         "(index + 1) % config.frequency",
@@ -182,8 +190,8 @@ TRAINING = (
     Mutation(
         "an epoch's number is one off for schedulers that follow a metric",
         "training/logging.py",
-        'self.plateau_due = "epoch", trainer.current_epoch',
-        'self.plateau_due = "epoch", trainer.current_epoch + 1',
+        'self.due.waiting = "epoch", trainer.current_epoch',
+        'self.due.waiting = "epoch", trainer.current_epoch + 1',
         SCHEDULERS,
         "plateau",
     ),
@@ -215,8 +223,8 @@ TRAINING = (
     Mutation(
         "a scheduler that is due is not restored",
         "training/logging.py",
-        'self.plateau_due = state_dict["plateau_due"]',
-        "self.plateau_due = None",
+        '= state_dict["plateau_due"], state_dict["scheduled"]',
+        '= None, state_dict["scheduled"]',
         SCHEDULERS,
         "due",
     ),
