@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl import MultiTaskModule
+from lightning_mtl.learning_rates import Importance, TaskLearningRate
 from lightning_mtl.weighting import MGDA, StaticWeights
 from tests.small import batches, small
 from tests.training import fit, flat_parameters, loader
@@ -203,3 +205,45 @@ def test_parameters_may_change_before_gradients_are_zeroed() -> None:
     fit(module, loader(*batches(4, 4)))
     found = torch.cat([p.detach().flatten() for p in module.heads.parameters()])
     torch.testing.assert_close(found, before * 0.81)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("name", ["on_before_optimizer_step", "optimizer_step"])
+def test_hooks_that_an_instance_has_act_as_those_of_a_class(name: str, clip: float | None) -> None:
+    def halved(module: Any, optimizer: Any) -> None:
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5)
+
+    def raised(module: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer.step(closure=optimizer_closure)
+        for group in optimizer.param_groups:
+            group["lr"] *= 1.5
+
+    hook: Any = {"on_before_optimizer_step": halved, "optimizer_step": raised}[name]
+    cls, found = type("Overriding", (MultiTaskModule,), {name: hook}), []
+    for on_instance in (False, True):
+        module = small(cls=MultiTaskModule if on_instance else cls, optimizer=sgd, gradient_clip_val=clip)
+        if on_instance:
+            setattr(module, name, functools.partial(hook, module))
+        rates = TaskLearningRate(Importance({"a": 0.5, "b": 2.0}), shares_trunk=True)
+        data = [*batches(4, 4), (torch.full((4, 3), torch.nan), batches(4)[0][1]), *batches(2, 3, seed=8)]
+        with pytest.warns(UserWarning, match="Step 2 is skipped"):
+            fit(module, loader(*data), callbacks=[StaticWeights({"a": 2.0}), rates])
+        with pytest.warns(UserWarning, match="Step 2 is skipped"):  # wrapped once, however many fits there are
+            fit(module, loader(*data), callbacks=[StaticWeights({"a": 2.0}), rates])
+        found.append(flat_parameters(module))
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
+
+
+def test_a_hook_of_an_instance_may_call_that_of_its_class() -> None:
+    found = []
+    for calls in (False, True):
+        module = small(optimizer=sgd, gradient_clip_val=0.3)
+        if calls:
+            own = functools.partial(type(module).on_before_optimizer_step, module)
+            module.on_before_optimizer_step = own  # type: ignore[method-assign]
+        fit(module, loader(*batches(4, 4)))
+        found.append(flat_parameters(module))
+    assert torch.equal(*found)

@@ -24,6 +24,6 @@ Around the step: ``checks`` refuses at setup what cannot work, ``module`` and ``
 ``schedulers`` and ``closure`` do what Lightning does by itself in automatic optimization, ``synchronization`` and
 ``absent`` say what ranks owe each other, ``resting`` sets tasks aside whose heads train alone, ``features`` chooses
 where gradients are measured, ``task_rates`` takes the tasks' own learning rates to the optimizer, ``scores`` and
-``reduced`` log a stage's metrics, ``resume`` does what was due when a checkpoint was written, and ``snapshots`` makes
-passes that leave no trace.
+``reduced`` log a stage's metrics, ``wrapping`` keeps hooks that are set on an instance, ``resume`` does what was due
+when a checkpoint was written, and ``snapshots`` makes passes that leave no trace.
 """

@@ -25,15 +25,14 @@ from lightning_mtl.training.logging import Recorder
 from lightning_mtl.training.losses import sample_counts
 from lightning_mtl.training.resume import Resume
 from lightning_mtl.training.schedulers import (
-    Hook,
     LRSchedulerCallable,
     OptimizerCallable,
-    keep_schedules_of_instance,
     keeping_schedules,
 )
 from lightning_mtl.training.scores import update_metrics
 from lightning_mtl.training.step import Optimization
-from lightning_mtl.training.update import OptimizerHooks
+from lightning_mtl.training.update import WRAPPERS, OptimizerHooks
+from lightning_mtl.training.wrapping import Hook, wrap_own
 
 
 def with_own_callbacks(configure: Hook) -> Hook:
@@ -41,7 +40,9 @@ def with_own_callbacks(configure: Hook) -> Hook:
 
     @functools.wraps(configure)
     def configure_callbacks(self: SteppedModule) -> list[pl.Callback]:
-        keep_schedules_of_instance(self)
+        # As LightningCLI sets configure_optimizers for --optimizer, past what the class is wrapped with.
+        for name, wrap in {"configure_optimizers": keeping_schedules, **WRAPPERS}.items():
+            wrap_own(self, name, wrap)
         if self._trainer is not None:
             check_trainer_arguments(self, self.trainer)
         for name, kind in (("recorder", Recorder), ("optimization", Optimization)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -15,8 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_mtl.learning_rates.given_rates import check_given_rates, take_given_rates
 from lightning_mtl.task.module import TaskModule
-
-Hook = TypeVar("Hook", bound=Callable[..., Any])
+from lightning_mtl.training.wrapping import Hook
 
 OptimizerCallable = Callable[[Iterable[Any]], torch.optim.Optimizer]
 LRSchedulerCallable = Callable[[torch.optim.Optimizer], LRSchedulerPLType]
@@ -148,12 +147,3 @@ def keeping_schedules(configure: Hook) -> Hook:
         return returned if self.automatic_optimization else for_manual_optimization(optimizer, self.schedules)
 
     return cast("Hook", configure_optimizers)
-
-
-def keep_schedules_of_instance(module: TaskModule) -> None:
-    """Wrap what LightningCLI puts on the instance for ``--optimizer`` and ``--lr_scheduler``, past the class."""
-    own = vars(module).get("configure_optimizers")
-    if own is not None and not hasattr(own, "keeps_schedules"):
-        wrapped = functools.partial(keeping_schedules(lambda _: own()), module)
-        wrapped.keeps_schedules = True  # type: ignore[attr-defined]
-        module.configure_optimizers = wrapped  # type: ignore[method-assign]

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 import torch
@@ -20,8 +20,7 @@ from lightning_mtl.devices import fetch
 from lightning_mtl.method.signals import Signals
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.window import Window
-
-Hook = TypeVar("Hook", bound=Callable[..., Any])
+from lightning_mtl.training.wrapping import Hook
 
 
 def optimizer_of(module: TaskModule) -> LightningOptimizer:
@@ -219,6 +218,9 @@ def judged_and_clipped(before_step: Hook) -> Hook:
     return cast("Hook", on_before_optimizer_step)
 
 
+WRAPPERS = {"optimizer_step": putting_rates_back, "on_before_optimizer_step": judged_and_clipped}
+
+
 class OptimizerHooks(TaskModule):
     """Lightning's hooks around the optimizer, which the module calls itself in manual optimization."""
 
@@ -226,7 +228,7 @@ class OptimizerHooks(TaskModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init_subclass__(**kwargs)
-        for name, wrap in (("optimizer_step", putting_rates_back), ("on_before_optimizer_step", judged_and_clipped)):
+        for name, wrap in WRAPPERS.items():
             hook = getattr(cls, name)  # of the class itself, or of a mixin, which knows nothing of this one
             if getattr(hook, "__code__", None) is not vars(OptimizerHooks)[name].__code__:
                 setattr(cls, name, wrap(hook))

@@ -163,6 +163,14 @@ TRAINING = (
         "tests/weighting/test_famo.py",
         "leaves_no_trace",
     ),
+    Mutation(
+        "hooks of an instance pass clipping by",
+        "training/module.py",
+        "            wrap_own(self, name, wrap)",
+        "            pass",
+        "tests/test_hooks.py",
+        "instance",
+    ),
     # Schedulers.
     Mutation(
         "a scheduler is stepped twice",
