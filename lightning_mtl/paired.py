@@ -33,13 +33,18 @@ class Difference:
 
     @property
     def p_text(self) -> str:
-        """Return the corrected p to three digits.
+        """Return the corrected p to three digits, on its side of the level.
 
         Example:
             >>> Difference(Interval(1.0, 0.5, 1.5), 1e-5, 4e-5).p_text
             '< 0.001'
+            >>> Difference(Interval(1.0, 0.5, 1.5), 0.01, 0.0499).p_text
+            '< 0.050'
         """
-        return "< 0.001" if self.p_corrected < 0.001 else f"{self.p_corrected:.3f}"
+        if self.p_corrected < 0.001:
+            return "< 0.001"
+        text = f"{self.p_corrected:.3f}"
+        return text if text != f"{LEVEL:.3f}" else f"{'<' if self.significant else '≥'} {text}"
 
 
 def t_interval(values: Sequence[float]) -> Interval:

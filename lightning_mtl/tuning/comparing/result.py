@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -111,8 +111,16 @@ class Comparison(Report):
 
     @cached_property
     def against_single(self) -> dict[str, Difference]:
-        """Return each other row's Δm against single-task models, corrected likewise; empty where there are none."""
-        return self._against(SINGLE) if self.finished(SINGLE) else {}
+        """Return each other row's Δm against single-task models, corrected likewise; empty where there are none.
+
+        Equal weights and single tasks are tested once: p is that of single tasks against equal weights, unless the two
+        mean changes, which have other denominators, agree in sign.
+        """
+        found = self._against(SINGLE) if self.finished(SINGLE) else {}
+        one, known = found.get(EQUAL), self.against_equal.get(SINGLE)
+        if one is not None and known is not None and one.interval.mean * known.interval.mean < 0:
+            found[EQUAL] = replace(one, p=known.p, p_corrected=known.p_corrected)
+        return found
 
     def changes(self, row: str, base: str, tasks: Sequence[str]) -> dict[int, float]:
         """Return a row's Δm against another by seed, over these tasks' metrics; empty where none can be compared."""
@@ -199,8 +207,8 @@ class Comparison(Report):
         said = [
             "Δm: mean relative change of the tasks' metrics, seed by seed; negative is better.",
             (
-                "Brackets: 95 % intervals of Student's t; p: after Holm's correction for the number of rows; colored "
-                "where it is below 0.05."
+                "Brackets: 95 % intervals of Student's t, of each comparison alone; p: after Holm's correction for the "
+                "number of rows; colored where it is below 0.05."
             ),
             "Time a step: as a multiple of equal weights.",
         ]

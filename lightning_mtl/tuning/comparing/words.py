@@ -78,13 +78,15 @@ def _numbers(one: Difference) -> str:
     mean, low, high = one.interval
     ends = "" if math.isnan(low) else f" [{low:+.1f}, {high:+.1f}]"
     p = one.p_text
-    p = f"p {p}" if p.startswith("<") else f"p = {p}"
+    p = f"p {p}" if p.startswith(("<", "≥")) else f"p = {p}"
     return f"Δm {mean:+.1f} %{ends}, {p}"
 
 
 def _against(one: Difference) -> str:
     if not one.significant:
-        return f"not told apart ({_numbers(one)})"
+        beyond = one.interval.low > 0 or one.interval.high < 0
+        why = "; the interval is of this comparison alone, p is corrected for all" if beyond else ""
+        return f"not told apart ({_numbers(one)}{why})"
     return f"{'better' if one.interval.mean < 0 else 'worse'} ({_numbers(one)})"
 
 

@@ -171,3 +171,30 @@ def test_the_page_holds_everything_and_its_numbers_are_the_files(tmp_path: Path)
     means = {float(row["mean"]) for row in rows if row["quantity"] in wanted}
     assert means <= set(parsed.values)
     assert all(line.partition("(")[0].strip() in page for line in verdict(result)[1:2])
+
+
+def two_seeds(single: tuple[float, float], *others: tuple[float, float]) -> Comparison:
+    """Losses of two seeds, beside equal weights whose losses are 1."""
+    losses = {"equal weights": (1.0, 1.0), "single task": single}
+    losses |= {f"other {number}": own for number, own in enumerate(others)}
+    rows = [RowOutcome(name, {s: {"a": {"loss": own[s]}} for s in (0, 1)}) for name, own in losses.items()]
+    return Comparison(tuple(rows), {"a": {"loss": False}}, ("a",), (0, 1), "test")
+
+
+def test_equal_weights_and_single_tasks_have_one_verdict() -> None:
+    # t is 12.72 for single tasks against equal weights, 11.8 the other way round, and 12.71 is the 5 % level.
+    result = two_seeds((0.93 - 0.07 / 12.72, 0.93 + 0.07 / 12.72))
+    ratios = [1 / own["a"]["loss"] - 1 for own in result.chosen["single task"].values()]
+    assert stats.ttest_1samp(ratios, 0).pvalue > 0.05 > result.against_equal["single task"].p
+    said = " ".join(verdict(result))
+    assert "Better than equal weights: single task (Δm -7.0 %" in said
+    assert re.search(r"against each task alone: worse \(Δm \+7\.5 % \[.*\], p < 0\.050\)", said)
+
+
+def test_an_interval_beyond_0_that_the_correction_makes_no_finding_is_explained() -> None:
+    result = two_seeds((0.93 - 0.07 / 20, 0.93 + 0.07 / 20), (0.9, 1.2))
+    assert result.against_single["equal weights"].interval.low > 0
+    said = next(line for line in verdict(result) if line.startswith("Learning together"))
+    assert "not told apart (Δm +7.5 % [" in said
+    assert "the interval is of this comparison alone, p is corrected for all" in said
+    assert "this comparison alone" not in " ".join(verdict(two_seeds((0.8, 1.1), (0.9, 1.2))))
