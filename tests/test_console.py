@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import shlex
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,10 @@ from lightning_mtl.monitors import FitTable
 from lightning_mtl.monitors.fit_table import FitReport
 from lightning_mtl.monitors.model_summary import TaskSummary
 from lightning_mtl.transfer import single_task_baselines
-from lightning_mtl.transfer.progress import Progress
+from lightning_mtl.transfer.progress import Progress, quiet
 from lightning_mtl.weighting import StaticWeights
 from tests.small import batch, binary, small
-from tests.training import fit, loader, quiet_trainer
+from tests.training import Memory, fit, loader, quiet_trainer
 
 
 def printed(capsys: pytest.CaptureFixture[str], module: Any = None, *, val: bool = True, **arguments: Any) -> str:
@@ -149,3 +152,22 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         progress.begin("trial 2, seed 0")
     assert "2/4" in terminal.getvalue()
     assert "trial 2, seed 0" in terminal.getvalue()
+
+
+def test_what_every_fit_of_many_would_warn_of_is_left_out() -> None:
+    inputs, targets = batch()
+    data = loader((inputs, {"a": targets["a"], "b": targets["b"] + 1e4}))
+
+    def heard(silence: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            with silence:
+                fit(small(), data, logger=Memory())
+                warnings.warn("something else", stacklevel=1)
+        return [str(one.message) for one in seen if "torch" not in str(one.message)]
+
+    loud = " ".join(heard(nullcontext()))
+    assert "smaller than the logging interval" in loud
+    assert "In the first step the loss of task 'b'" in loud
+    assert heard(quiet())[-1] == "something else"
+    assert not re.search("logging interval|In the first step", " ".join(heard(quiet())))

@@ -21,10 +21,16 @@ from lightning_mtl.monitors.fit_table import FitTable
 # Lightning logs several lines for each Trainer and each seed.
 _TALKATIVE = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
 
+# Warnings that a fit gives alike each time: of the logging interval, and of units, which is what searches vary.
+OF_EVERY_FIT = (
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    "In the first step the loss of",
+)
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what Lightning says of every Trainer, but for warnings and errors, inside the block."""
+    """Silence what each Trainer of many says of itself, inside the block; other warnings, and errors, are shown."""
     before = {name: logging.getLogger(name).level for name in _TALKATIVE}
     for name in before:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -32,6 +38,8 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # Lightning 2.6 builds torch's LeafSpec by hand, which torch 2.13 deprecates, once a batch.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            for each_time in OF_EVERY_FIT:
+                warnings.filterwarnings("ignore", each_time)
             yield
     finally:
         for name, level in before.items():
