@@ -158,7 +158,8 @@ class NamedArguments(GivenArguments):
         """Refuse arguments that the class does not have, which only a base class would notice, or take.
 
         Raises:
-            TypeError: Naming the class and its arguments, or one that maps tasks to numbers and is a sequence.
+            TypeError: Naming the class and its arguments, one that maps tasks to numbers and is a sequence, or one that
+                is no number.
         """
         accepted = inspect.signature(cls).parameters
         unknown = [name for name in arguments if name not in accepted]
@@ -170,7 +171,28 @@ class NamedArguments(GivenArguments):
                 raise TypeError(
                     f"{cls.__name__}({name}={value!r}) must be {{task: ...}}; found {type(value).__name__}."
                 )
+        for name, value in made.arguments.items():
+            _check_numbers(cls.__name__, name, value, accepted.get(name))
         return made
+
+
+NUMBERS = {"float", "int", "float | None", "int | None"}
+NUMBERS_BY_TASK = {"Mapping[str, float]", "Mapping[str, float] | None"}
+
+
+def _check_numbers(method: str, name: str, value: object, parameter: inspect.Parameter | None) -> None:
+    """Refuse what is no number where a parameter is annotated as one, or as numbers by task."""
+    kind = "" if parameter is None else inspect.formatannotation(parameter.annotation)
+    kind = kind.strip("'").removeprefix("collections.abc.")
+    if value is None and kind.endswith("| None"):
+        return
+    if kind in NUMBERS and not hasattr(value, "__float__"):
+        raise TypeError(f"{method}({name}={value!r}) must be a number; found {type(value).__name__}.")
+    for task, own in value.items() if kind in NUMBERS_BY_TASK and isinstance(value, Mapping) else ():
+        if not hasattr(own, "__float__"):
+            raise TypeError(
+                f"{method}({name}=...) gives task {task!r} {own!r}: it must be a number; found {type(own).__name__}."
+            )
 
 
 def _in_full(constructor: Any, inherited: Any) -> inspect.Signature | None:  # noqa: ANN401 - functions' attributes

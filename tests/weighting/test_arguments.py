@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -228,3 +229,34 @@ def test_a_measurement_that_is_missing_is_named() -> None:
         MGDA().weigh(signals)
     with pytest.raises(ValueError, match="GradientNormBalance needs the norms"):
         GradientNormBalance().weigh(signals)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "said"),
+    [
+        (GradNorm, {"alpha": "x"}, "GradNorm(alpha='x') must be a number; found str."),
+        (UncertaintyWeighting, {"lr": "a"}, "UncertaintyWeighting(lr='a') must be a number; found str."),
+        (GradNorm, {"start_step": None}, "GradNorm(start_step=None) must be a number; found NoneType."),
+        (GradNorm, {"total": [1.0]}, "GradNorm(total=[1.0]) must be a number; found list."),
+        (
+            StaticWeights,
+            {"weights": {"a": "2"}},
+            "StaticWeights(weights=...) gives task 'a' '2': it must be a number; found str.",
+        ),
+        (
+            MGDA,
+            {"importance": {"a": None}},
+            "MGDA(importance=...) gives task 'a' None: it must be a number; found NoneType.",
+        ),
+    ],
+)
+def test_what_is_no_number_is_refused_by_name(method: type[Weighting], given: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=f"^{re.escape(said)}$"):
+        method(**given)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    given: Any = {"a": torch.tensor(2.0)}
+    assert GradNorm(alpha=np.float32(0.5), total=np.int64(2)).alpha == 0.5
+    assert StaticWeights(given).weights == given
+    assert GradNorm(total=None).total is None
