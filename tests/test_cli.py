@@ -316,6 +316,19 @@ def test_every_exported_name_is_a_short_name() -> None:
 def test_a_message_in_several_parts_becomes_one_line() -> None:
     nested = 'Parser key "a":\n  Errors:\n    - Parser key "b":\n        Expected a <class \'int\'>. Got value: x'
     assert condense(nested) == "a.b: Expected a <class 'int'>. Got value: x"
+
+
+def test_nan_as_yaml_writes_it_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    task = (
+        '{"class_path": "lightning_mtl.Task", "init_args": {"loss": "torch.nn.functional.mse_loss", "missing": "%s"}}'
+    )
+    option = f'--model.tasks={{"a": {task}}}'
+    for word, told in (("nan", True), ("none at all", False)):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "fit", "--model=MultiTaskModule", option % word)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "missing: Expected a <class 'float'>" in line
+        assert ("YAML writes NaN as .nan" in line) == told
     assert condense("plain") == "plain"
 
 

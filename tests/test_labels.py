@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -279,3 +280,13 @@ def test_more_pixels_than_half_precision_can_count(precision: Any, way: str) -> 
     (signals,) = steps.signals
     assert torch.isfinite(signals.losses).all()
     assert all(torch.isfinite(gradient).all() for gradient in steps.gradients[0].values() if gradient is not None)
+
+
+def test_labels_of_minus_100_that_a_metric_does_not_take_are_named_with_the_way_out() -> None:
+    task = Task(cross_entropy, MulticlassAccuracy(3, average="macro", validate_args=False))
+    module = MultiTaskModule(nn.Linear(3, 4), {"kind": nn.Linear(4, 3)}, {"kind": task})
+    with pytest.raises(Exception, match=r"bincount|Detected") as raised:
+        fit(module, loader((torch.randn(4, 3), {"kind": torch.tensor([0, -100, 2, 1])})))
+    assert re.search(
+        r"'kind'.*some targets are -100.*Task\(missing=-100\)", " ".join(getattr(raised.value, "__notes__", ()))
+    )

@@ -36,6 +36,7 @@ UNKNOWN_OPTION = re.compile(r"unrecognized arguments: --(?P<option>[\w.]+)")
 TWICE = re.compile(r"more than one stateful callback of type `(?P<name>\w+)`")
 NOT_ACCEPTED = re.compile(r"(?:does not accept option|Option) '(?P<option>[\w.]+)'")
 UNTYPED = re.compile(r"Expected '(?P<path>[\w.]+)' to be a function that returns <class '(?P<returned>\w+)'>")
+NAN_AS_WORD = re.compile(r"Given value: nan$", re.IGNORECASE | re.MULTILINE)
 UNKNOWN_NAME = re.compile(
     r"Expected a dot import path string: (?P<bare>\S+)|"
     r"module '(?P<module>[\w.]+)' has no attribute '(?P<attribute>\w+)'|"
@@ -116,6 +117,8 @@ def condense(message: str) -> str:
     # YAML's own messages run over several lines.
     if key is None and len(reasons) > 2:
         reason = " ".join(reasons)
+    if "<class 'float'>" in reason and NAN_AS_WORD.search(message):
+        reason += "; YAML writes NaN as .nan"
     inside = CLASS_PATH.findall(message)
     reason += _nearest_argument(message, inside)
     where = f" (in {inside[-1]})" if inside and inside[-1].rpartition(".")[2] not in reason else ""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+IGNORED = -100
 CLASS_DTYPES = (torch.int64, torch.uint8)
 
 
@@ -52,8 +53,11 @@ def on_loss(prediction: Any, target: Any) -> str:  # noqa: ANN401 - any pytree
 
 
 def on_metrics(metrics: Iterable[tuple[str, Metric]], prediction: Any, target: Any) -> str:  # noqa: ANN401
-    """Name a metric whose number of classes is not that of the predictions; else what it was given."""
+    """Name a metric with another number of classes than predictions have, or labels of -100; else what it was given."""
     said = f"predictions are {describe(prediction)}, targets {describe(target)}"
+    # After an error of its own, a device answers no more.
+    if isinstance(target, Tensor) and target.device.type == "cpu" and bool((target == IGNORED).any()):
+        return f"{said}; some targets are {IGNORED}, which losses ignore and metrics do not: Task(missing={IGNORED})"
     if isinstance(prediction, Tensor) and isinstance(target, Tensor) and prediction.ndim == target.ndim + 1:
         given = prediction.shape[1]
         for name, metric in metrics:

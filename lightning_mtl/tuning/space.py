@@ -198,6 +198,12 @@ def _space(content: Mapping[str, Any]) -> Space:
         raise ConfigurationError("importance goes to the weighting that is chosen; list one or more under weighting.")
     own = {f"{candidate.name}.{argument}" for candidate in weightings for argument in candidate.space}
     rest = {path: allowed for path, allowed in parameters.items() if path not in own}
+    for path in rest:
+        if (name := path.partition(".")[0]) in _names_of_weightings():
+            listed = ", ".join(candidate.name for candidate in weightings) or "none"
+            raise ConfigurationError(
+                f"parameters.{path}: {name} is not among the weightings ({listed}); list it under weighting."
+            )
     if not (weightings or rest):
         raise ConfigurationError("nothing varies; list weightings under weighting, or paths under parameters.")
     return Space(read_goals(content["objective"]), weightings, bool(simplex), rest)
@@ -240,9 +246,14 @@ def _weighting_class(path: Any) -> type[Weighting]:  # noqa: ANN401
             raise ConfigurationError(f"weighting: {path!r} cannot be imported: {error}.") from error
         found = None
     if not (isinstance(found, type) and issubclass(found, Weighting)):
-        weightings = [name for name, where in names.items() if ".weighting." in where]
-        raise ConfigurationError(f"weighting: {path!r} names no weighting. {choices(str(path), weightings)}")
+        raise ConfigurationError(
+            f"weighting: {path!r} names no weighting. {choices(str(path), _names_of_weightings())}"
+        )
     return found
+
+
+def _names_of_weightings() -> list[str]:
+    return [name for name, where in load_short_names().items() if ".weighting." in where]
 
 
 def read_allowed(key: str, spec: Any) -> Range | Choice:  # noqa: ANN401

@@ -180,3 +180,10 @@ def test_directions_follow_from_names_or_are_asked_for() -> None:
     ):
         with pytest.raises(ConfigurationError, match=message):
             read_goals(objective)[0].direction_for(tasks)
+
+
+@pytest.mark.parametrize(("listed", "said"), [(["GradNorm", "DWA"], r"\(GradNorm, DWA\)"), ([], r"\(none\)")])
+def test_parameters_of_a_weighting_that_is_not_listed(listed: list[str], said: str) -> None:
+    space = {"objective": "val/loss/total", "weighting": listed, "parameters": {"MGDA.total": [1.0, 2.0]}}
+    with pytest.raises(ConfigurationError, match=rf"parameters\.MGDA\.total: MGDA is not among the weightings {said}"):
+        read_space(space)
