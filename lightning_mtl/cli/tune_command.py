@@ -10,10 +10,9 @@ from lightning_mtl.tuning import tune
 
 TUNE_DESCRIPTION = """Search over weightings and hyperparameters with Optuna.
 
-With --storage, start the same command as often as you like, on one machine or several: the workers share the study in
-the storage, and stop when it has the trials asked for. A study that was interrupted goes on with the same command.
-Without it, each call begins a new study, and writes over the results of the last one. What is not listed below changes
-the configuration, as with "fit": --trainer.max_epochs 3.
+Start the same command as often as you like: the workers share the study, and stop when it has the trials asked for. A
+study that was interrupted goes on with the same command. Across machines, give --storage an address. Another search
+takes another --name. What is not listed below changes the configuration, as with "fit": --trainer.max_epochs 3.
 """
 
 
@@ -26,7 +25,7 @@ def parser() -> OneLineArguments:
     made.add_study(
         name="search",
         unit="trial",
-        storage="this process's memory",
+        storage="an SQLite file in the folder",
         folder="where logs and results go (default: studies/NAME)",
     )
     made.add_argument("--seeds", type=int, default=1, help="trainings a trial's value is the mean of (default: 1)")

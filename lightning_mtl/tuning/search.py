@@ -56,7 +56,7 @@ def tune(
         trials: How many trials the study shall have in the end, whoever runs them. Trainings that end with an error
             count; trials of workers that died are repeated, and do not.
         storage: Where workers meet: ``sqlite:///study.db`` or a journal file (``journal:///study.journal``) on one
-            machine, ``postgresql://...`` or ``mysql://...`` across machines; None for this process alone.
+            machine, ``postgresql://...`` or ``mysql://...`` across machines; None takes ``study.db`` in the folder.
         name: The study's name in the storage.
         folder: Where logs, the best configuration and pictures go; None takes ``studies/<name>``.
         seeds: Train each trial with so many seeds and take the mean; a study that exists keeps its number.
@@ -92,6 +92,9 @@ def tune(
         _check_pruning(wanted, prune)
         if ranks.size > 1 and storage is None:
             raise ConfigurationError("several ranks need a storage that all of them reach, such as sqlite:///study.db.")
+        if storage is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            storage = f"sqlite:///{folder / 'study.db'}"
         opened = open_storage(storage, silence)
         asked = identity_of(base, wanted, directions, seeds)
         study = _study(opened, name, directions, prune, sampler, asked, ranks)
@@ -114,14 +117,14 @@ def announcement(
     directions: Sequence[Direction],
     trials: int,
     seeds: int,
-    storage: str | Path | None,
+    storage: str | Path,
     folder: Path,
 ) -> str:
     """Say what a search is about to do, in a line each: trials, objective, what varies, where it all goes."""
     there = len(counting(study.get_trials(deepcopy=False)))
     of_each = "" if seeds == 1 else f", {seeds} seeds each"
     goals = ", ".join(f"{way} {goal.name}" for way, goal in zip(directions, space.goals, strict=True))
-    kept = "this process's memory" if storage is None else without_passwords(str(storage))
+    kept = without_passwords(str(storage))
     return (
         f"tune: study {study.study_name!r} in {kept}: {trials} trials{of_each}, {there} of them there already\n"
         f"tune: {goals}; varies {', '.join(space.varied())}\n"

@@ -73,6 +73,16 @@ def test_a_trial_is_in_the_hparams_tab_with_its_importances_and_objective(tmp_pa
     assert "_hparams_/session_start_info" in events.summary_metadata
 
 
+def test_without_a_storage_a_study_goes_on_in_its_folder(tmp_path: Path) -> None:
+    (first,) = tune(configuration(tmp_path), space(), trials=1, sampler=sampler()).study.trials
+    assert Path("studies/search/study.db").is_file()
+    result = tune(configuration(tmp_path), space(), trials=2, sampler=sampler())
+    assert result.study.trials[0].value == first.value
+    assert [trial.state for trial in result.study.trials] == [TrialState.COMPLETE] * 2
+    with pytest.raises(ConfigurationError, match=r"study 'search' was begun with --seeds 1, not 2.*another name"):
+        tune(configuration(tmp_path), space(), trials=3, seeds=2)
+
+
 @pytest.mark.slow
 def test_seeds_are_trained_each_and_their_mean_counts(tmp_path: Path) -> None:
     result = tune(configuration(tmp_path), space(), trials=1, seeds=3, sampler=sampler())
