@@ -10,7 +10,7 @@ from lightning_mtl.task import Task, TaskOutput
 from lightning_mtl.task.labels import MaskedTarget
 
 # pyproject.toml reads it from here, so that a checkout that is not installed knows it, too.
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "Aggregator",
