@@ -68,7 +68,9 @@ def test_a_window_of_several_batches(method: str, split: str) -> None:
     present = [task for task in module.tasks if any(task in batch for batch in batches)]
     for task in present:
         parts = [oracle.gradients(module, batch, [task])[task] for batch in batches if task in batch]
-        found[task] = {n: sum(part[n] for part in parts) / len(parts) for n in parts[0]}  # type: ignore[misc]
+        # Weights that are known are not waited for: micro-batches add up as without a weighting.
+        number = len(parts) if method == "gramian" else len(batches)
+        found[task] = {n: sum(part[n] for part in parts) / number for n in parts[0]}  # type: ignore[misc]
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     fit(module, loader(*batches), callbacks=[weighting, steps], precision=64)
     weights = weights_of(module, steps)
