@@ -147,7 +147,8 @@ def test_what_is_drawn_twice_in_a_hurry_is_stopped_at_once(tmp_path: Path, monke
     """The race between counting and drawing, staged: a worker that always finds too few trials."""
     monkeypatch.chdir(tmp_path)
     counted = iter([0, 0, 0, 3])
-    monkeypatch.setattr(workers, "counting", lambda trials: [None] * next(counted))
+    done = create_trial(value=0.0)
+    monkeypatch.setattr(workers, "counting", lambda trials: [done] * next(counted))
     result = tune(configuration(tmp_path), SPACE, trials=2, sampler=optuna.samplers.TPESampler(seed=0))
     monkeypatch.undo()
     assert_exact(result.study.trials, 2)
