@@ -65,7 +65,7 @@ docs: $(VENV)/.docs ## Build the documentation in docs/_build/html, warnings bei
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 notebooks: $(VENV)/.dev ## Execute the notebooks and keep their tables and pictures in them.
-	cd docs/notebooks && $(abspath $(BIN))/jupyter execute --inplace --NotebookClient.record_timing=False *.ipynb
+	cd docs/notebooks && $(abspath $(BIN))/jupyter execute --inplace *.ipynb
 
 mutants: $(VENV)/.dev ## Put slips into copies of the package; list those that no test notices. A quarter of an hour.
 	$(BIN)/python -m tests.mutants --workers $(WORKERS) "$(MUTANTS)"
