@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_mtl.devices import numbers
 from lightning_mtl.distributed import Ranks
 from lightning_mtl.gradients.torch_internals import reduces_in_another_dtype
 from lightning_mtl.task.module import TaskModule
@@ -43,9 +44,8 @@ class Whole:
         """Average the gradients over the ranks, give each its shards, and shard the parameters again."""
         if not self._pairs:
             return
-        device = module.device
         there = [float(whole.grad is not None) for whole, _ in self._pairs]
-        flags = self.ranks.sum(torch.tensor(there, device=device)).tolist()
+        flags = self.ranks.sum(numbers(there, module.device)).tolist()
         found = [pair for pair, flag in zip(self._pairs, flags, strict=True) if flag]
         gradients = [torch.zeros_like(whole) if whole.grad is None else whole.grad for whole, _ in found]
         arrivals = [self.ranks.begin_sum(gradient) for gradient in gradients]

@@ -17,10 +17,9 @@ from torch.distributed.tensor import DTensor
 from lightning_mtl import BalancedModule, TaskOutput, Weighting
 from lightning_mtl.monitors import GradientConflict
 from lightning_mtl.weighting import DWA, MGDA, GradDrop, GradNorm, NashMTL, NTKWeighting, Rotating, UncertaintyWeighting
+from tests.balanced import worker
 from tests.balanced.models import mlp
 from tests.training import loader, quiet_trainer
-
-STEPS, SAMPLES = 6, 8
 
 
 class Sharded(BalancedModule):
@@ -91,15 +90,8 @@ CASES: dict[str, tuple[Callable[[], Weighting | None], dict[str, Any]]] = {
 
 
 def batches(rank: int, ranks: int) -> list[tuple[Tensor, Tensor, int]]:
-    """This rank's samples; in some steps the other rank alone has values, and in the first steps nobody."""
-    generator, given = torch.Generator().manual_seed(3), []
-    for step in range(STEPS):
-        x = torch.randn(SAMPLES, 3, dtype=torch.float64, generator=generator)
-        y = torch.randn(SAMPLES, 1, dtype=torch.float64, generator=generator)
-        y[SAMPLES // 2 :] = torch.nan if step % 3 == 1 else y[SAMPLES // 2 :]
-        y = torch.full_like(y, torch.nan) if step == 0 else y
-        given.append((x.chunk(ranks)[rank], y.chunk(ranks)[rank], step))
-    return given
+    """The other worker's samples, and the step's number."""
+    return [(x, y, step) for step, (x, y) in enumerate(worker.batches(rank, ranks))]
 
 
 def trainer_of(ranks: int, strategy: str, **arguments: Any) -> pl.Trainer:

@@ -16,7 +16,6 @@ ALLOWED = {
     "training/absent.py": 2,
     "training/losses.py": 1,
     "training/observation.py": 3,
-    "training/whole.py": 1,
     "weighting/dtp.py": 1,
     "learning_rates/importance.py": 1,
 }
