@@ -1,6 +1,6 @@
 """A step's time and its peak memory against TorchJD's, the same methods on both sides (`pip install torchjd[full]`).
 
-    python -m benchmarks.against_torchjd                  # 103 cells, an hour on a free core
+    python -m benchmarks.against_torchjd --json PATH      # 103 cells; those that the file has are not measured again
     python -m benchmarks.against_torchjd --quick          # an MLP, K = 2 and 8, MGDA and UPGrad
     python -m benchmarks.against_torchjd --full           # every trunk, K, batch and method, many hours
     python -m benchmarks.against_torchjd --only mlp K=8   # the cells whose name holds every word
@@ -31,6 +31,7 @@ import os
 import random
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ import torch
 
 from benchmarks.step_cases import Case, Device, Precision, Variant
 from benchmarks.torchjd_modules import METHODS, SCALARIZATIONS, Autogram, Autojac
-from benchmarks.torchjd_results import add, draw
+from benchmarks.torchjd_results import add, draw, measured
 from benchmarks.trunks import PEER_TRUNKS
 
 NUM_TASKS = (2, 4, 8, 16, 40)
@@ -195,7 +196,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size.add_argument("--full", action="store_true", help="every trunk, K, batch and method")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cells whose name holds every word")
     parser.add_argument("--rounds", type=int, help="how often the variants take turns; 5, or 3 with --quick")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="add the figures there, too, after each cell")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="add the figures there after each cell, and leave out what it has"
+    )
+    parser.add_argument("--again", action="store_true", help="measure what --json has, too: after a change of the code")
+    parser.add_argument("--minutes", type=float, default=40.0, help="begin no cell after; default: 40")
     parser.add_argument("--png", type=Path, metavar="PATH", help="draw what --json holds by then")
     options = parser.parse_args(arguments)
     rounds = options.rounds or (3 if options.quick else 5)
@@ -210,11 +215,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about["seed"] = 0
     print(", ".join(f"{name} {value}" for name, value in {**about["machine"], **about["versions"]}.items()))
     cells = full() if options.full else quick() if options.quick else chosen()
-    results: list[dict[str, Any]] = []
+    results = measured(options.json, about) if options.json else []
+    known = set() if options.again else {result["cell"] for result in results}
+    wanted = [cell for cell in cells if all(word in cell.name.split() for word in options.only)]
+    todo = [cell for cell in wanted if " ".join(cell.name.split()) not in known]
+    if len(todo) < len(wanted):
+        print(f"{len(wanted) - len(todo)} of {len(wanted)} cells are known from {options.json}; --again measures them.")
+    until = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as log_dir:
-        for cell in cells:
-            if not all(word in cell.name.split() for word in options.only):
-                continue
+        for number, cell in enumerate(todo):
+            if time.monotonic() > until:
+                print(f"The time is over, {len(todo) - number} cells are left; the next start goes on from here.")
+                break
             results.append(measure(cell, rounds, log_dir))
             show(cell, results[-1])
             if options.json:  # a long run that is cut short keeps what it has

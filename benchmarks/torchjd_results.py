@@ -23,11 +23,16 @@ LINES = {
 RATIOS = {"ours_over_faster": ("over its fastest setting", "C1"), "ours_over_default": ("over its default", "C3")}
 
 
-def add(path: Path, about: Mapping[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write the cells beside those that the file has from the same machine and versions; return them all."""
+def measured(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read the cells that the file has from the same machine and versions."""
     found = json.loads(path.read_text()) if path.exists() else {}
     same = all(found.get(name) == about[name] for name in ("machine", "versions", "threads"))
-    cells = {result["cell"]: result for result in [*(found["results"] if same else []), *results]}
+    return list(found["results"]) if same else []
+
+
+def add(path: Path, about: Mapping[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the cells beside those that the file has from the same machine and versions; return them all."""
+    cells = {result["cell"]: result for result in [*measured(path, about), *results]}
     path.write_text(json.dumps({**about, "results": list(cells.values())}, indent=2) + "\n")
     return list(cells.values())
 

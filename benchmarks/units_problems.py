@@ -180,7 +180,7 @@ class Tabular(Problem[MultiTaskModule]):
     """
 
     error = "mean error over standard deviation, %"
-    steps, batch = 250, 256
+    steps, batch = 1_000, 256
     rates: ClassVar = {"Adam": (1e-3, 3e-3, 1e-2), "SGD": (1e-4, 1e-3, 1e-2)}
 
     def __init__(self, table: Table, scaled: str) -> None:

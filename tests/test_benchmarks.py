@@ -11,7 +11,7 @@ import torch
 from benchmarks.floor import plot, rows
 from benchmarks.on_gpu import main as on_gpu
 from benchmarks.step_cases import Case, Trunk
-from benchmarks.torchjd_results import add
+from benchmarks.torchjd_results import add, measured
 from benchmarks.torchjd_results import draw as draw_steps
 from benchmarks.trunks import PEER_TRUNKS, sized
 
@@ -87,7 +87,33 @@ def test_cells_of_several_runs_add_up_while_machine_and_versions_stay(tmp_path: 
     path = tmp_path / "cells.json"
     add(path, about, [{"cell": "a", "ms": 1}, {"cell": "b", "ms": 1}])
     assert add(path, about, [{"cell": "b", "ms": 2}]) == [{"cell": "a", "ms": 1}, {"cell": "b", "ms": 2}]
+    assert measured(path, about) == [{"cell": "a", "ms": 1}, {"cell": "b", "ms": 2}]
+    assert measured(path, {**about, "machine": "another"}) == measured(tmp_path / "none.json", about) == []
     assert add(path, {**about, "machine": "another"}, [{"cell": "c", "ms": 3}]) == [{"cell": "c", "ms": 3}]
+
+
+def test_cells_that_are_known_are_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("cvxpy", reason="needs the extra bench")
+    from benchmarks import against_torchjd
+
+    done: list[str] = []
+
+    def measure(cell: against_torchjd.Cell, *_: object) -> dict[str, object]:
+        done.append(cell.method)
+        return {"cell": " ".join(cell.name.split()), "met": {}}
+
+    monkeypatch.setattr(against_torchjd, "measure", measure)
+    monkeypatch.setattr(against_torchjd, "show", lambda *_: None)
+    command = ["--quick", "--json", str(tmp_path / "cells.json"), "--only", "K=2"]
+    against_torchjd.main([*command, "MGDA"])
+    against_torchjd.main([*command, "--minutes", "0"])
+    assert "2 cells are left" in capsys.readouterr().out
+    against_torchjd.main(command)
+    assert done == ["MGDA", "UPGrad", "UW"]
+    against_torchjd.main([*command, "--again"])
+    assert done[3:] == ["MGDA", "UPGrad", "UW"]
 
 
 def test_the_readme_of_benchmarks_lists_every_file() -> None:
