@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_mtl.method.signals import Signals
-from lightning_mtl.monitors import GradientConflict
+from lightning_mtl.monitors import GradientConflict, TaskAffinity
 from lightning_mtl.monitors.conflict import conflict_measures
 from lightning_mtl.transfer.finished import TaskScores, is_finished
 from lightning_mtl.transfer.runs import fit_and_score, only_tasks, seeded, task_scores
@@ -35,7 +35,7 @@ class Outcome:
         test: Those on test data; None where there are none, or it trained for a choice.
         step_seconds: The median from one step's beginning to the next one's, on a CPU of processor time.
         steps: How many optimizer steps it took.
-        figures: Of the training with monitors: what :class:`GradientFigures` found.
+        figures: Of the training with monitors: what :class:`Watched` found.
     """
 
     val: TaskScores
@@ -96,6 +96,36 @@ class GradientFigures(GradientConflict):
         return found
 
 
+class Watched:
+    """The monitors of one training.
+
+    Args:
+        every_n_steps: In which steps they look.
+        lr: The training's learning rate.
+    """
+
+    def __init__(self, every_n_steps: int, lr: float) -> None:
+        self.gradients = GradientFigures(every_n_steps)
+        self.affinity = TaskAffinity(every_n_steps, lr=lr, figure=False)
+
+    @property
+    def callbacks(self) -> list[pl.Callback]:
+        """Return the monitors."""
+        return [self.gradients, self.affinity]
+
+    def figures(self) -> dict[str, Any]:
+        """Return what :class:`GradientFigures` found, and of what a step for one task does to another's loss.
+
+        ``affinity`` is ``[K, K]`` in the order of ``tasks``, relative to what the other's own step does; it is left out
+        where a pair was never measured.
+        """
+        found = self.gradients.figures()
+        relative = self.affinity.readable(self.affinity.affinity)
+        if relative.isfinite().all():
+            found |= {"tasks": list(self.affinity.tasks), "affinity": relative.tolist()}
+        return found
+
+
 def train(source: Source, row: Row, training: Training, *, steps: int | None = None) -> Outcome:
     """Train one model and score it after its last step.
 
@@ -112,9 +142,10 @@ def train(source: Source, row: Row, training: Training, *, steps: int | None = N
         weighting = row.make(training.candidate.variant)
     module = only_tasks(parts.module, parts.module.tasks if training.task is None else [training.task])
     clock = StepClock()
-    monitor = GradientFigures(max(1, (steps or MEASUREMENTS) // MEASUREMENTS))
-    watched = training.purpose == "monitor"
-    callbacks = [one for one in (weighting, clock, monitor if watched else None) if one is not None]
+    watched = None
+    if training.purpose == "monitor":
+        watched = Watched(max(1, (steps or MEASUREMENTS) // MEASUREMENTS), training.candidate.rate)
+    callbacks = [clock, *([] if weighting is None else [weighting]), *(watched.callbacks if watched else [])]
     stripped(parts.trainer).callbacks.extend(callbacks)  # type: ignore[attr-defined]
     data = parts.data
     fitted = data if isinstance(data, pl.LightningDataModule) else (data[0], data[1])
@@ -135,7 +166,7 @@ def train(source: Source, row: Row, training: Training, *, steps: int | None = N
             test = task_scores(parts.trainer, "test")
     for scores in (val, test or {}):
         with_raw_losses(scores, module.tasks)
-    figures = monitor.figures() if watched else {}
+    figures = watched.figures() if watched else {}
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return Outcome(val, test, clock.median(), parts.trainer.global_step, figures)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 
+import torch
+
+from lightning_mtl.monitors.grouping import best_grouping
 from lightning_mtl.paired import LEVEL, Difference, compare_with_zero
 from lightning_mtl.tuning.comparing.result import Comparison
 from lightning_mtl.tuning.comparing.rows import EQUAL, FIXED, INITIAL, SINGLE, STANDARDIZED
@@ -13,6 +16,7 @@ from lightning_mtl.tuning.comparing.rows import EQUAL, FIXED, INITIAL, SINGLE, S
 FAR_APART = 10.0
 # Pairs of gradients of random directions conflict in half of all steps; tasks that learn together rarely reach a third.
 MUCH_CONFLICT, LITTLE_CONFLICT = 1 / 3, 0.1
+FELT = 0.05  # of what a task's own step does for it
 WIDE = 1.0  # points of Δm
 MOST_SEEDS = 100
 DIRECTIONAL = ("PCGrad", "CAGrad", "UPGrad", "NashMTL", "AlignedMTL")
@@ -107,7 +111,8 @@ def advice(result: Comparison) -> list[str]:
         )
     elif result.finished(EQUAL):
         said.append("Keep equal weights: no row is ahead of them beyond noise, and none is cheaper or simpler.")
-    said += _of_scales(result, better) + _of_conflict(result, better) + _of_single_tasks(result, better)
+    said += _of_scales(result, better) + _of_conflict(result, better) + _of_affinity(result)
+    said += _of_single_tasks(result, better)
     for row in result.rows:
         said += [f"{row.name}: {edge}; try others with lrs (--lrs)." for edge in row.edges]
         if not row.failed and row.scores and len(result.finished(row.name)) < len(row.scores):
@@ -184,12 +189,19 @@ def _how(result: Comparison, row: str) -> str:
     }.get(row, "")
 
 
-def _of_scales(result: Comparison, better: list[str]) -> list[str]:
+def _extremes(result: Comparison) -> tuple[str, str, float] | None:
+    """The tasks of the longest and the shortest median gradient, and how many times as long the longer is."""
     norms = {task: norm for task, norm in ((result.figures or {}).get("norms") or {}).items() if norm > 0}
     if len(norms) < 2:
-        return []
+        return None
     large, small = max(norms, key=norms.__getitem__), min(norms, key=norms.__getitem__)
-    ratio = norms[large] / norms[small]
+    return large, small, norms[large] / norms[small]
+
+
+def _of_scales(result: Comparison, better: list[str]) -> list[str]:
+    if (extremes := _extremes(result)) is None:
+        return []
+    large, small, ratio = extremes
     if ratio < FAR_APART:
         return [
             (
@@ -229,6 +241,30 @@ def _of_conflict(result: Comparison, better: list[str]) -> list[str]:
     if share < LITTLE_CONFLICT:
         return [f"{figure}: methods against conflict have little to do here."]
     return [f"{figure}: some, as is usual; methods against conflict may help a little."]
+
+
+def _of_affinity(result: Comparison) -> list[str]:
+    """Which tasks a step for one helps or hurts; not where scales lie far apart, which would speak of them alone."""
+    figures, extremes = result.figures or {}, _extremes(result)
+    if "affinity" not in figures or extremes is None or extremes[2] >= FAR_APART:
+        return []
+    tasks, affinity = figures["tasks"], torch.tensor(figures["affinity"], dtype=torch.float64)
+    beside = affinity.clone().fill_diagonal_(math.inf)
+    worst = int(beside.argmin())
+    acting, on = tasks[worst // len(tasks)], tasks[worst % len(tasks)]
+    share = 100 * float(beside.min())
+    said = f"a step for {acting} {'lowers' if share >= 0 else 'raises'} the loss of {on} by {abs(share):.0f} % of what "
+    said += f"{on}'s own step lowers it by"
+    groups = best_grouping(affinity, len(tasks))
+    if share >= -100 * FELT or len(groups) == 1:
+        return [f"Affinity is no reason to train tasks apart: the least is that {said}."]
+    named = "; ".join(", ".join(tasks[task] for task in group) for group in groups)
+    return [
+        (
+            f"By affinity some tasks hold others back: {said}. Those that help each other: {named}. Try a module for "
+            "each of these groups, or MMoE or PLE, and compare again."
+        )
+    ]
 
 
 def _of_single_tasks(result: Comparison, better: list[str]) -> list[str]:

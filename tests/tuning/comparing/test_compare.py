@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import yaml
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.utils.data import DataLoader
 
 from lightning_mtl import MultiTaskModule, Task
 from lightning_mtl.cli import main
@@ -85,6 +87,33 @@ def test_a_training_is_that_of_plain_calls_with_the_same_seed() -> None:
         assert outcome.val == train_and_score(made, (loaders[0], loaders[1]), trainer, tasks=tasks, seed=3)
         assert outcome.test is not None
         assert outcome.test != outcome.val
+
+
+def test_the_monitored_training_measures_what_a_step_for_one_task_does_to_the_other() -> None:
+    def opposed(lr: float) -> MultiTaskModule:
+        # Both tasks read the same feature, with opposite signs, in units of 1 and 2: g_2 = -2 g_1 throughout.
+        signs = {"plus": 1.0, "minus": -2.0}
+
+        def loss(sign: float, output: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            return sign * output.mean() + 10
+
+        tasks = {task: Task(functools.partial(loss, sign)) for task, sign in signs.items()}
+        heads = {task: nn.Identity() for task in signs}
+        return MultiTaskModule(nn.Linear(4, 1), heads, tasks, optimizer=functools.partial(torch.optim.SGD, lr=lr))
+
+    def data(seed: int) -> tuple[Any, ...]:
+        rows = [
+            (x, {"plus": 0.0, "minus": 0.0}) for x in torch.randn(32, 4, generator=torch.Generator().manual_seed(seed))
+        ]
+        return DataLoader(rows, batch_size=8), DataLoader(rows, batch_size=8)  # type: ignore[arg-type]
+
+    source = SetupSource(Setup(model=opposed, data=data, trainer=setup().trainer, lr=1e-3))
+    (row,), _ = read_rows(source.tasks, [], [], 1)
+    figures = train(source, row, Training("monitor", row.key, None, Candidate(0, 1e-3), 3), steps=60).figures
+    assert figures["tasks"] == ["plus", "minus"]
+    assert figures["conflict"] == 1.0
+    # Relative to what the other's own step does: g_i · g_j / |g_j|².
+    assert torch.tensor(figures["affinity"]) == pytest.approx(torch.tensor([[1.0, -0.5], [-2.0, 1.0]]), rel=1e-5)
 
 
 def test_a_comparison_without_time_says_that_it_is_not_done(tmp_path: Path) -> None:

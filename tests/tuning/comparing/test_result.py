@@ -107,6 +107,29 @@ def test_words_name_what_differs_and_the_figures_that_advice_rests_on() -> None:
     assert any("conflict in 45 %" in line and "PCGrad" in line for line in tips)
 
 
+@pytest.mark.parametrize(
+    ("affinity", "said"),
+    [
+        (
+            [[1.0, 0.4, -0.3], [0.2, 1.0, -0.2], [-0.5, -0.1, 1.0]],
+            "By affinity some tasks hold others back: a step for c raises the loss of a by 50 % of what",
+        ),
+        (
+            [[1.0, 0.4, 0.3], [0.2, 1.0, 0.2], [0.5, 0.1, 1.0]],
+            "Affinity is no reason to train tasks apart: the least is that a step for c lowers the loss of b by 10 %",
+        ),
+        ([[1.0, -0.04, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], "Affinity is no reason to train tasks apart: the"),
+    ],
+)
+def test_affinity_names_the_tasks_that_hold_others_back(affinity: list[list[float]], said: str) -> None:
+    norms = {"a": 3.0, "b": 1.0, "c": 2.0}
+    figures = {"norms": norms, "conflict": 0.2, "measured": 40, "tasks": list(norms), "affinity": affinity}
+    (line,) = [line for line in advice(comparison(figures=figures)) if line.startswith(said)]
+    assert ("Those that help each other: a, b; c." in line) == said.startswith("By")
+    far_apart = {**figures, "norms": {**norms, "a": 300.0}}  # each step for a would swamp the others
+    assert not any("ffinity" in line for line in advice(comparison(figures=far_apart)))
+
+
 def test_rows_that_are_not_told_apart_from_the_best_are_named_with_the_cheapest_of_them() -> None:
     def row(name: str, seconds: float, *losses: float) -> RowOutcome:
         scores = {seed: {"a": {"loss": loss}} for seed, loss in enumerate(losses, 1)}
