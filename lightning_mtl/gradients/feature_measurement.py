@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_mtl.gradients.compressed import Layer
 from lightning_mtl.gradients.graph import Above, above_split, check_repeatable
 from lightning_mtl.gradients.inner_products import Measured, Wanted, gramian
 from lightning_mtl.gradients.micro_batch import MicroBatch
@@ -14,6 +17,7 @@ from lightning_mtl.gradients.one_pass import EntersTrunkError, one_pass
 from lightning_mtl.gradients.rows import Rows, as_real, by_parameter
 from lightning_mtl.gradients.split import Output
 from lightning_mtl.gradients.torch_internals import ACCUMULATE_GRAD, CAN_ASK_ENGINE, parameter_hooks_off
+from lightning_mtl.gradients.trunk_gramian import layers_of
 
 Cotangents = list[list[Tensor | None]]
 """dL_k/dz: for each task, one for each output of the trunk that is read."""
@@ -31,6 +35,7 @@ class FeatureMeasurement:
         parameters: Lists the shared parameters that need gradients, and all other trainable ones.
         losses: ``[K]``, the losses over all ranks, to report.
         may_be_short: Whether the short way may be taken at all.
+        in_full: Whether a layer's gradients are computed themselves, not a short form of them.
     """
 
     def __init__(
@@ -40,8 +45,9 @@ class FeatureMeasurement:
         losses: Tensor,
         *,
         may_be_short: bool = True,
+        in_full: bool = False,
     ) -> None:
-        self.batch, self._parameters, self.losses = batch, parameters, losses
+        self.batch, self._parameters, self.losses, self._in_full = batch, parameters, losses, in_full
         above = [above_split(loss, batch.split.stops) for loss in batch.losses]
         self.read = outputs_read(batch, above)
         """The outputs of the trunk that losses read directly."""
@@ -91,7 +97,7 @@ class FeatureMeasurement:
             return Measured()
         ranks, scale = self.batch.ranks, self.batch.scale
         if layer is not None:
-            blocks, share = self._layer_rows(layer), 1.0
+            blocks, share = self._layer_blocks(layer, wanted), 1.0
             if ranks.size > 1:
                 for block in blocks:
                     ranks.sum(block).div_(ranks.size)
@@ -110,29 +116,52 @@ class FeatureMeasurement:
         self._rows = self._rows or feature_blocks(self.read, self._cotangents)
         return [as_real(block) for block in self._rows]
 
-    def _layer_rows(self, layer: Sequence[Tensor]) -> list[Tensor]:
-        """Each task's gradient of the layer, from its gradient at the trunk's outputs where that is enough."""
+    def _layer_blocks(self, layer: Sequence[Tensor], wanted: Wanted) -> list[Tensor]:
+        """What has the same inner products as the tasks' gradients of the layer: these themselves, or short forms.
+
+        They come from the gradients at the trunk's outputs where those are enough.
+        """
         if self.batch.unseen:
             check_repeatable([output.z for output in self.read] if self.short else self.batch.losses)
-        # A layer lies below the outputs: what is known at the outputs leads there by one pass a task.
-        rows, edges = Rows(layer, len(self._own)), [output.edge for output in self.read]
         with parameter_hooks_off(layer):
-            if not self.short:  # the pass that reaches the layer passes the trunk's outputs, too
-                tasks = range(len(self._own))
-                every = [self.batch.gradients(index, [*edges, *layer], retain_graph=True) for index in tasks]
-                self._found = [list(found[: len(edges)]) for found in every]
-                for index, found in enumerate(every):
-                    rows.add(index, found[len(edges) :])
-                return rows.matrices()
+            if not self.short:
+                return self._layer_rows(layer)
+            # A layer lies below the outputs: what is known at the outputs leads there by one pass a task.
+            short: list[Layer] = []
+            # Short forms of different ranks do not add up.
+            if not (wanted == "rows" or self._in_full or self.batch.ranks.size > 1):
+                below = [p for p in layer if not any(p in own for own in self._own)]  # a layer may lie in a head
+                short = layers_of([output.z for output in self.read], below, len(self._own))[0]
+            in_short = {p for one in short for p in one.parameters}
+            rest, edges = [p for p in layer if p not in in_short], [edge for one in short for edge in one.edges]
+            rows, every = Rows(rest, len(self._own)), []
             for index, cotangents in enumerate(self._cotangents):
-                known = dict(self._own[index])  # a layer may lie in a head
-                pairs = [(o.z, c) for o, c in zip(self.read, cotangents, strict=True) if c is not None]
-                below = [p for p in layer if p not in known]
-                if pairs and below:
-                    outputs, given = zip(*pairs, strict=True)
-                    got = torch.autograd.grad(outputs, below, given, retain_graph=True, allow_unused=True)
-                    known.update(by_parameter(below, got))
-                rows.add(index, [known.get(p) for p in layer])
+                known = dict(self._own[index])
+                below = [p for p in rest if p not in known]
+                found = self._passed_on(cotangents, [*below, *edges])
+                rows.add(index, [(known | by_parameter(below, found[: len(below)])).get(p) for p in rest])
+                every.append(iter(found[len(below) :]))
+        return [
+            *rows.matrices(),
+            *(one.rows([list(itertools.islice(found, len(one.edges))) for found in every]) for one in short),
+        ]
+
+    def _passed_on(self, cotangents: Sequence[Tensor | None], inputs: Sequence[Any]) -> Sequence[Tensor | None]:
+        """Differentiate by what lies below the trunk's outputs, from a task's gradients there."""
+        pairs = [(o.z, c) for o, c in zip(self.read, cotangents, strict=True) if c is not None]
+        if not pairs or not inputs:
+            return [None] * len(inputs)
+        outputs, given = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, inputs, given, retain_graph=True, allow_unused=True)
+
+    def _layer_rows(self, layer: Sequence[Tensor]) -> list[Tensor]:
+        """Each task's gradient of the layer, by a pass from its loss, which passes the trunk's outputs, too."""
+        rows, edges = Rows(layer, len(self._own)), [output.edge for output in self.read]
+        tasks = range(len(self._own))
+        every = [self.batch.gradients(index, [*edges, *layer], retain_graph=True) for index in tasks]
+        self._found = [list(found[: len(edges)]) for found in every]
+        for index, found in enumerate(every):
+            rows.add(index, found[len(edges) :])
         return rows.matrices()
 
 

@@ -52,8 +52,8 @@ class Weighting(NamedArguments, Requests, TaskState, ABC):
             ``"features"`` (the trunk's output), ``"last_layer"`` (the trunk module with weights that ran last), or
             names of modules as in ``module.named_modules()``.
         every_n_steps: Measure in one step of n and keep the weights in between.
-        gradients: How gradients are measured at the trunk: ``"automatic"`` takes for each layer what is cheapest there,
-            and ``"rows"`` keeps each task's whole gradient, to compare. Both are exact. Where parameters are sharded,
+        gradients: How gradients of parameters are measured: ``"automatic"`` takes for each layer what is cheapest, and
+            ``"rows"`` keeps each task's whole gradient, to compare. Both are exact. Where parameters are sharded,
             gradients are accumulated or a method reads the gradients themselves, rows are kept anyway.
 
     Raises:

@@ -16,10 +16,16 @@ from lightning_mtl.training.window import Window
 
 
 def features_of(
-    batch: MicroBatch, losses: Tensor, parameters: Callable[[], tuple[list[Tensor], list[Tensor]]], sharded: bool
+    window: Window,
+    batch: MicroBatch,
+    losses: Tensor,
+    parameters: Callable[[], tuple[list[Tensor], list[Tensor]]],
+    sharded: bool,
 ) -> FeatureGradients:
     """The engine for gradients at the trunk's outputs."""
-    return ShardedFeatureGradients(batch, losses) if sharded else FeatureGradients(batch, parameters, losses)
+    if sharded:
+        return ShardedFeatureGradients(batch, losses)
+    return FeatureGradients(batch, parameters, losses, in_full=window.keeps_rows)
 
 
 def find_layer(module: TaskModule, window: Window, batch: MicroBatch, groups: Sequence[Sequence[Tensor]]) -> None:

@@ -126,8 +126,6 @@ class Optimization:
         window.loss = loss if window.loss is None else window.loss + loss
         return loss
 
-    # The state of an optimizer step
-
     def find_cast(self, module: TaskModule) -> Cast:
         """Look for who takes part: once a fit, and again where a tuner or a user has changed the callbacks."""
         callbacks: list[Any] = module.trainer.callbacks  # type: ignore[attr-defined]
@@ -148,6 +146,8 @@ class Optimization:
             weighting, shares = weighting if able else None, None
         scales, resting = self.recorder.scales, cast.stopping.resting if cast.stopping else None
         window = Window(tuple(module.tasks), weighting, step, epoch, size, cast.ranks, shares, scales, resting)
+        # Hooks of this older kind may change a layer's weight gradient, which no short form computes.
+        window.keeps_rows = window.keeps_rows or any(m._is_full_backward_hook is False for m in module.modules())
         if not module.automatic_optimization:
             self.zero_gradients(module, batch_idx)
         if window.way == "rows" and cast.sharded:
@@ -173,13 +173,10 @@ class Optimization:
         tasks, ranks = tuple(module.tasks), window.ranks
         if self.cast.sharded:
             return ShardedTrunkGradients(tasks, shared, others)
-        # Hooks of this older kind may change a layer's weight gradient, which is never computed without rows.
-        if not window.keeps_rows and not any(part._is_full_backward_hook is False for part in module.modules()):
+        if not window.keeps_rows:
             return (GatheredGramian if ranks.size > 1 else TrunkGramian)(tasks, shared, others, ranks, self._rows)
         at_features = window.wanted != "nothing" and window.measures_at == "features"
         return TrunkGradients(tasks, shared, others, ranks, kept=self._rows, features=at_features)
-
-    # Forward: losses, over all ranks
 
     def _forward(self, module: TaskModule, window: Window, batch: object) -> tuple[MicroBatch, Reduced]:
         """Pass one micro-batch forward, and tell everybody about its losses before any gradient is taken."""
@@ -223,8 +220,6 @@ class Optimization:
                     observation.measure(module, reduced, found, batch)
         return found, reduced
 
-    # Gradients and weights
-
     def _loss(self, module: TaskModule, window: Window, found: Reduced, batch: MicroBatch, last: bool) -> Tensor | None:
         """The loss to pass backward for this micro-batch; None where the step's gradients are still collected."""
         names, losses, wanted = found.names, found.losses, "nothing" if window.idle else window.wanted
@@ -244,7 +239,8 @@ class Optimization:
             engine.close(losses, factors)
         elif names and window.way == "features":
             wanted = wanted if window.asks(names) else "nothing"
-            engine = features_of(batch, losses, functools.partial(trainable_parameters, module), self.cast.sharded)
+            parameters = functools.partial(trainable_parameters, module)
+            engine = features_of(window, batch, losses, parameters, self.cast.sharded)
             if wanted != "nothing":
                 find_layer(module, window, batch, engine.groups())
         if names:
