@@ -184,7 +184,7 @@ TRAINING = (
         "training/schedulers.py",
         "            self.step_waiting(module)\n            self.step(module)",
         "            pass",
-        SCHEDULERS,
+        "tests/test_due_schedulers.py",
         "without_a_step",
     ),
     Mutation(
