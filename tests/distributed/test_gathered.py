@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
-from lightning_mtl.gradients import gathered
+from lightning_mtl.gradients import gathered, trunk_gramian
 from lightning_mtl.gradients.gathered import GatheredGramian
 from tests.distributed.pairs import Pair
 from tests.distributed.table import cases
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Step \\d+ is skipped:UserWarning
 # NashMTL's weights tell a Gramian from a multiple of it. In the batches each rank lacks each task in turn; losses are
 # counted and not; a gradient is not finite; parts of the trunk are unused.
 NAMES = ("NashMTL", "rows, uncounted", "rows, gradient not finite", "rows, a branch a task")
+LAYER = "layer, uncounted"
 
 
 def train_gathering(rank: int, ranks: int) -> dict[str, Any]:
@@ -43,3 +44,14 @@ def test_two_processes_that_gather_follow_one(pair: Pair) -> None:
     for name in NAMES:
         found = [*complaints(cases("default")[name], [rank[name] for rank in ranks], alone(name))]
         assert not found, "\n".join([name, *found])
+
+
+def train_at_a_layer(rank: int, ranks: int) -> dict[str, Any]:
+    """GradNorm at the last layer, whose short form is worth it at any size."""
+    with patch.object(trunk_gramian, "is_worth_it", lambda *_, **__: True):
+        return train(cases("default")[LAYER], "default", rank)
+
+
+def test_short_forms_of_one_layer_are_not_added_over_ranks(pair: Pair) -> None:
+    found = pair.run(train_at_a_layer)
+    assert not (lines := list(complaints(cases("default")[LAYER], found, alone(LAYER)))), "\n".join(lines)

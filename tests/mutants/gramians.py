@@ -18,6 +18,29 @@ GRAMIANS = (
     ),
     # Gramians without rows.
     Mutation(
+        "short forms of a layer are added over ranks",
+        "gradients/feature_measurement.py",
+        "self._in_full or self.batch.ranks.size > 1",
+        "self._in_full",
+        "tests/distributed/test_gathered.py",
+        "one_layer",
+    ),
+    Mutation(
+        "a layer is measured by its short forms whatever a method says",
+        "gradients/feature_measurement.py",
+        'wanted == "rows" or self._in_full or',
+        'wanted == "rows" or',
+        SITUATIONS,
+        "older",
+    ),
+    Mutation(
+        "of a layer's parameters only those with a short form count",
+        "gradients/feature_measurement.py",
+        "            *rows.matrices(),\n",
+        "",
+        "tests/gradients/test_layer_forms.py",
+    ),
+    Mutation(
         "weight gradients beside rows are this rank's share alone",
         "gradients/trunk_gramian.py",
         "share = outer * self.ranks.size",
