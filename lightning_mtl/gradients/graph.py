@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -53,6 +54,34 @@ def reached_leaves(roots: Iterable[Tensor]) -> dict[Tensor, int]:
                 seen.add(child)
                 stack.append(child)
     return found
+
+
+def leaves_read_last(roots: Iterable[Tensor], among: Collection[Tensor]) -> set[Tensor]:
+    """Find what the last of all operations reads that reads any of some leaves; empty if none does.
+
+    The walk goes back in the order in which operations ran, and no further.
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> leaves_read_last([(a.exp() * b).sum()], {a, b}) == {b}
+        True
+    """
+    seen = {root.grad_fn for root in roots if root.grad_fn is not None}
+    latest = [(-forward_order(node), place, node) for place, node in enumerate(seen)]
+    heapify(latest)
+    while latest:
+        _, _, node = heappop(latest)
+        found = set()
+        for child, _ in node.next_functions:
+            if child is not None and type(child) is ACCUMULATE_GRAD:
+                found.add(child.variable)  # type: ignore[attr-defined]  # only this node type has it
+            elif child is not None and child not in seen:
+                seen.add(child)
+                heappush(latest, (-forward_order(child), len(seen), child))
+        if not found.isdisjoint(among):
+            return found.intersection(among)
+    return set()
 
 
 def note_reach(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from lightning_mtl.distributed import Ranks
-from lightning_mtl.gradients.graph import reached_leaves
+from lightning_mtl.gradients.graph import leaves_read_last
 
 
 def parameters_at(
@@ -61,22 +61,24 @@ def last_layer(
     Raises:
         ValueError: If no such parameter took part in the forward pass.
     """
-    wanted, modules = set(among), [module for module in trunk.modules() if not isinstance(module, ParametrizationList)]
-    weights = [[p for p in _own_parameters(child) if p.ndim >= 2 and p in wanted] for child in modules]
-    found = torch.zeros(len(modules))
+    weights = {p for p in among if p.ndim >= 2}
+    modules = [module for module in trunk.modules() if not isinstance(module, ParametrizationList)]
+    found: set[int] = set()
     for roots in groups:
-        order = reached_leaves(roots)
-        latest = [max((order.get(p, -1) for p in own), default=-1) for own in weights]
-        if max(latest, default=-1) >= 0:
-            found[_last_argmax(latest)] = 1
+        read = leaves_read_last(roots, weights)
+        found.update(
+            [i for i, module in enumerate(modules) if read and not read.isdisjoint(_own_parameters(module))][-1:]
+        )
     if ranks is not None and ranks.size > 1:  # a rank whose batch is empty has no graph to read
-        found = ranks.sum(found.to(next(trunk.parameters()).device))
-    if not found.any():
+        marks = torch.zeros(len(modules))
+        marks[list(found)] = 1
+        found = set(ranks.sum(marks.to(next(trunk.parameters()).device)).nonzero().flatten().tolist())
+    if not found:
         raise ValueError(
             "at='last_layer' found no trainable weight of two or more dimensions in the trunk that its output depends "
             "on; unfreeze one, or measure at 'features'."
         )
-    layers = [modules[index] for index in found.nonzero().flatten().tolist()]
+    layers = [modules[index] for index in sorted(found)]
     return list(dict.fromkeys(p for layer in layers for p in _own_parameters(layer) if p.requires_grad))
 
 
@@ -84,8 +86,3 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     """A module's parameters without its children's; a parametrization is no child but the way a weight is written."""
     own = list(module.parameters(recurse=False))
     return own + (list(module.parametrizations.parameters()) if is_parametrized(module) else [])  # type: ignore[union-attr]
-
-
-def _last_argmax(numbers: Sequence[int]) -> int:
-    largest = max(numbers)
-    return max(index for index, number in enumerate(numbers) if number == largest)
