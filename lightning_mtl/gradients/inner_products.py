@@ -168,7 +168,8 @@ def known_norms(
     rows: Sequence[Tensor], ranks: Ranks | None = None, *, share: float = 1.0, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same norms without a gradient scaler's factor, and what the host knows of them: one wait for a device."""
-    parts = torch.stack([_norms_of(block).to(rows[0].device) for block in rows])
+    home = rows[0].device  # asked once: a made block would be made again for each of the others
+    parts = torch.stack([_norms_of(block).to(home) for block in rows])
     norms, known = _over_all(parts, ranks, share, scale)
     if known[-1]:
         # Squares beyond float32 make a norm 0 or infinite; float64 for all rows would take thirty times as long.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_mtl.gradients.inner_products import gramian, row_norms
+from lightning_mtl.gradients.inner_products import MadeBlocks, gramian, known_norms, row_norms
 
 CHUNK = 16_384
 
@@ -80,3 +83,15 @@ def test_autocast_does_not_shorten_the_products() -> None:
     rows = [torch.randn(3, 40)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_products(gramian(rows), rows, 1e-6)
+
+
+@pytest.mark.parametrize("measure", [known_norms, gramian])
+def test_made_blocks_are_made_once(measure: Callable[[Sequence[Tensor]], object]) -> None:
+    made: list[int] = []
+
+    def make(number: int) -> Tensor:
+        made.append(number)
+        return torch.eye(2) + number
+
+    measure(MadeBlocks([torch.eye(2)], [functools.partial(make, number) for number in range(3)]))
+    assert made == [0, 1, 2]
