@@ -61,10 +61,9 @@ class OneLineParser(LightningArgumentParser):
         """Print the condensed message, and end the process."""
         if ex is not None and debugging():
             raise ex
-        message = with_nearest_option(message, self)
         if not self.exit_on_error:
             raise ArgumentError(None, message) from ex
-        leave(condense(message))
+        leave(condense(with_nearest_option(message, self)))
 
 
 def with_nearest_option(message: str, parser: ArgumentParser) -> str:
