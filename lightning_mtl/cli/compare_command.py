@@ -70,8 +70,9 @@ def _method(text: str) -> Any:  # noqa: ANN401 - a name or a mapping
 
 def run(arguments: Sequence[str]) -> None:
     """Compare, and print what was found; leave with exit code 2 for a mistake."""
-    given, overrides = parser().parse_known_args(arguments)
-    with ending_in_one_line("comparison"):
+    command = parser()
+    given, overrides = command.parse_known_args(arguments)
+    with ending_in_one_line("comparison", command):
         result = compare(
             given.config,
             methods=given.methods,

@@ -35,8 +35,9 @@ def parser() -> OneLineArguments:
 
 def search(arguments: Sequence[str]) -> None:
     """Search, and print what was found; leave with exit code 2 for a mistake, 1 if no trial has come to a value."""
-    given, overrides = parser().parse_known_args(arguments)
-    with ending_in_one_line("study"):
+    command = parser()
+    given, overrides = command.parse_known_args(arguments)
+    with ending_in_one_line("study", command):
         result = tune(
             given.config,
             given.space,

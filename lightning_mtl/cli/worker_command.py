@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from lightning_mtl.configured.messages import PROGRAM, ConfigurationError, debugging, leave
+from lightning_mtl.configured.messages import PROGRAM, ConfigurationError, debugging, leave, with_nearest_option
 from lightning_mtl.tuning.addresses import without_passwords
 from lightning_mtl.tuning.patience import StorageAwayError
 
@@ -60,14 +60,17 @@ class OneLineArguments(argparse.ArgumentParser):
 
 
 @contextmanager
-def ending_in_one_line(what: str) -> Iterator[None]:
-    """End the process with one line for a mistake (exit code 2), or where ``what`` is interrupted (130)."""
+def ending_in_one_line(what: str, parser: argparse.ArgumentParser) -> Iterator[None]:
+    """End the process with one line for a mistake (exit code 2), or where ``what`` is interrupted (130).
+
+    An option that neither the command nor the configuration knows may be a misspelled one of the command's parser.
+    """
     try:
         yield
     except (ConfigurationError, ImportError, StorageAwayError) as error:
         if debugging():
             raise
-        leave(without_passwords(str(error)))
+        leave(without_passwords(with_nearest_option(str(error), parser)))
     except KeyboardInterrupt:
         sys.stderr.write(f"{PROGRAM}: interrupted; the same command goes on where the {what} is\n")
         sys.exit(130)  # as shells have it for Ctrl-C

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from argparse import ArgumentError
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,10 +66,10 @@ class OneLineParser(LightningArgumentParser):
         leave(condense(with_nearest_option(message, self)))
 
 
-def with_nearest_option(message: str, parser: LightningArgumentParser) -> str:
-    """Add the nearest option to a message of argparse's about one that it does not know."""
+def with_nearest_option(message: str, parser: ArgumentParser) -> str:
+    """Add the nearest option to a message of argparse's about one that it does not know, unless one is named."""
     found = UNKNOWN_OPTION.search(message)
-    if found is None:
+    if found is None or "did you mean" in message:
         return message
     options = [one.lstrip("-") for action in parser._actions for one in action.option_strings if one.startswith("--")]
     close = nearest(found["option"], options)

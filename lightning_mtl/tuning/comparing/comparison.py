@@ -24,7 +24,7 @@ from lightning_mtl.tuning.addresses import without_passwords
 from lightning_mtl.tuning.comparing import queue
 from lightning_mtl.tuning.comparing.page import write_page
 from lightning_mtl.tuning.comparing.plan import Line, Plan, Training, rates_around
-from lightning_mtl.tuning.comparing.queue import Known, Worker, read
+from lightning_mtl.tuning.comparing.queue import Known, Worker
 from lightning_mtl.tuning.comparing.raw_units import in_raw_units
 from lightning_mtl.tuning.comparing.result import Comparison, RowOutcome
 from lightning_mtl.tuning.comparing.rows import DEFAULT_METHODS, EQUAL, SHORT, Methods, Row, read_rows
@@ -129,12 +129,14 @@ def compare(
                 fail_and_repeat(study, trial)
         if retry_failed:
             queue.retry_failed(study)
-        if progress:
-            sys.stderr.write(_announcement(study.study_name, str(storage), plan, made, left_out, read(study), folder))
         shown = undo.enter_context(Progress("compare", 0, show=progress))
-        by_key = {row.key: row for row in made}
-        Worker(study, opened, source, by_key, plan, silence, shown).work(timeout)
-    result = gather(plan, made, read(study), directions, counted, left_out)
+        worker = Worker(study, opened, source, {row.key: row for row in made}, plan, silence, shown, directions)
+        known = worker.known()
+        if progress:
+            sys.stderr.write(_announcement(study.study_name, str(storage), plan, made, left_out, known, folder))
+        worker.work(timeout)
+        known = worker.known()
+    result = gather(plan, made, known, directions, counted, left_out)
     return write_files(
         result,
         folder,
@@ -278,7 +280,10 @@ def _row_outcome(plan: Plan, row: Row, known: Known, compared: Sequence[Training
     )
     candidates = [choice.candidate for _, choice in made if choice.candidate is not None]
     variant = row.variants[candidates[0].variant] if candidates else ""
-    return RowOutcome(row.name, complete, tuple(one.rate for one in candidates), variant, edges, seconds)
+    whole = len(made) == len(lines)
+    rates = tuple(one.rate for one in candidates) if whole else ()
+    at_edge = tuple(bool(choice.edge) for _, choice in made) if whole else ()
+    return RowOutcome(row.name, complete, rates, variant, edges, seconds, at_edge=at_edge)
 
 
 def write_files(result: Comparison, folder: Path, *, about: str = "") -> Comparison:

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from lightning_mtl.metrics import Interval
 from lightning_mtl.paired import Difference
 from lightning_mtl.transfer.finished import of_seeds
+from lightning_mtl.tuning.comparing.cells import counted, nothing
 from lightning_mtl.tuning.comparing.picture import draw
-from lightning_mtl.tuning.comparing.result import Comparison, nothing
+from lightning_mtl.tuning.comparing.result import Comparison
 from lightning_mtl.tuning.comparing.rows import EQUAL, SINGLE
 from lightning_mtl.tuning.comparing.words import advice, verdict
 
@@ -50,7 +51,7 @@ def write_page(result: Comparison, *, about: str = "") -> str:
     """
     lead, *rest = verdict(result)
     data = "test data" if result.stage == "test" else "validation data"
-    told = f"{about + ' · ' if about else ''}{data} · {len(result.seeds)} seeds · {len(result.rows)} rows"
+    told = " · ".join(filter(None, (about, data, counted(len(result.seeds), "seed"), counted(len(result.rows), "row"))))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Comparison of multi-task methods</title><style>{STYLE}</style></head><body>
@@ -68,6 +69,9 @@ def write_page(result: Comparison, *, about: str = "") -> str:
 {_task_table(result)}
 <p class="notes">Change of each task's metrics against equal weights in %, negative is better. Brackets: 95 % intervals
 of Student's t, not corrected for the number of tasks and rows: an interval without 0 is no finding by itself.</p>
+<h2>Scores</h2>
+{_score_table(result)}
+<p class="notes">Means over the seeds with 95 % intervals of Student's t; ↑ higher is better, ↓ lower is better.</p>
 </body></html>
 """
 
@@ -107,13 +111,12 @@ def _main_table(result: Comparison) -> str:
         if row.failed:
             lines.append([html.escape(row.name), "–", "failed", *["–"] * (len(heads) - 3)])
             continue
-        rates = " ".join(dict.fromkeys(f"{rate:g}" for rate in row.rates)) + ("*" if row.edges else "")
         difference, single = result.against_equal.get(row.name), result.against_single.get(row.name)
         ratio = result.time_ratio(row.name)
         lines.append(
             [
                 name,
-                rates,
+                html.escape(row.rates_text(result.directions)).replace(", ", "<br>"),
                 _interval(difference.interval, difference.significant) if difference else nothing(row.name == EQUAL),
                 "–" if difference is None else _p(difference),
                 *(
@@ -137,6 +140,16 @@ def _task_table(result: Comparison) -> str:
     return _table(["row", *map(html.escape, result.directions)], lines)
 
 
+def _score_table(result: Comparison) -> str:
+    cells = [(task, metric, up) for task, own in result.directions.items() for metric, up in own.items()]
+    heads = [f"{html.escape(task)}<br>{html.escape(metric)} {'↑' if up else '↓'}" for task, metric, up in cells]
+    lines = [
+        [html.escape(name), *(_interval(result.score(name, task, metric), form=".4g") for task, metric, _ in cells)]
+        for name in result.chosen
+    ]
+    return _table(["row", *heads], lines)
+
+
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{one}</th>" for one in heads)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines)
@@ -151,9 +164,9 @@ def _p(difference: Difference) -> str:
     return f'<data value="{float(difference.p_corrected)!r}">{html.escape(difference.p_text)}</data>'
 
 
-def _interval(interval: Interval, significant: bool = False) -> str:
+def _interval(interval: Interval, significant: bool = False, form: str = "+.1f") -> str:
     mean, low, high = interval
-    shown = _number(mean, "+.1f")
+    shown = _number(mean, form)
     if not math.isnan(low):
-        shown += f" <small>[{_number(low, '+.1f')}, {_number(high, '+.1f')}]</small>"
+        shown += f" <small>[{_number(low, form)}, {_number(high, form)}]</small>"
     return f'<span class="{"better" if mean < 0 else "worse"}">{shown}</span>' if significant else shown

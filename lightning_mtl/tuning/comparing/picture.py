@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
     from lightning_mtl.tuning.comparing.result import Comparison
 
-# Ink, faint lines, better, worse, not told apart: for a light and a dark page. Blue and orange are told apart by all.
-LIGHT = ("#1f2328", "#d0d7de", "#0969da", "#bc4c00", "#6e7781")
-DARK = ("#e6edf3", "#3d444d", "#58a6ff", "#f0883e", "#9198a1")
+# Ink, faint lines, better, worse, not told apart, and the page, light or dark. Blue and orange are told apart by all.
+LIGHT = ("#1f2328", "#d0d7de", "#0969da", "#bc4c00", "#6e7781", "#ffffff")
+DARK = ("#e6edf3", "#3d444d", "#58a6ff", "#f0883e", "#9198a1", "#0d1117")
 
 
 def draw(result: Comparison, *, dark: bool = False, transparent: bool = False) -> Figure:
@@ -26,12 +26,14 @@ def draw(result: Comparison, *, dark: bool = False, transparent: bool = False) -
         transparent: Leave the background to the page.
     """
     require_matplotlib("Comparison.figure()")
-    ink, faint, better, worse, same = DARK if dark else LIGHT
+    from matplotlib.patheffects import withStroke
+
+    ink, faint, better, worse, same, page = DARK if dark else LIGHT
     found = {name: one for name, one in result.against_equal.items() if not math.isnan(one.interval.mean)}
     longest = max((len(name) for name in found), default=10)
     figure = blank_figure(5.6 + 0.075 * longest, 1.3 + 0.36 * max(len(found), 1))
     figure.patch.set_alpha(0.0 if transparent else 1.0)
-    figure.patch.set_facecolor("#0d1117" if dark else "white")
+    figure.patch.set_facecolor(page)
     axes: Any = figure.add_subplot()
     axes.set_facecolor("none")
     for place, one in enumerate(found.values()):
@@ -41,7 +43,8 @@ def draw(result: Comparison, *, dark: bool = False, transparent: bool = False) -
             axes.plot([low, high], [place, place], color=color, linewidth=2.2, solid_capstyle="round")
         axes.plot([mean], [place], "o", color=color, markersize=7)
         end = mean if math.isnan(high) else high
-        axes.annotate(f"{mean:+.1f}", (end, place), (7, 0), textcoords="offset points", va="center", color=color)
+        text = axes.annotate(f"{mean:+.1f}", (end, place), (7, 0), textcoords="offset points", va="center", color=color)
+        text.set_path_effects([withStroke(linewidth=4, foreground=page)])  # no line crosses a number
     axes.axvline(0, color=ink, linewidth=1, zorder=0)
     axes.set_yticks(range(len(found)), list(found))
     axes.set_ylim(len(found) - 0.4, -0.7)

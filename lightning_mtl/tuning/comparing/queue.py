@@ -13,6 +13,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_mtl.configured import ConfigurationError
+from lightning_mtl.transfer.finished import Directions, chosen_scores
 from lightning_mtl.transfer.progress import Progress
 from lightning_mtl.tuning.comparing.plan import Plan, Scores, Training
 from lightning_mtl.tuning.comparing.rows import EQUAL, Row
@@ -96,6 +97,7 @@ class Worker:
         plan: What is wanted.
         silence: Seconds without a sign of life after which another worker is taken for dead.
         shown: What shows which training runs.
+        directions: The scores that every training has to bring, of the tasks that it trains.
     """
 
     study: optuna.Study
@@ -105,23 +107,33 @@ class Worker:
     plan: Plan
     silence: int
     shown: Progress
+    directions: Directions = field(default_factory=dict)
     _turn: Turn = field(init=False)
-    _stopped_by: Exception | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._turn = Turn(self.study, self.storage, self._objective)
+
+    def known(self) -> Known:
+        """Read what the study knows.
+
+        Raises:
+            ConfigurationError: If equal weights, which all rows are compared with, ended with an error, or a training
+                lacks a score that is to be compared.
+        """
+        found = read(self.study)
+        self._check(found)
+        return found
 
     def work(self, timeout: float | None = None) -> None:
         """Train until nothing is missing, or no new training may begin after so many seconds.
 
         Raises:
-            ConfigurationError: If equal weights, which all rows are compared with, end with an error.
+            ConfigurationError: As :meth:`known` does.
         """
         begun, told = time.monotonic(), False
         while timeout is None or time.monotonic() - begun < timeout:
             repeat_lost_trials(self.study, self.storage, self.silence)
-            known, trials = read(self.study), jobs_of(self.study)
-            self._check(known)
+            known, trials = self.known(), jobs_of(self.study)
             missing = self.plan.missing(known.scores)
             free = [training for training in missing if not is_taken(trials, training.key)]
             waiting = any(trial.state == TrialState.WAITING for trial in trials)
@@ -140,8 +152,6 @@ class Worker:
                 time.sleep(POLL_SECONDS)
             else:
                 return
-            if self._stopped_by is not None:
-                raise self._stopped_by
 
     def _objective(self, trial: optuna.Trial) -> float:
         known, trials = read(self.study), jobs_of(self.study)
@@ -176,6 +186,14 @@ class Worker:
         return f"{row.name}{with_}{alone}, lr {training.candidate.rate:g}, seed {training.seed}, {what}"
 
     def _check(self, known: Known) -> None:
+        try:
+            for scores in (own for found in known.outcomes.values() for own in (found.val, found.test) if own):
+                chosen_scores(scores, {task: self.directions[task] for task in scores if task in self.directions})
+        except ValueError as error:
+            raise ConfigurationError(
+                f"{error} Where study {self.study.study_name!r} was begun with other metrics, go back to those, or "
+                "give this comparison another name (--name)."
+            ) from error
         for training in self.plan.trainings(known.scores):
             said = known.errors.get(training.key)
             if said is not None and training.row == EQUAL and training.purpose != "monitor":

@@ -55,7 +55,7 @@ class RawLoss(Metric):
 def in_raw_units(
     tasks: Mapping[str, Task], directions: Directions, rows: Sequence[Row]
 ) -> tuple[list[Row], Directions]:
-    """Have all rows score regressions that are compared by their loss in raw units.
+    """Have all rows score regressions by their loss in raw units, too, so that it can be compared now or later.
 
     ``loss/<task>`` of standardized targets is in units of their variance: beside that of raw targets it would show a
     change where there is none.
@@ -66,11 +66,11 @@ def in_raw_units(
         rows: The rows.
 
     Returns:
-        The rows, and the scores, with ``"raw_loss"`` in place of ``"loss"`` for these tasks.
+        The rows, and the scores that are compared, with ``"raw_loss"`` in place of ``"loss"`` for these tasks.
     """
     changes: dict[str, dict[str, Any]] = {}
     for name, task in tasks.items():
-        if "loss" in directions[name] and task.standardize is False and is_regression(task.loss):
+        if task.standardize is False and is_regression(task.loss):
             changes[name] = {"metrics": {**dict(task.metric_collection()), RAW_LOSS: RawLoss(task.loss)}}
     renamed = {
         task: {RAW_LOSS if metric == "loss" and task in changes else metric: higher for metric, higher in own.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,10 @@ from rich.console import Console
 
 from lightning_mtl.metrics import Interval, delta_m, mean_rank
 from lightning_mtl.monitors.report import Report, Shown
-from lightning_mtl.monitors.tables import Cell, Grid, console_for_lines, marked
+from lightning_mtl.monitors.tables import Cell, Grid, console_for_lines
 from lightning_mtl.paired import Difference, compare_with_zero, t_interval
 from lightning_mtl.transfer.finished import Directions, TaskScores, chosen_scores, is_finished, of_seeds
+from lightning_mtl.tuning.comparing.cells import corrected, counted, nothing, rates_text
 from lightning_mtl.tuning.comparing.rows import EQUAL, SINGLE
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ class RowOutcome:
     Args:
         name: The row's name.
         scores: ``{seed: its scores}`` of the seeds that were trained; NaN where one diverged.
-        rates: The chosen learning rates, of single tasks one for each task.
+        rates: The chosen learning rates, of single tasks one for each task; none while one is not chosen.
+        at_edge: Of each rate, whether it is still the lowest or the highest of those tried.
         variant: The chosen fixed weights, in words.
-        edges: Choices that are still the lowest or the highest rate tried, in words.
+        edges: The rates at an edge, in words.
         step_seconds: ``{seed: the median step's time}``.
         failed: The error that kept the row from being trained.
     """
@@ -44,6 +46,11 @@ class RowOutcome:
     edges: tuple[str, ...] = ()
     step_seconds: Mapping[int, float] | None = None
     failed: str = ""
+    at_edge: tuple[bool, ...] = ()
+
+    def rates_text(self, tasks: Iterable[str]) -> str:
+        """Write the learning rates, a star at those at an edge."""
+        return rates_text(self.rates, self.at_edge or (False,) * len(self.rates), tasks)
 
 
 @dataclass(frozen=True)
@@ -125,11 +132,7 @@ class Comparison(Report):
     def changes(self, row: str, base: str, tasks: Sequence[str]) -> dict[int, float]:
         """Return a row's Δm against another by seed, over these tasks' metrics; empty where none can be compared."""
         cells = [(task, metric) for task in tasks for metric in self.directions[task]]
-        usable = [
-            (task, metric)
-            for task, metric in cells
-            if all(self.chosen[base][seed][task][metric] != 0 for seed in self.finished(base))
-        ]
+        usable = [cell for cell in cells if cell not in self.zeros(base)]
         higher = [self.directions[task][metric] for task, metric in usable]
         if not usable:
             return {}
@@ -143,6 +146,11 @@ class Comparison(Report):
             if seed in self.finished(base)
         }
 
+    def zeros(self, base: str) -> list[tuple[str, str]]:
+        """Return the ``(task, metric)`` that are 0 in a seed of a row: no change relative to them can be told."""
+        own = [self.chosen[base][seed] for seed in self.finished(base)]
+        return [(i, m) for i, metrics in self.directions.items() for m in metrics if any(one[i][m] == 0 for one in own)]
+
     def _against(self, base: str) -> dict[str, Difference]:
         names = [name for name in self.chosen if name != base]
         return compare_with_zero({name: list(self.changes(name, base, self.counted).values()) for name in names})
@@ -150,6 +158,10 @@ class Comparison(Report):
     def task_change(self, row: str, task: str) -> Interval:
         """Return one task's relative change against equal weights, in percent, negative is better; not corrected."""
         return t_interval(list(self.changes(row, EQUAL, [task]).values()))
+
+    def score(self, row: str, task: str, metric: str) -> Interval:
+        """Return the mean of a metric over the seeds."""
+        return t_interval([self.chosen[row][seed][task][metric] for seed in self.finished(row)])
 
     @cached_property
     def ranks(self) -> dict[str, float]:
@@ -188,18 +200,18 @@ class Comparison(Report):
                 grid.add(row.name, "–", "failed", *["–"] * (len(heading) - 3))
                 continue
             difference, single = self.against_equal.get(row.name), self.against_single.get(row.name)
-            rate = self.time_ratio(row.name)
+            ratio = self.time_ratio(row.name)
             cells: list[Cell | str] = [
-                " ".join(dict.fromkeys(f"{rate:g}" for rate in row.rates)) + ("*" if row.edges else ""),
+                row.rates_text(self.directions),
                 corrected(difference) if difference else nothing(row.name == EQUAL),
                 "–" if difference is None else difference.p_text,
                 *([corrected(single) if single else nothing(row.name == SINGLE)] if alone else []),
                 "–" if math.isnan(rank := self.ranks.get(row.name, math.nan)) else f"{rank:.1f}",
-                "–" if row.name == SINGLE or math.isnan(rate) else f"{rate:.2f}",
+                "–" if row.name == SINGLE or math.isnan(ratio) else f"{ratio:.2f}",
             ]
             grid.add(name, *cells)
         data = "test data" if self.stage == "test" else "validation data"
-        title = f"Comparison on {data}, {len(self.seeds)} seeds"
+        title = f"Comparison on {data}, {counted(len(self.seeds), 'seed')}"
         return Shown(grid, title, " ".join(self.notes()))
 
     def notes(self) -> list[str]:
@@ -214,6 +226,11 @@ class Comparison(Report):
         ]
         if len(self.counted) < len(self.directions):
             said.append(f"Only the main tasks count: {', '.join(self.counted)}.")
+        said += [
+            f"Left out of Δm against {base}, 0 there: {', '.join(zeros)}."
+            for base in (EQUAL, SINGLE)
+            if (zeros := [f"{metric} of {task}" for task, metric in self.zeros(base) if task in self.counted])
+        ]
         if self.stage == "val":
             said.append(
                 "There are no test data: scores are on validation data, of which the learning rates have seen the "
@@ -251,8 +268,7 @@ class Comparison(Report):
                 if name != EQUAL:
                     found.append((name, "task_change", task, "", "", *self.task_change(name, task), None, None, seeds))
                 for metric in metrics:
-                    values = [self.chosen[name][seed][task][metric] for seed in self.finished(name)]
-                    found.append((name, "score", task, metric, "", *t_interval(values), None, None, seeds))
+                    found.append((name, "score", task, metric, "", *self.score(name, task, metric), None, None, seeds))
                     found += [
                         (name, "seed_score", task, metric, seed, own[task][metric], *rest)
                         for seed, own in self.chosen[name].items()
@@ -282,16 +298,3 @@ class Comparison(Report):
                 console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
         for path in self.files:
             console.print(str(path), markup=False, highlight=False, soft_wrap=True)
-
-
-def nothing(itself: bool) -> str:
-    """Return what stands for no difference: 0 of a row from itself, a dash for one that is not known yet."""
-    return "0" if itself else "–"
-
-
-def corrected(difference: Difference) -> Cell:
-    """Write a difference, and mark it only where it holds after the correction."""
-    text = marked(difference.interval, lower_is_better=True, beyond=False).text
-    if not difference.significant:
-        return Cell(text)
-    return Cell(text, "better" if difference.interval.mean < 0 else "worse")

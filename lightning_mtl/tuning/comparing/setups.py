@@ -150,12 +150,14 @@ class ConfigSource(Source):
         self.path = rate_path or "model.optimizer.lr"
         _refuse_ranks(base.world_size)
         try:
-            holder, key = locate(deepcopy(dict(base.values)), self.path)
+            holder, key = locate(deepcopy(dict(base.values)), self.path, said="")
             self.rate = float(holder[key])
         except (ConfigurationError, TypeError, ValueError) as error:
+            like = [path for path, value in leaves(base.values, "") if _is_rate(path, value)]
+            named = f"Name it with --lr-path {' or '.join(like)}" if like else "Name it with --lr-path"
             raise ConfigurationError(
-                f"{self.path} is no learning rate in the configuration: {error} Name it with --lr-path, such as "
-                "model.init_args.lr, or write the optimizer as class_path and init_args: {lr: ...}."
+                f"{self.path} is no learning rate in the configuration: {error} {named}; of an optimizer that is "
+                "written as class_path and init_args: {lr: ...} it is found."
             ) from error
 
     def parts(self, rate: float, seed: int) -> Parts:
@@ -184,6 +186,10 @@ class ConfigSource(Source):
                 holder, key = locate(values, path)
                 holder[key] = path
         return {path: digest_of(value)[:12] for path, value in leaves(values, "")}
+
+
+def _is_rate(path: str, value: object) -> bool:
+    return isinstance(value, float) and path.rpartition(".")[2] in ("lr", "learning_rate")
 
 
 def _refuse_ranks(world_size: int) -> None:

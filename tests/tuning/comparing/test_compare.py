@@ -201,15 +201,33 @@ def test_the_command_compares_a_configuration(
     assert comparison.main_tasks({"a": Task(mse_loss, role="auxiliary"), "b": Task(mse_loss)}) == ("b",)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--lr-path", "model.trunk"], "model.trunk is no learning rate"),
+        (
+            ["--lr-path", "model.lr"],
+            "configuration: model.lr names no parameter: model has no 'lr'. There are",
+        ),
+        (["--lr-path", "model.lr"], "Name it with --lr-path model.init_args.optimizer.init_args.lr;"),
+        (["--seed", "3"], "unrecognized arguments: --seed 3; did you mean --seeds?"),
+        (["--trainer.max_epoch", "3"], "unrecognized arguments: --trainer.max_epoch 3"),
+    ],
+)
 def test_the_command_refuses_a_mistake_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    expected: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     Path("run.yaml").write_text(yaml.safe_dump(configuration(tmp_path)))
-    monkeypatch.setattr(sys, "argv", ["lightning-mtl", "compare", "--config", "run.yaml", "--lr-path", "model.trunk"])
+    monkeypatch.setattr(sys, "argv", ["lightning-mtl", "compare", "--config", "run.yaml", *words])
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 2
     (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("lightning-mtl: error")]
-    assert "model.trunk is no learning rate" in line
+    assert expected in line
+    assert line.count("did you mean") <= 1

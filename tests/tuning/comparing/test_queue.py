@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 
+from lightning_mtl.configured import ConfigurationError
 from lightning_mtl.transfer.progress import Progress
 from lightning_mtl.tuning.comparing import queue
 from lightning_mtl.tuning.comparing.plan import Line, Plan, Training
@@ -106,6 +107,21 @@ def test_the_training_of_a_dead_worker_is_repeated(tmp_path: Path, trained: list
     assert len(trained) == ALL
     assert key in trained
     assert own.study.trials[lost.number].state == optuna.trial.TrialState.FAIL
+
+
+def test_a_score_that_is_missing_ends_the_comparison_after_the_first_training(
+    tmp_path: Path, trained: list[str]
+) -> None:
+    storage = f"journal:///{tmp_path}/study.journal"
+    own = worker(storage)
+    own.directions = {"a": {"loss": False, "accuracy": True}}
+    with pytest.raises(ConfigurationError, match=r"no score for accuracy of a.*'mine' was begun with other metrics"):
+        own.work()
+    assert len(trained) == 1
+    worker(storage).work()  # with the metrics that there are, what was trained counts
+    with pytest.raises(ConfigurationError, match="no score for accuracy of a"):
+        own.known()
+    assert len(trained) == ALL
 
 
 def test_a_row_that_fails_leaves_the_others_and_equal_weights_end_the_comparison(

@@ -72,7 +72,7 @@ def _joined(loader: Any) -> Any:
     return inputs, {task: torch.cat([batch[1][task] for batch in batches]) for task in UNITS}
 
 
-def test_only_what_could_be_standardized_and_has_no_metric_is_scored_so() -> None:
+def test_all_that_could_be_standardized_is_scored_so_and_compared_so_where_it_has_no_metric() -> None:
     tasks = {
         "bare": Task(l1_loss),
         "measured": Task(mse_loss, MeanSquaredError()),
@@ -87,7 +87,7 @@ def test_only_what_could_be_standardized_and_has_no_metric_is_scored_so() -> Non
         "standardized": ["loss"],
         "classes": ["loss"],
     }
-    assert {task for task, own in changed[0].changes.items() if "metrics" in own} == {"bare"}
+    assert {task for task, own in changed[0].changes.items() if "metrics" in own} == {"bare", "measured"}
     assert changed[1].changes["bare"]["loss_scale"] == "initial"  # what the row changes stays
 
 

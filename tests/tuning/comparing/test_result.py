@@ -93,6 +93,8 @@ def test_a_metric_that_is_0_for_equal_weights_is_left_out() -> None:
     result = Comparison(rows, DIRECTIONS, ("a", "b"), SEEDS, "test")
     assert result.against_equal["other"].interval.mean == pytest.approx(-50)
     assert math.isnan(result.task_change("other", "b").mean)
+    assert "Left out of Δm against equal weights, 0 there: accuracy of b." in result.markdown()
+    assert "Left out" not in comparison().markdown()
 
 
 def test_words_name_what_differs_and_the_figures_that_advice_rests_on() -> None:
@@ -190,10 +192,29 @@ def test_the_page_holds_everything_and_its_numbers_are_the_files(tmp_path: Path)
         rows = [row for row in csv.DictReader(file) if row["quantity"] != "seed_score"]
     written = {float(row[key]) for row in rows for key in ("mean", "low", "high", "p", "p_corrected") if row[key]}
     assert set(parsed.values) <= written
-    wanted = {"delta_m_to_equal", "delta_m_to_single", "task_change", "mean_rank", "time_ratio"}
+    wanted = {"delta_m_to_equal", "delta_m_to_single", "task_change", "mean_rank", "time_ratio", "score"}
     means = {float(row["mean"]) for row in rows if row["quantity"] in wanted}
     assert means <= set(parsed.values)
     assert all(line.partition("(")[0].strip() in page for line in verdict(result)[1:2])
+
+
+def test_the_rates_of_single_tasks_have_their_tasks_and_the_star_is_at_the_one_at_the_edge() -> None:
+    first, *rest = comparison().rows
+    for rates, at_edge, expected in (
+        ((0.3, 0.03), (True, False), ("a 0.3*", "b 0.03")),
+        ((0.3, 0.3), (False, False), ("0.3",)),
+        ((0.3, 0.3), (False, True), ("a 0.3", "b 0.3*")),
+    ):
+        rows = (RowOutcome(first.name, first.scores, rates, at_edge=at_edge), *rest)
+        result = Comparison(rows, DIRECTIONS, ("a", "b"), SEEDS, "test")
+        assert f" {', '.join(expected)} |" in result.markdown()
+        assert f"<td>{'<br>'.join(expected)}</td>" in write_page(result)
+
+
+def test_one_seed_is_no_seeds() -> None:
+    result = Comparison(comparison().rows, DIRECTIONS, ("a", "b"), (1,), "test")
+    assert result.shown().title.endswith("1 seed")
+    assert "1 seed ·" in write_page(result)
 
 
 def two_seeds(single: tuple[float, float], *others: tuple[float, float]) -> Comparison:
