@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from lightning_mtl.metrics import Interval
 from lightning_mtl.paired import Difference
 from lightning_mtl.transfer.finished import of_seeds
+from lightning_mtl.tuning.comparing.advice import advice
 from lightning_mtl.tuning.comparing.cells import counted, nothing
 from lightning_mtl.tuning.comparing.picture import draw
 from lightning_mtl.tuning.comparing.result import Comparison
 from lightning_mtl.tuning.comparing.rows import EQUAL, SINGLE
-from lightning_mtl.tuning.comparing.words import advice, verdict
+from lightning_mtl.tuning.comparing.words import verdict
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d0d7de; --page: #fff; --card: #f6f8fa;

@@ -287,12 +287,12 @@ class Comparison(Report):
 
     def print_table(self, console: Console | None = None) -> None:
         """Print the table, what it says in words, what to try next, and where the files are."""
-        from lightning_mtl.tuning.comparing.words import advice, verdict
+        from lightning_mtl.tuning.comparing import advice, words
 
         console = console_for_lines(console)
         shown = self.shown()
         console.print(shown.grid.rich(title=shown.title, caption=shown.caption))
-        for heading, lines in (("What differs", verdict(self)), ("What to try next", advice(self))):
+        for heading, lines in (("What differs", words.verdict(self)), ("What to try next", advice.advice(self))):
             console.print(f"\n{heading}", markup=False, highlight=False)
             for line in lines:
                 console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)

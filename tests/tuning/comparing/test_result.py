@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lightning_mtl.tuning.comparing.advice import advice
 from lightning_mtl.tuning.comparing.page import write_page
 from lightning_mtl.tuning.comparing.result import Comparison, RowOutcome
-from lightning_mtl.tuning.comparing.words import advice, verdict
+from lightning_mtl.tuning.comparing.words import verdict
 
 DIRECTIONS = {"a": {"loss": False}, "b": {"accuracy": True}}
 SEEDS = (1, 2, 3, 4, 5)
@@ -242,3 +243,54 @@ def test_an_interval_beyond_0_that_the_correction_makes_no_finding_is_explained(
     assert "not told apart (Δm +7.5 % [" in said
     assert "the interval is of this comparison alone, p is corrected for all" in said
     assert "this comparison alone" not in " ".join(verdict(two_seeds((0.8, 1.1), (0.9, 1.2))))
+
+
+def losses(name: str, *values: float, failed: str = "") -> RowOutcome:
+    return RowOutcome(name, {seed: {"a": {"loss": value}} for seed, value in enumerate(values, 1)}, failed=failed)
+
+
+def of(*rows: RowOutcome) -> Comparison:
+    return Comparison(rows, {"a": {"loss": False}}, ("a",), tuple(rows[0].scores), "val")
+
+
+def test_single_tasks_without_standardized_targets_say_nothing_of_learning_together() -> None:
+    rows = losses("equal weights", 9.0, 9.1, 9.2), losses("single task", 5.0, 5.1, 5.0)
+    told = advice(of(*rows, losses("standardized targets", 1.0, 1.1, 1.0)))
+    assert any(line.startswith("The single tasks were trained without what standardized targets has") for line in told)
+    told = advice(of(*rows, losses("MGDA", 1.0, 1.1, 1.0)))
+    assert any(line.startswith("Learning together helps: MGDA is ahead") for line in told)
+
+
+def test_a_finding_is_no_reason_for_more_seeds() -> None:
+    told = advice(of(losses("equal weights", 9.0, 9.1, 9.2), losses("single task", 5.0, 5.1, 5.0)))
+    assert told[0].startswith("Even equal weights is behind each task trained alone")
+    assert not any("Take more seeds" in line for line in told)
+
+
+def test_one_seed_advises_nothing_but_more() -> None:
+    told = advice(of(losses("equal weights", 9.0), losses("MGDA", 1.0)))
+    assert told == ["Take five seeds or more (--seeds): a single one tells nothing apart."]
+
+
+def test_rows_that_all_failed_are_named_and_nothing_is_advised() -> None:
+    result = of(losses("equal weights", 9.0, 9.1), losses("PIVRG", failed="PIVRG needs validation"))
+    assert verdict(result) == [
+        "There is no row to compare with equal weights yet.",
+        "PIVRG failed: PIVRG needs validation",
+    ]
+    assert not advice(result)
+
+
+def test_what_was_below_the_level_only_before_the_correction_has_its_sign() -> None:
+    rows = [losses("equal weights", 9.0, 9.1, 9.2), losses("worse", 9.9, 10.5, 10.4)]
+    rows += [losses(f"like {i}", 9.0 + 0.1 * i, 9.0, 9.3) for i in range(9)]
+    (line,) = [line for line in verdict(of(*rows)) if line.startswith("Below 5 % only before the correction")]
+    assert "worse (Δm +12.8 %" in line
+
+
+def test_a_task_without_labels_is_asked_about() -> None:
+    scores = {seed: {"a": {"loss": 1.0}, "b": {"loss": math.nan}} for seed in (1, 2)}
+    rows = RowOutcome("equal weights", scores), RowOutcome("MGDA", scores)
+    result = Comparison(rows, {"a": {"loss": False}, "b": {"loss": False}}, ("a", "b"), (1, 2), "val")
+    assert verdict(result) == ["No training has a score of b: do the validation data hold labels of it?"]
+    assert not advice(result)
