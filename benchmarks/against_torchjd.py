@@ -42,8 +42,9 @@ from typing import Any
 import torch
 
 from benchmarks.step_cases import Case, Device, Precision, Variant
+from benchmarks.store import measured
 from benchmarks.torchjd_modules import METHODS, SCALARIZATIONS, Autogram, Autojac
-from benchmarks.torchjd_results import add, draw, measured
+from benchmarks.torchjd_results import add, draw
 from benchmarks.trunks import PEER_TRUNKS
 
 NUM_TASKS = (2, 4, 8, 16, 40)
@@ -215,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about["seed"] = 0
     print(", ".join(f"{name} {value}" for name, value in {**about["machine"], **about["versions"]}.items()))
     cells = full() if options.full else quick() if options.quick else chosen()
-    results = measured(options.json, about) if options.json else []
+    results = measured(options.json, about)
     known = set() if options.again else {result["cell"] for result in results}
     wanted = [cell for cell in cells if all(word in cell.name.split() for word in options.only)]
     todo = [cell for cell in wanted if " ".join(cell.name.split()) not in known]

@@ -1,8 +1,8 @@
 """Each way of weighting over plain training or the cost of rows, as K, the model and the batch grow.
 
-    python -m benchmarks.floor                        # half an hour on a free core, up to 100 million parameters
+    python -m benchmarks.floor                        # 12 minutes on a free core, up to 100 million parameters
     python -m benchmarks.floor --quick                # 3 minutes, up to 3 million
-    python -m benchmarks.floor --json PATH --png PATH
+    python -m benchmarks.floor --json PATH --png PATH # goes on where it was stopped
 
 What each is compared with is that of ``step_time.py``: plain training where losses alone are weighed or gradients are
 taken at the features; K gradients of the last layer more; or K - 1 backward passes of the trunk more, the cost of rows.
@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.step_cases import Case
+from benchmarks.store import measured
 from benchmarks.trunks import sized
 
 TASKS, MILLIONS, BATCH = 8, 1, 128
@@ -119,7 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two points a sweep")
     parser.add_argument("--rounds", type=int, help="how often the variants take turns; 5, or 3 with --quick")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures there, too")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="write the figures there, point by point, and leave out what it has"
+    )
+    parser.add_argument("--again", action="store_true", help="measure what --json has, too: after a change of the code")
     parser.add_argument("--png", type=Path, metavar="PATH", help="draw them there")
     options = parser.parse_args(arguments)
     rounds = options.rounds or (3 if options.quick else 5)
@@ -131,13 +135,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore")
     about = {**environment(), "seed": 0, "rounds": rounds, "load_average": list(os.getloadavg())}
     print(", ".join(f"{name} {value}" for name, value in {**about["machine"], **about["versions"]}.items()))
-    results: list[dict[str, Any]] = []
+    results = [] if options.again else measured(options.json, about)
+    known = {(result["sweep"], result["value"]) for result in results}
+    sweeps = QUICK if options.quick else SWEEPS
+    todo = [(sweep, value) for sweep, values in sweeps.items() for value in values if (sweep, value) not in known]
+    if known:
+        print(f"{len(known)} points are known from {options.json}; --again measures them.")
     with tempfile.TemporaryDirectory() as log_dir:
-        for sweep, values in (QUICK if options.quick else SWEEPS).items():
-            for value in values:
-                results += point(sweep, value, rounds, log_dir)
-                if options.json:  # a long run that is cut short keeps what it has
-                    options.json.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+        for sweep, value in todo:
+            results += point(sweep, value, rounds, log_dir)
+            if options.json:
+                options.json.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
     if options.png:
         title = f"{about['machine']['processor']}, torch {about['versions']['torch']}, one thread, {about['date'][:10]}"
         plot(results, title, options.png)

@@ -1,4 +1,4 @@
-"""The trainings that a long benchmark has done, in a file from which the next start goes on."""
+"""What a long benchmark has done, in a file from which the next start goes on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from benchmarks.step_time import environment
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+
+def measured(path: Path | None, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read the results that the file has from the same machine and versions."""
+    found = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    same = all(found.get(name) == about[name] for name in ("machine", "versions", "threads"))
+    return list(found["results"]) if same else []
 
 
 class Store:

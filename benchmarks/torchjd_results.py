@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.store import measured
 from lightning_mtl.monitors.figures import blank_figure
 
 if TYPE_CHECKING:
@@ -21,13 +22,6 @@ LINES = {
     "plain": ("0.5", "."),
 }
 RATIOS = {"ours_over_faster": ("over its fastest setting", "C1"), "ours_over_default": ("over its default", "C3")}
-
-
-def measured(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Read the cells that the file has from the same machine and versions."""
-    found = json.loads(path.read_text()) if path.exists() else {}
-    same = all(found.get(name) == about[name] for name in ("machine", "versions", "threads"))
-    return list(found["results"]) if same else []
 
 
 def add(path: Path, about: Mapping[str, Any], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ import torch
 from benchmarks.floor import plot, rows
 from benchmarks.on_gpu import main as on_gpu
 from benchmarks.step_cases import Case, Trunk
-from benchmarks.torchjd_results import add, measured
+from benchmarks.store import measured
+from benchmarks.torchjd_results import add
 from benchmarks.torchjd_results import draw as draw_steps
 from benchmarks.trunks import PEER_TRUNKS, sized
 
