@@ -193,23 +193,6 @@ def test_nothing_is_compiled_anew_in_later_steps(way: str, compile_part: Callabl
     assert not any("view" in operation or "detach" in operation for operation in backend.operations)  # of ours
 
 
-@of_torch_dynamo
-@pytest.mark.parametrize(
-    "way", [way if way == "features" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
-)
-def test_a_module_that_is_compiled_whole(way: str) -> None:
-    """What its forward computes is compiled; the step around it, which looks at graphs, is not."""
-    torch.compiler.reset()
-    plain, module, backend = small(optimizer=momentum), small(optimizer=momentum), Compilations()
-    scores = []
-    for trained_module in (plain, torch.compile(module, backend=backend)):
-        trainer = fit(trained_module, loader(*batches(4, 4, 4)), loader(*batches(4)), callbacks=WAYS[way]())  # type: ignore[arg-type]
-        scores.append(trainer.callback_metrics["val/loss/total"])
-    torch.testing.assert_close(*scores, rtol=0, atol=1e-6)
-    torch.testing.assert_close(flat_parameters(module), flat_parameters(plain), rtol=0, atol=1e-6)
-    assert backend.number
-
-
 # Hooks
 
 

@@ -40,6 +40,8 @@ class StepHooks(Callback):
         """
         pl_module._trunk_parts = None  # of the trunk as it is now
         if stage == "fit":
+            if pl_module._compiler_ctx is not None:
+                raise _compiled_whole(pl_module)
             if pl_module.sharing is not None:  # a resumed run restores it after this
                 pl_module.sharing.reset()
             self._follow(trainer, pl_module)
@@ -157,6 +159,18 @@ class AutomaticStepHooks(StepHooks):
         forget_absent(pl_module, update.awaited, cast)
         update.awaited.gradients = None
         update.awaited = None
+
+
+def _compiled_whole(module: TaskModule) -> ValueError:
+    parts = "what task_losses calls, by self.net.compile() for instance"
+    if module.the_trunk is not None:
+        parts = "module.trunk.compile(), and head.compile() for each of module.heads.values()"
+    return ValueError(
+        f"torch.compile({type(module).__name__}) makes one operation of all that its forward computes, and the tasks "
+        "cannot be told apart in it: a parameter that a task does not reach gets zeros from it, and is moved by weight "
+        f"decay and momentum, instead of no gradient. Compile the parts: {parts}. Whole, it may validate, test and "
+        "predict."
+    )
 
 
 def _check_unchanged(module: TaskModule, given: object, returned: Tensor) -> None:

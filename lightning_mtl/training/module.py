@@ -141,6 +141,7 @@ class SteppedModule(LossModule, OptimizerHooks):
         loaders = None if self._trainer is None else getattr(self.trainer, f"{stage}_dataloaders")
         return under_its_name(batch, loaders, dataloader_idx, self.tasks)
 
+    # Of a module that is compiled whole, what it computes is compiled, and not this bookkeeping.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say what it returns
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
         named = self.in_known_form(self.under_its_name(stage, batch, dataloader_idx))

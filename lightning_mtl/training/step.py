@@ -76,7 +76,6 @@ class Optimization:
         self.find_cast(module)
         self.update.begin()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say what it returns
     def run(self, module: TaskModule, batch: object, batch_idx: int) -> Tensor | None:
         """Take one micro-batch; step the optimizer if it closes the window.
 

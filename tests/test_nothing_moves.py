@@ -1,4 +1,4 @@
-"""Losses without a graph, constants and those of a frozen model: one among others does no harm, all are refused."""
+"""Steps that could move nothing: losses without a graph, a frozen model, an optimizer of other parameters."""
 
 from __future__ import annotations
 
@@ -66,3 +66,13 @@ def test_one_constant_among_the_losses_moves_nothing(accumulate: int) -> None:
     for module in (found, expected):
         fit(module, loader(*batches(4, 3, 5, 4)))
     assert torch.equal(flat_parameters(found), flat_parameters(expected))
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+def test_an_optimizer_of_another_model_is_told_of(*, automatic: bool) -> None:
+    other = small()
+    module = small(optimizer=lambda _: torch.optim.SGD(other.parameters(), lr=1.0))
+    module.automatic_optimization = automatic
+    with pytest.warns(UserWarning, match="no parameter of this MultiTaskModule.*build it from the parameters"):
+        fit(module, loader(*batches(4)))
+    assert torch.equal(flat_parameters(module), flat_parameters(small()))
