@@ -27,53 +27,6 @@ def in_mode(module: MultiTaskModule, *, automatic: bool) -> MultiTaskModule:
     return module
 
 
-# A training step of the user's own
-
-
-class Ported(MultiTaskModule):
-    """A LightningModule's step, its base class changed."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return torch.stack([mse_loss(self(batch[0])[task], target) for task, target in batch[1].items()]).sum()
-
-
-class Around(MultiTaskModule):
-    """Adds to the module's own step, and leaves a batch out."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        return super().training_step(batch, batch_idx) if batch_idx else None
-
-
-class Through(MultiTaskModule):
-    """Comes to the module's own step by another method."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        return self.step(batch, batch_idx)
-
-    def step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        return super().training_step(batch, batch_idx)
-
-
-class Naming(MultiTaskModule):
-    """Names the module's own step, and never calls it."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        return super().training_step(batch, batch_idx) if self.trainer.global_step > 100 else None
-
-
-@pytest.mark.parametrize(("cls", "automatic"), [(Ported, False), (Ported, True), (Naming, False)])
-def test_a_replaced_training_step_is_refused(cls: type[MultiTaskModule], automatic: bool) -> None:
-    message = rf"{cls.__name__}.training_step replaces the module's own.*task_losses.*super\(\).training_step"
-    with pytest.raises(ValueError, match=message):
-        fit(in_mode(small(cls=cls), automatic=automatic), loader(*SOME), callbacks=[DWA()])
-
-
-@pytest.mark.parametrize("cls", [Around, Through])
-def test_a_training_step_around_the_modules_own_is_fine(cls: type[MultiTaskModule]) -> None:
-    trainer = fit(small(cls=cls), loader(*SOME), max_epochs=2)
-    assert trainer.global_step == (8 if cls is Around else 10)
-
-
 # The mode, and the Trainer's arguments
 
 

@@ -208,6 +208,8 @@ class LossModule(TaskModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # noqa: ANN401
         """Measure, weigh, apply and log one micro-batch; return the loss whose gradient was applied."""
         loss: Tensor | None = self.optimization.run(self, batch, batch_idx)
+        if not self.automatic_optimization:
+            self.optimization.update.returned = loss
         return loss
 
     def task_output(self, task: str, prediction: Any, target: Any) -> TaskOutput:  # noqa: ANN401 - any pytree

@@ -286,3 +286,12 @@ def nothing_shared(weighting: Weighting | None, tasks: Sequence[str]) -> ValueEr
         f"trains is reached by the losses of two of the tasks {list(tasks)}: unfreeze some, name modules with "
         "at=[...], or weigh by the losses alone."
     )
+
+
+def nothing_trains(tasks: Sequence[str]) -> ValueError:
+    """The refusal of losses that no parameter changes."""
+    return ValueError(
+        f"No loss of the tasks {list(tasks)} depends on a parameter that trains: in this batch their losses are "
+        "constants, or everything is frozen. Unfreeze some of the model, do not detach the losses, and leave a task "
+        "without labels out of what task_losses returns; a batch without any task is passed over."
+    )

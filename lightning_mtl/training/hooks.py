@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
+from lightning_mtl.gradients.torch_internals import times_written
 from lightning_mtl.method.base import weighting_of
 from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_absent
@@ -36,6 +40,8 @@ class StepHooks(Callback):
         """
         pl_module._trunk_parts = None  # of the trunk as it is now
         if stage == "fit":
+            if pl_module._compiler_ctx is not None:
+                raise _compiled_whole(pl_module)
             if pl_module.sharing is not None:  # a resumed run restores it after this
                 pl_module.sharing.reset()
             self._follow(trainer, pl_module)
@@ -82,8 +88,12 @@ class StepHooks(Callback):
         """Refuse a training step that replaces the module's own, and losses that pass standardized units by.
 
         Raises:
-            ValueError: If the first batch has passed without a step of the module's, or so computed a loss.
+            ValueError: If the first batch has passed without a step of the module's, or so computed a loss; or if a
+                subclass has changed a loss that was trained already.
         """
+        returned, self.optimization.update.returned = self.optimization.update.returned, None
+        if returned is not None and isinstance(outputs, Mapping):
+            _check_unchanged(pl_module, outputs.get("loss"), returned)
         if pl_module.target_units:
             pl_module.target_units.check_used(self.optimization.recorder.latest_tasks)
         if self.optimization.ran or batch is None or _names_the_step(pl_module):
@@ -149,6 +159,38 @@ class AutomaticStepHooks(StepHooks):
         forget_absent(pl_module, update.awaited, cast)
         update.awaited.gradients = None
         update.awaited = None
+
+
+def _compiled_whole(module: TaskModule) -> ValueError:
+    parts = "what task_losses calls, by self.net.compile() for instance"
+    if module.the_trunk is not None:
+        parts = "module.trunk.compile(), and head.compile() for each of module.heads.values()"
+    return ValueError(
+        f"torch.compile({type(module).__name__}) makes one operation of all that its forward computes, and the tasks "
+        "cannot be told apart in it: a parameter that a task does not reach gets zeros from it, and is moved by weight "
+        f"decay and momentum, instead of no gradient. Compile the parts: {parts}. Whole, it may validate, test and "
+        "predict."
+    )
+
+
+def _check_unchanged(module: TaskModule, given: object, returned: Tensor) -> None:
+    """Refuse another loss than ``super().training_step`` returned, in manual optimization.
+
+    The same numbers may come back as a copy; what lies in the same memory is known without a look at the device.
+    """
+    if not isinstance(given, Tensor) or (given.device, given.shape) != (returned.device, returned.shape):
+        return
+    if given.data_ptr() == returned.data_ptr():
+        changed = times_written(returned) > 0 and _is_replaced(module)
+    else:
+        changed = not torch.isclose(given, returned.to(given), equal_nan=True)
+    if changed:
+        raise ValueError(
+            f"{type(module).__name__}.training_step returns another loss, {float(given):.6g}, than "
+            "super().training_step did, by which parameters have moved already: what is added afterwards trains "
+            "nothing. Put further terms into task_losses, or into penalties(), which have weight 1, or set "
+            "automatic_optimization = True; return other figures under other keys than 'loss'."
+        )
 
 
 def _is_replaced(module: TaskModule) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 from typing_extensions import Self
 
 from lightning_mtl.gradients.micro_batch import stack_losses
@@ -140,6 +141,8 @@ class SteppedModule(LossModule, OptimizerHooks):
         loaders = None if self._trainer is None else getattr(self.trainer, f"{stage}_dataloaders")
         return under_its_name(batch, loaders, dataloader_idx, self.tasks)
 
+    # Of a module that is compiled whole, what it computes is compiled, and not this bookkeeping.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say what it returns
     def _evaluate(self, stage: str, batch: Any, dataloader_idx: int) -> None:  # noqa: ANN401
         named = self.in_known_form(self.under_its_name(stage, batch, dataloader_idx))
         # A module without a trunk reads what comes under a name by itself.

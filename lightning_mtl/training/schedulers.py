@@ -135,6 +135,11 @@ def keeping_schedules(configure: Hook) -> Hook:
         if depth or self._trainer is None:  # a call of super(), or by hand
             return returned
         optimizer, self.schedules = parse_optimizer_config(returned)
+        if set(self.parameters()).isdisjoint(p for group in optimizer.param_groups for p in group["params"]):
+            rank_zero_warn(
+                f"The optimizer has no parameter of this {type(self).__name__}, and its steps will move nothing: build "
+                "it from the parameters that it is called with, or from self.parameters() in configure_optimizers."
+            )
         parts = take_given_rates(optimizer)
         if not parts and self.gives_rates:
             raise ValueError(

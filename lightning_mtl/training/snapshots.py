@@ -27,7 +27,8 @@ class Snapshot:
     """Keeps copies of a module's state and of the random states of Python, NumPy, torch and the module's device.
 
     The state is what its parts have as buffers or as plain attributes: numbers, tensors, and what lists, dicts, sets
-    and deques hold. What lies deeper, inside other objects, is not seen.
+    and deques hold; and the tables of embeddings with a ``max_norm``, whose rows a pass shortens. What lies deeper,
+    inside other objects, is not seen.
 
     Args:
         module: What will run, and must not have.
@@ -48,6 +49,11 @@ class Snapshot:
             for owner in module.modules()
             for name, buffer in owner.named_buffers(recurse=False)
         ]
+        tables = [part for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
+        shortened = [part for part in tables if part.max_norm is not None]
+        self._buffers += [(part, "weight", part.weight, part.weight.detach().clone()) for part in shortened]
+        known = {part.weight for part in shortened}
+        self._parameters = [(n, p, times_written(p)) for n, p in module.named_parameters() if p not in known]
         self._attributes = [_Attributes(part) for part in module.modules()]
         self._device = device
         # All generators that a forward pass may draw from: augmentations use Python's and NumPy's, dropout torch's.
@@ -59,7 +65,7 @@ class Snapshot:
         """Make everything what it was.
 
         Raises:
-            ValueError: If a tensor that is no buffer was written into.
+            ValueError: If a tensor that is no buffer was written into, a parameter for instance.
         """
         for owner, name, buffer, value in self._buffers:
             if getattr(owner, name) is not buffer:
@@ -73,6 +79,9 @@ class Snapshot:
             _generators(self._device).set_rng_state(self._on_device, *_which(self._device))
         for attributes in self._attributes:
             attributes.put_back()
+        for name, parameter, times in self._parameters:
+            if times_written(parameter) != times:
+                raise _cannot_put_back("A forward pass", f"parameter {name!r}", "use FAMO(losses_after='next_batch')")
 
 
 class _Attributes:
@@ -103,10 +112,14 @@ class _Attributes:
             container.update(content) if isinstance(container, dict | set) else container.extend(content)
         for name, tensor, times in self._written:
             if times_written(tensor) != times:
-                raise ValueError(
-                    f"{type(self._module).__name__} writes into the tensor {name!r} in place, which a second pass, as "
-                    "FAMO and an exact TaskAffinity make it, cannot take back; register it as a buffer."
-                )
+                raise _cannot_put_back(type(self._module).__name__, f"tensor {name!r}", "register it as a buffer")
+
+
+def _cannot_put_back(who: str, what: str, fix: str) -> ValueError:
+    return ValueError(
+        f"{who} writes into the {what} in place, which a second pass, as FAMO and an exact TaskAffinity make it, "
+        f"cannot take back; {fix}."
+    )
 
 
 def _tensors_in(value: object) -> Iterable[Tensor]:

@@ -27,7 +27,7 @@ from lightning_mtl.task.module import TaskModule
 from lightning_mtl.training.absent import forget_absent
 from lightning_mtl.training.beside import renewed_rows, traces_of
 from lightning_mtl.training.cast import Cast
-from lightning_mtl.training.checks import check_collection
+from lightning_mtl.training.checks import check_collection, nothing_trains
 from lightning_mtl.training.closure import forward_alone, pass_again
 from lightning_mtl.training.features import features_of, find_layer
 from lightning_mtl.training.logging import Recorder
@@ -56,9 +56,8 @@ class Optimization:
     """Runs the training step of a :class:`~lightning_mtl.BalancedModule`; tells a recorder of each, to log it."""
 
     def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+        self.recorder, self.update, self.phases = recorder, Update(), Phases()
         self.window: Window | None = None
-        self.update, self.phases = Update(), Phases()
         self.cast: Cast  # of the present fit
         self._callbacks: list[Any] | None = None  # the Trainer's, when the cast was found
         self._observation: Observation | None = None  # of the open window
@@ -118,13 +117,14 @@ class Optimization:
             if loss is None and window.collects and not learns_graph(module):
                 # Something is passed backward in every micro-batch, for the hooks; what its gradients are is kept.
                 loss = torch.zeros((), device=module.device, requires_grad=True)
+            if loss is not None and not loss.requires_grad:
+                raise nothing_trains(list(module.tasks))
             if module.automatic_optimization or loss is None:
                 return window.with_earlier(loss) if loss is not None and self.cast.asks_again else loss
             with self.phases.during("backward"), _SILENT if last else synchronizing(module):
                 module.manual_backward(loss)
-        loss = loss.detach()
-        window.loss = loss if window.loss is None else window.loss + loss
-        return loss
+        window.loss = loss.detach() if window.loss is None else window.loss + loss.detach()
+        return loss.detach()
 
     def find_cast(self, module: TaskModule) -> Cast:
         """Look for who takes part: once a fit, and again where a tuner or a user has changed the callbacks."""
@@ -167,10 +167,9 @@ class Optimization:
 
     def _collection(self, module: TaskModule, window: Window) -> Collection:
         """Make ready to keep the step's gradients, task by task, where its weights are not known before its end."""
-        shared, others = trainable_parameters(module)
+        (shared, others), tasks, ranks = trainable_parameters(module), tuple(module.tasks), window.ranks
         if self.cast.sharded or window.size > 1 or not shared:
             check_collection(window, shared, sharded=self.cast.sharded)
-        tasks, ranks = tuple(module.tasks), window.ranks
         if self.cast.sharded:
             return ShardedTrunkGradients(tasks, shared, others)
         if not window.keeps_rows:

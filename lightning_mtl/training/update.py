@@ -41,6 +41,7 @@ class Update:
         seen: Whether somebody has looked at the newest step's gradients; an optimizer with a closure comes by again.
         skipped: How many steps of this fit were skipped.
         skipped_in_a_row: How many of them were the last ones.
+        returned: What the newest batch returned to a subclass's ``training_step``, in manual optimization.
     """
 
     def __init__(self) -> None:
@@ -50,6 +51,7 @@ class Update:
         """Begin a fit."""
         self.skipped = self.skipped_in_a_row = 0
         self.awaited: Window | None = None
+        self.returned: Tensor | None = None
         self.drops, self.seen = False, True
 
     def look(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning_mtl.monitors import TaskAffinity
 from lightning_mtl.training.snapshots import Snapshot
 from lightning_mtl.weighting import FAMO
 from tests.small import batches, small
-from tests.training import fit, loader
+from tests.training import fit, flat_parameters, loader
 
 
 class Remembering(nn.Module):
@@ -66,6 +67,72 @@ def test_a_tensor_written_into_is_refused() -> None:
     module.trunk = WritingInPlace()
     with pytest.raises(ValueError, match=r"WritingInPlace writes into the tensor 'mean' in place.* register it as a"):
         fit(module, loader(*batches(4, 4)), callbacks=[FAMO()])
+
+
+class Shortening(nn.Module):
+    """A table whose rows every forward pass shortens to its ``max_norm``."""
+
+    def __init__(self, kind: type[nn.Embedding | nn.EmbeddingBag]) -> None:
+        super().__init__()
+        self.table, self.layer = kind(5, 4, max_norm=0.5), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.table((x.abs() * 2).long().clamp(max=4))
+        return torch.tanh(self.layer(found if found.ndim == 2 else found.mean(1)))
+
+
+class Moved(Callback):
+    """How far parameters are moved by anything but the optimizer, after its step; and where they end."""
+
+    def __init__(self) -> None:
+        self.distances: list[float] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        def keep(*_: Any) -> None:
+            self.stepped = flat_parameters(pl_module)
+
+        trainer.optimizers[0].register_step_post_hook(keep)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.parameters = flat_parameters(pl_module)
+        self.distances.append(float((self.parameters - self.stepped).abs().max()))
+
+
+def moved(trunk: Callable[[], nn.Module], *callbacks: Callback) -> Moved:
+    module, moves = small(), Moved()
+    torch.manual_seed(3)
+    module.trunk = trunk()
+    fit(module, loader(*batches(4, 5, 6, 4)), callbacks=[*callbacks, moves])
+    return moves
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("make", [FAMO, lambda: TaskAffinity(every_n_steps=1, exact=True, figure=False)])
+def test_tables_that_a_pass_shortens_are_as_the_optimizer_left_them(make: Callable[[], Callback], kind: Any) -> None:
+    trunk = functools.partial(Shortening, kind)
+    found = moved(trunk, make())
+    assert found.distances == [0.0] * 4
+    if make is not FAMO:
+        assert torch.equal(found.parameters, moved(trunk).parameters)
+
+
+class Normalizing(nn.Module):
+    """Prototypes that every forward pass brings to length 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.layer.weight.copy_(nn.functional.normalize(self.layer.weight))
+        return torch.tanh(self.layer(x))
+
+
+def test_a_parameter_written_into_is_refused_where_a_second_pass_would_write_too() -> None:
+    with pytest.raises(ValueError, match=r"writes into the parameter 'trunk.layer.weight' in place.*'next_batch'"):
+        moved(Normalizing, FAMO())
+    assert moved(Normalizing, FAMO(losses_after="next_batch")).distances == [0.0] * 4
 
 
 def test_new_attributes_go_and_lost_ones_return() -> None:
