@@ -48,7 +48,8 @@ def advice(result: Comparison) -> list[str]:
         )
     elif found.keys() - {SINGLE}:
         said.append(
-            "Keep equal weights: no other way of learning together is ahead of them beyond noise, or cheaper, or simpler."
+            "Keep equal weights: no other way of learning together is ahead of them beyond noise, and none is cheaper "
+            "or simpler."
         )
     said += _of_scales(result, better) + _of_conflict(result, better) + _of_affinity(result)
     said += _of_single_tasks(result, better)
