@@ -82,7 +82,7 @@ def test_a_list_is_positions_of_a_trunk_that_takes_several() -> None:
 
 def test_prediction_from_a_loader_of_inputs() -> None:
     module, inputs = small(), torch.randn(5, 3)
-    predicted = quiet_trainer().predict(module, DataLoader(TensorDataset(inputs), 5))
+    predicted = quiet_trainer().predict(module, DataLoader(TensorDataset(inputs), batch_size=5))
     assert predicted is not None
     torch.testing.assert_close(predicted[0]["a"], module(inputs)["a"])  # type: ignore[call-overload]
 

@@ -60,7 +60,7 @@ def train(
         module = Sharded(trunk(), heads(), tasks, optimizer=functools.partial(torch.optim.SGD, lr=0.01))
         module = module.double()
         inputs, labels = x[rank::ranks].double(), y[rank::ranks].double()
-        data = DataLoader(rows_of(inputs, labels), 8 // ranks)
+        data = DataLoader(rows_of(inputs, labels), batch_size=8 // ranks)
         strategy: Any = "auto" if ranks == 1 else DDP()
         if sharded and ranks > 1:
             strategy = ModelParallelStrategy(ranks, 1, process_group_backend="gloo")

@@ -62,7 +62,7 @@ def collate(rows: list[dict[str, int]]) -> list[torch.Tensor]:
 
 
 ANYWHERE: dict[str, Callable[[str, int], Any]] = {
-    "WebDataset": lambda shards, workers: DataLoader(web(shards, nodesplitter=None), 4, num_workers=workers),
+    "WebDataset": lambda shards, workers: DataLoader(web(shards, nodesplitter=None), batch_size=4, num_workers=workers),
     "batched": lambda shards, workers: DataLoader(
         web(shards, nodesplitter=wds.split_by_node).batched(4), batch_size=None, num_workers=workers
     ),
@@ -74,12 +74,16 @@ ANYWHERE: dict[str, Callable[[str, int], Any]] = {
         .unbatched()
         .batched(3)
     ),
-    "datasets": lambda _, workers: DataLoader(streamed(), 4, collate_fn=collate, num_workers=workers),
-    "datasets, stateful": lambda _, workers: StatefulDataLoader(streamed(), 4, collate_fn=collate, num_workers=workers),
+    "datasets": lambda _, workers: DataLoader(streamed(), batch_size=4, collate_fn=collate, num_workers=workers),
+    "datasets, stateful": lambda _, workers: StatefulDataLoader(
+        streamed(), batch_size=4, collate_fn=collate, num_workers=workers
+    ),
 }
 ON_RANKS: dict[str, Callable[[str, int], Any]] = {
     **ANYWHERE,
-    "datasets, split": lambda _, workers: DataLoader(streamed(split=True), 4, collate_fn=collate, num_workers=workers),
+    "datasets, split": lambda _, workers: DataLoader(
+        streamed(split=True), batch_size=4, collate_fn=collate, num_workers=workers
+    ),
     "datasets, split and stateful": lambda _, workers: StatefulDataLoader(
         streamed(split=True), 4, collate_fn=collate, num_workers=workers
     ),
