@@ -75,7 +75,7 @@ fmt: $(VENV)/.dev ## Format the code and mend what the linter can.
 	$(BIN)/ruff format .
 
 # Each writes its figures, with the machine, the versions and the date, to $(RESULTS); BENCH_ARGS go to all of them.
-bench: bench-step bench-floor bench-torchjd bench-methods bench-solvers ## All benchmarks but the GPU's: three hours.
+bench: bench-step bench-floor bench-torchjd bench-methods bench-solvers ## All benchmarks but the GPU's: two to three hours.
 bench: bench-toy bench-gradnorm-toy bench-methods-work bench-units
 
 bench-step: $(VENV)/.dev ## The cost of a step against plain Lightning.
