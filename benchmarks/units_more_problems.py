@@ -113,7 +113,7 @@ class Waves(Problem[PhysicsInformed]):
     """Helmholtz' equation of ``physics.py``, the boundary's loss scaled; chosen and compared by the error itself."""
 
     error = "relative L2 error, %"
-    tasks, scaled, steps = Helmholtz.tasks, "boundary", 600
+    tasks, scaled, steps = Helmholtz.tasks, "boundary", 1_000
     rates: ClassVar = {"Adam": (1.6e-3, 5e-3, 1.6e-2), "SGD": (1e-5, 1e-4, 1e-3)}
     standardizes = False
 
