@@ -89,8 +89,8 @@ class Window:
                 self.way = "rows" if weighting.at == "trunk" else "features"
             elif not weighting.weighs_heads and (step >= weighting.start_step or weighting.importance):
                 self.way = "features"
-        # Most methods compare the tasks' gradients and no more, which needs none of them in full.
-        alone = size == 1 and self.way != "losses"
+        # Most methods compare the tasks' gradients and no more, which needs no parameter's in full.
+        alone = size == 1 and self.way != "losses" and self.measures_at != "features"
         self.keeps_rows = not (alone and weighting and self.wanted != "rows" and weighting.gradients == "automatic")
         # The trunk's outputs have to be known to measure there, or to stand in for absent tasks.
         self.needs_split = (self.wanted != "nothing" and self.measures_at != "trunk") or self.way == "features"
