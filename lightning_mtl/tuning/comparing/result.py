@@ -131,8 +131,8 @@ class Comparison(Report):
 
     def changes(self, row: str, base: str, tasks: Sequence[str]) -> dict[int, float]:
         """Return a row's Δm against another by seed, over these tasks' metrics; empty where none can be compared."""
-        cells = [(task, metric) for task in tasks for metric in self.directions[task]]
-        usable = [cell for cell in cells if cell not in self.zeros(base)]
+        zeros = self.zeros(base)
+        usable = [(task, metric) for task in tasks for metric in self.directions[task] if (task, metric) not in zeros]
         higher = [self.directions[task][metric] for task, metric in usable]
         if not usable:
             return {}
